@@ -1,0 +1,46 @@
+# One virtual environment, .venv, holds the package (editable) and the tools of every target: what the other targets
+# need beyond the demo is small beside torch.
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+# As variables, since these reach the isolated build too (newer pips read the second one there). The path is relative,
+# since pip splits it at spaces.
+PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
+
+.PHONY: help demo test bench lint clean
+
+help:
+	@echo "make demo    train a small model with AdamW and with NexusAdamW, and compare"
+	@echo "make test    run the tests"
+	@echo "make bench   run the benchmarks"
+	@echo "make lint    ruff and mypy"
+	@echo "make clean   remove .venv, build output and caches"
+	@echo "The first one creates .venv; PYTHON=python3.12 chooses the Python (3.10 or newer)."
+
+demo: $(STAMP)
+	$(BIN)/python -m nexus_fused.demo
+
+test: $(STAMP)
+	$(BIN)/pytest
+
+bench: $(STAMP)
+	$(BIN)/pytest bench --benchmark-only -q
+
+lint: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+# Python sources take effect by themselves; these files need a new install.
+$(STAMP): pyproject.toml constraints.txt $(wildcard csrc/*)
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("nexus_fused needs Python 3.10 or newer, " \
+		"but $(PYTHON) is " + sys.version.split()[0] + "; choose another with: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+	$(PINNED) $(BIN)/python -m pip install -e '.[demo,test,bench,dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv build dist .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find nexus_fused triton_kernels tests bench -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

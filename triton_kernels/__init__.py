@@ -1,0 +1,1 @@
+"""Triton kernels of nexus_fused, installed as nexus_fused.triton_kernels."""
