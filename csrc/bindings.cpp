@@ -1,0 +1,120 @@
+// The extension nexus_fused._C: addresses, sizes and a thread count in, nothing of torch.
+//
+// Each function takes the address of flat.Table.rows with its numbers of rows and chunks, and the addresses of float64
+// scalars and buffers as cycle.Cycle lays them out. The instruction set is chosen once, when the module is imported.
+
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#define NEXUS_ISA baseline
+#include "cpu.h"
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+NEXUS_DECLARE_KERNELS(baseline)
+#if defined(NEXUS_HAVE_X86_VARIANTS)
+NEXUS_DECLARE_KERNELS(avx2)
+NEXUS_DECLARE_KERNELS(avx512)
+#endif
+
+namespace py = pybind11;
+using namespace nexus;
+
+namespace {
+
+struct Kernels {
+  const char* name;
+  decltype(&baseline::sq_norm) sq_norm;
+  decltype(&baseline::inner_step) inner_step;
+  decltype(&baseline::outer_step) outer_step;
+};
+
+constexpr Kernels kVariants[] = {
+#if defined(NEXUS_HAVE_X86_VARIANTS)
+    {"avx512", avx512::sq_norm, avx512::inner_step, avx512::outer_step},
+    {"avx2", avx2::sq_norm, avx2::inner_step, avx2::outer_step},
+#endif
+    {"baseline", baseline::sq_norm, baseline::inner_step, baseline::outer_step},
+};
+
+bool runs_here(const std::string& name) {
+#if defined(NEXUS_HAVE_X86_VARIANTS)
+  __builtin_cpu_init();
+  if (name == "avx512")
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (name == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#endif
+  return name == "baseline";
+}
+
+const Kernels* best() {
+  const Kernels* variant = kVariants;
+  while (!runs_here(variant->name)) ++variant;
+  return variant;
+}
+
+const Kernels* kernels = best();
+
+template <class T>
+T* pointer(int64_t address) {
+  return reinterpret_cast<T*>(static_cast<intptr_t>(address));
+}
+
+double sq_norm(int64_t rows, int64_t n, int64_t chunks, int dtype, int64_t partials, int threads) {
+  py::gil_scoped_release released;
+  return kernels->sq_norm(pointer<const Segment>(rows), n, chunks, DType(dtype), pointer<double>(partials), threads);
+}
+
+void inner_step(int64_t rows, int64_t n, int64_t chunks, int dtype, int64_t factor, int64_t moves, int64_t lost_moves,
+                int threads) {
+  py::gil_scoped_release released;
+  kernels->inner_step(pointer<const Segment>(rows), n, chunks, DType(dtype), pointer<const double>(factor),
+                      pointer<double>(moves), pointer<double>(lost_moves), threads);
+}
+
+void outer_step(int64_t rows, int64_t n, int64_t chunks, int dtype, int64_t hyper, int64_t factor, int64_t walk_length,
+                int64_t displacement_sq, int64_t partials, int threads) {
+  py::gil_scoped_release released;
+  kernels->outer_step(pointer<const Segment>(rows), n, chunks, DType(dtype), pointer<const Hyper>(hyper),
+                      pointer<const double>(factor), pointer<const double>(walk_length),
+                      pointer<double>(displacement_sq), pointer<double>(partials), threads);
+}
+
+py::list instruction_sets() {
+  py::list names;
+  for (const Kernels& variant : kVariants)
+    if (runs_here(variant.name)) names.append(variant.name);
+  return names;
+}
+
+void set_instruction_set(const std::string& name) {
+  for (const Kernels& variant : kVariants)
+    if (name == variant.name && runs_here(name)) {
+      kernels = &variant;
+      return;
+    }
+  throw py::value_error("instruction set '" + name + "' was not built or does not run on this processor");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.def("sq_norm", &sq_norm);
+  m.def("inner_step", &inner_step);
+  m.def("outer_step", &outer_step);
+  m.def("instruction_sets", &instruction_sets, "Those that were built and run on this processor, best first.");
+  m.def("instruction_set", [] { return kernels->name; }, "The one in use.");
+  m.def("set_instruction_set", &set_instruction_set, "For tests: results must be the same with each.");
+  m.attr("SEGMENT_BYTES") = sizeof(Segment);
+  m.attr("HYPER_BYTES") = sizeof(Hyper);
+  m.attr("CHUNK_ELEMENTS") = kChunk;
+#if defined(_OPENMP)
+  m.attr("OPENMP") = _OPENMP;
+#else
+  m.attr("OPENMP") = 0;
+#endif
+}

@@ -1,0 +1,14 @@
+// The three CPU kernels, declared once for each instruction set they are compiled for.
+#pragma once
+
+#include "nexus_math.h"
+
+#define NEXUS_DECLARE_KERNELS(isa)                                                                                     \
+  namespace nexus::isa {                                                                                               \
+  double sq_norm(const Segment* segments, int64_t n, int64_t chunks, DType dtype, double* partials, int threads);      \
+  void inner_step(const Segment* segments, int64_t n, int64_t chunks, DType dtype, const double* factor,               \
+                  double* moves, double* lost_moves, int threads);                                                     \
+  void outer_step(const Segment* segments, int64_t n, int64_t chunks, DType dtype, const Hyper* hyper,                 \
+                  const double* factor, const double* walk_length, double* displacement_sq, double* partials,          \
+                  int threads);                                                                                        \
+  }

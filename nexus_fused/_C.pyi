@@ -1,0 +1,25 @@
+OPENMP: int
+CHUNK_ELEMENTS: int
+SEGMENT_BYTES: int
+HYPER_BYTES: int
+
+def sq_norm(rows: int, n: int, chunks: int, dtype: int, partials: int, threads: int, /) -> float: ...
+def inner_step(
+    rows: int, n: int, chunks: int, dtype: int, factor: int, moves: int, lost_moves: int, threads: int, /
+) -> None: ...
+def outer_step(
+    rows: int,
+    n: int,
+    chunks: int,
+    dtype: int,
+    hyper: int,
+    factor: int,
+    walk_length: int,
+    displacement_sq: int,
+    partials: int,
+    threads: int,
+    /,
+) -> None: ...
+def instruction_sets() -> list[str]: ...
+def instruction_set() -> str: ...
+def set_instruction_set(name: str, /) -> None: ...

@@ -1,0 +1,143 @@
+"""Checks of a state that is to be loaded, all of them before anything is modified."""
+
+from __future__ import annotations
+
+import warnings
+from copy import deepcopy
+from typing import Any
+
+from torch import Tensor
+
+from . import hyperparameters
+from .cycle import GROUP_KEYS
+from .flat import STATE_DTYPE, real_dtype
+
+_KEYS = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "anchor", "walk"}
+
+
+def check(
+    state_dict: dict[str, Any], groups: list[dict[str, Any]], inner_steps: int
+) -> tuple[list[dict[str, Any]], dict[Tensor, dict[str, Any]], dict[Any, Any]]:
+    """Compares `state_dict` with the optimizer's parameter groups.
+
+    Returns its groups (copies, completed with `groups`), its entries by parameter, and the state that belongs to no
+    parameter. Raises ValueError or TypeError that names group and parameter and says what to do.
+    """
+    if not isinstance(state_dict, dict) or "state" not in state_dict or "param_groups" not in state_dict:
+        raise ValueError("not an optimizer's state_dict: the keys 'state' and 'param_groups' are missing")
+    saved = state_dict["param_groups"]
+    if len(saved) != len(groups):
+        raise ValueError(
+            f"loaded state dict has a different number of parameter groups: {len(saved)}, the optimizer {len(groups)}; "
+            "build the optimizer with the groups it was saved with"
+        )
+    entries: dict[Tensor, dict[str, Any]] = {}
+    names: dict[Any, Tensor] = {}
+    for index, (group, loaded) in enumerate(zip(groups, saved, strict=True)):
+        if len(group["params"]) != len(loaded["params"]):
+            raise ValueError(
+                f"loaded state dict contains a parameter group that doesn't match the size of optimizer's group: group "
+                f"{index} has {len(loaded['params'])} parameters there and {len(group['params'])} here"
+            )
+        names.update(zip(loaded["params"], group["params"], strict=True))
+    complete = [_completed(loaded, group) for loaded, group in zip(saved, groups, strict=True)]
+    position = _check_position(complete, inner_steps)
+    for index, group in enumerate(complete):
+        hyperparameters.group_row(group, index, inner_steps)
+        if position > 0:
+            _check_cycle_data(group, index)
+
+    foreign = {}
+    for key, entry in state_dict["state"].items():
+        if key in names:
+            entries[names[key]] = entry
+        else:
+            foreign[key] = deepcopy(entry)
+    for index, group in enumerate(complete):
+        for i, param in enumerate(groups[index]["params"]):
+            where = f"parameter {i} of group {index}"
+            if entries.get(param):
+                _check_entry(entries[param], param, where, amsgrad=group["amsgrad"], position=position)
+            elif position > 0 and (param.requires_grad or i in group["touched"]):
+                raise ValueError(
+                    f"the loaded state is of position {position} of a cycle, but {_no_anchor(where, param)}"
+                )
+    return complete, entries, foreign
+
+
+def _completed(loaded: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
+    """The loaded group, with the optimizer's own values for keys it lacks; nothing of the running cycle."""
+    own = {key: value for key, value in group.items() if key not in GROUP_KEYS and key != "params"}
+    base_lr = loaded.get("base_lr", loaded.get("max_lr", loaded.get("initial_lr", own["base_lr"])))
+    return {
+        **own,
+        **deepcopy({key: value for key, value in loaded.items() if key != "params"}),
+        "base_lr": base_lr,
+    }
+
+
+def _check_position(groups: list[dict[str, Any]], inner_steps: int) -> int:
+    positions = {group.get("cycle_position", 0) for group in groups}
+    if len(positions) > 1:
+        raise ValueError(f"the loaded parameter groups stand at different positions of a cycle: {sorted(positions)}")
+    position = positions.pop() if positions else 0
+    for index, group in enumerate(groups):
+        if group["inner_steps"] != inner_steps:
+            message = (
+                f"group {index} was saved with inner_steps={group['inner_steps']}, this optimizer has {inner_steps}"
+            )
+            if position != 0:
+                raise ValueError(
+                    f"{message}: a cycle under way ({position} steps) can only go on with its own inner_steps"
+                )
+            warnings.warn(f"{message}, which it keeps", stacklevel=4)
+            group["inner_steps"] = inner_steps
+    if isinstance(position, bool) or not isinstance(position, int) or not 0 <= position < inner_steps:
+        raise ValueError(f"the loaded cycle_position {position!r} is none of 0 … {inner_steps - 1}")
+    return position
+
+
+def _check_cycle_data(group: dict[str, Any], index: int) -> None:
+    missing = [key for key in GROUP_KEYS if key not in group]
+    if missing:
+        raise ValueError(
+            f"the loaded state is of mid-cycle, but group {index} lacks {', '.join(missing)}: the checkpoint "
+            "is truncated; load one that was saved at a boundary"
+        )
+
+
+def _no_anchor(where: str, param: Tensor) -> str:
+    key = "walk" if STATE_DTYPE[real_dtype(param.dtype)] != real_dtype(param.dtype) else "anchor"
+    return (
+        f"{where} has no {key!r}: a distributed load fills only keys it finds, so call "
+        "materialize_anchors() before it; otherwise the checkpoint is truncated"
+    )
+
+
+def _check_entry(entry: Any, param: Tensor, where: str, *, amsgrad: bool, position: int) -> None:
+    """One parameter's state: complete, of the parameter's shape, nothing unknown in it."""
+    if not isinstance(entry, dict):
+        raise TypeError(f"the loaded state of {where} must be a dict, but is a {type(entry).__name__}")
+    needed = {"step", "exp_avg", "exp_avg_sq"} | ({"max_exp_avg_sq"} if amsgrad else set())
+    missing, unknown = sorted(needed - entry.keys()), sorted(entry.keys() - _KEYS)
+    if missing or unknown:
+        what = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"has unknown {', '.join(unknown)}"] * bool(unknown)
+        raise ValueError(
+            f"the loaded state of {where} {' and '.join(what)}: it is truncated or of another optimizer; load a "
+            "state of NexusAdamW or AdamW, or remove the whole entry to start this parameter from zero"
+        )
+    low_precision = STATE_DTYPE[real_dtype(param.dtype)] != real_dtype(param.dtype)
+    if position > 0 and ("walk" if low_precision else "anchor") not in entry:
+        raise ValueError(f"the loaded state is of position {position} of a cycle, but {_no_anchor(where, param)}")
+    for key, value in entry.items():
+        if key == "step":
+            if isinstance(value, Tensor) and value.numel() != 1:
+                raise ValueError(f"the loaded 'step' of {where} must be one number, but has shape {tuple(value.shape)}")
+            if not isinstance(value, (Tensor, int, float)):
+                raise TypeError(f"the loaded 'step' of {where} must be a number, but is {value!r}")
+        elif not isinstance(value, Tensor) or value.shape != param.shape or value.is_complex() != param.is_complex():
+            got = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else repr(value)
+            raise ValueError(
+                f"the loaded {key!r} of {where} is {got}, the parameter {tuple(param.shape)} {param.dtype}: "
+                "the checkpoint is of another model"
+            )

@@ -1,0 +1,49 @@
+"""The CPU backend: hands the addresses of a table and a cycle to the compiled kernels of `nexus_fused._C`.
+
+The three functions are those of reference.py, where they are defined. Threads: `torch.get_num_threads()`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _C
+from .cycle import Cycle
+from .flat import Table
+
+_DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+def _table(table: Table) -> tuple[int, int, int, int]:
+    return table.rows.data_ptr(), len(table.rows), table.chunks, _DTYPES[table.dtype]
+
+
+def sq_norm(table: Table) -> Tensor:
+    """‖g‖² over the table's gradients: 0-dim float64. Reads 4 bytes per float32 element, 2 below."""
+    norm = _C.sq_norm(*_table(table), table.partials.data_ptr(), torch.get_num_threads())
+    return torch.tensor(norm, dtype=torch.float64)
+
+
+def inner_step(table: Table, cycle: Cycle) -> None:
+    """w ← w − γ·g/n. Moves 12 bytes per element, the first time in a cycle 16 (float32) or 12 (below)."""
+    _C.inner_step(
+        *_table(table),
+        cycle.factor.data_ptr(),
+        cycle.moves.data_ptr(),
+        cycle.lost_moves.data_ptr(),
+        torch.get_num_threads(),
+    )
+
+
+def outer_step(table: Table, cycle: Cycle) -> None:
+    """Last inner step, displacement, AdamW and w ← θ in one pass. Moves 32 bytes per element."""
+    _C.outer_step(
+        *_table(table),
+        cycle.hyper.data_ptr(),
+        cycle.factor.data_ptr(),
+        cycle.walk_length.data_ptr(),
+        cycle.displacement_sq.data_ptr(),
+        table.partials.data_ptr(),
+        torch.get_num_threads(),
+    )

@@ -1,0 +1,151 @@
+"""What a parameter group may hold: every check of a hyperparameter, and the row of numbers that kernels read."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cycle import GROUP_KEYS
+from .flat import STATE_DTYPE, real_dtype
+
+INNER_LR_FLOOR = 0.1  # of inner_lr: keeps the walk above float32's resolution at both ends of a schedule
+
+
+def number(value: Any, name: str, *, low: float, high: float = math.inf, open_low: bool = False) -> float | Tensor:
+    """`value` as a float, or as it is where it is a tensor of one element on another device than the CPU.
+
+    Raises TypeError for what is no number, ValueError for a number out of [low, high) or, with `open_low`, (low, high).
+    """
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} must have one element, but is a tensor of shape {tuple(value.shape)}")
+        if value.is_complex() or value.dtype == torch.bool:
+            raise TypeError(f"{name} must be a real number, but is a {value.dtype} tensor")
+        if value.device.type != "cpu":
+            return value.detach().reshape(())  # reading it would wait for the device
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(
+            f"{name} must be a number or a tensor of one element, but is {value!r} ({type(value).__name__})"
+        )
+    if not (low < value if open_low else low <= value) or not value < high:
+        interval = f"> {low}" if open_low else f">= {low}"
+        raise ValueError(
+            f"{name} must be {interval}{'' if high == math.inf else f' and < {high}'} and finite, but is {value}"
+        )
+    return float(value)
+
+
+def inner_steps(value: Any) -> int:
+    """`value` as the number of micro-batches in a cycle, at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"inner_steps must be an int, but is {value!r} ({type(value).__name__})")
+    if value < 1:
+        raise ValueError(f"inner_steps must be at least 1, but is {value}")
+    return value
+
+
+def group_row(group: dict[str, Any], index: int, steps: int) -> list[float | Tensor]:
+    """Checks a parameter group and returns its row of `Cycle.hyper`, with γ_k scheduled.
+
+    γ_k = inner_lr · max(lr / base_lr, 0.1), base_lr being the peak that a OneCycleLR recorded or the group's learning
+    rate when it was added; inner_lr where base_lr is 0 or `inner_lr_follows_lr` is False.
+    """
+    where = f"of parameter group {index}"
+    for name in (
+        "amsgrad",
+        "maximize",
+        "capturable",
+        "differentiable",
+        "normalize_displacement",
+        "inner_lr_follows_lr",
+    ):
+        if not isinstance(group[name], bool):
+            raise TypeError(f"{name} {where} must be True or False, but is {group[name]!r}")
+    if group["differentiable"]:
+        raise ValueError(
+            f"differentiable=True {where}: NexusAdamW works in place on float32 buffers that autograd does not see; "
+            "use torch.optim.AdamW where you differentiate through the optimizer"
+        )
+    if group["fused"] not in (None, True, False):
+        raise TypeError(f"fused {where} must be None, True or False, but is {group['fused']!r}")
+    if group["inner_steps"] != steps:
+        raise ValueError(
+            f"inner_steps {where} is {group['inner_steps']}, but it is one for the whole optimizer ({steps}): "
+            "give it to the constructor"
+        )
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise TypeError(f"betas {where} must be two numbers, but is {betas!r}")
+    lr = number(group["lr"], f"lr {where}", low=0)
+    inner_lr = number(group["inner_lr"], f"inner_lr {where}", low=0, open_low=True)
+    row = [
+        lr,
+        number(betas[0], f"betas[0] {where}", low=0, high=1),
+        number(betas[1], f"betas[1] {where}", low=0, high=1),
+        number(group["eps"], f"eps {where}", low=0),
+        number(group["weight_decay"], f"weight_decay {where}", low=0),
+        -1.0 if group["maximize"] else 1.0,
+        float(group["normalize_displacement"]),
+    ]
+    if group["inner_lr_follows_lr"]:
+        base_lr = number(group.get("max_lr", group["base_lr"]), f"base_lr {where}", low=0)
+        if isinstance(lr, Tensor) or isinstance(base_lr, Tensor):
+            base = torch.as_tensor(base_lr, dtype=torch.float64)
+            ratio = torch.where(base == 0, 1.0, torch.as_tensor(lr).double() / base).clamp(min=INNER_LR_FLOOR)
+            return [inner_lr * ratio, *row]
+        return [inner_lr * (max(lr / base_lr, INNER_LR_FLOOR) if base_lr else 1.0), *row]
+    return [inner_lr, *row]
+
+
+def check_new_group(
+    param_group: Any, defaults: dict[str, Any], index: int, steps: int, known: set[Tensor]
+) -> list[Tensor]:
+    """Checks a parameter group before anything is built from it; returns its parameters, as tensors, each once.
+
+    Raises TypeError or ValueError that names the group and the parameter.
+    """
+    if not isinstance(param_group, dict):
+        raise TypeError(
+            f"parameter group {index} must be a dict with the key 'params', but is a {type(param_group).__name__}"
+        )
+    if "params" not in param_group:
+        raise ValueError(f"parameter group {index} has no key 'params'")
+    foreign = [key for key in GROUP_KEYS if key in param_group]
+    if foreign:
+        raise ValueError(f"parameter group {index} sets {', '.join(foreign)}, which belong to the cycle: remove them")
+    if isinstance(param_group["params"], set):
+        raise TypeError(f"the parameters of group {index} are a set, whose order changes between runs: use a list")
+    if isinstance(param_group["params"], Tensor):
+        param_group["params"] = [param_group["params"]]
+    param_group["params"] = list(param_group["params"])
+    params = [p[1] if isinstance(p, tuple) and len(p) == 2 else p for p in param_group["params"]]
+    group_row({"base_lr": param_group.get("lr", defaults["lr"]), **defaults, **param_group}, index, steps)
+    for i, param in enumerate(params):
+        check_param(param, f"parameter {i} of group {index}")
+        if param in known:
+            raise ValueError(
+                f"parameter {i} of group {index} appears in more than one parameter group: leave it in one"
+            )
+    return list(dict.fromkeys(params))
+
+
+def check_param(param: Any, where: str) -> None:
+    """Whether NexusAdamW can update this tensor."""
+    if not isinstance(param, Tensor):
+        raise TypeError(f"{where} must be a tensor, but is a {type(param).__name__}")
+    if not param.is_leaf:
+        raise ValueError(f"can't optimize a non-leaf Tensor: {where} is the result of an operation; pass nn.Parameters")
+    if param.layout is not torch.strided:
+        raise ValueError(f"{where} is sparse ({param.layout}): NexusAdamW updates dense parameters only")
+    if torch.utils._python_dispatch.is_traceable_wrapper_subclass(param):
+        raise TypeError(f"{where} is a {type(param).__name__}, a wrapper around other tensors: pass the plain tensors")
+    if real_dtype(param.dtype) not in STATE_DTYPE or param.dtype == torch.complex32:
+        raise TypeError(f"{where} is {param.dtype}: use float64, float32, bfloat16, float16, complex64 or complex128")
+    if param.device.type == "meta":
+        raise ValueError(f"{where} is on the meta device: materialize the model before you build the optimizer")
+    if any(stride == 0 and size > 1 for stride, size in zip(param.stride(), param.shape, strict=True)):
+        raise ValueError(f"{where} is an expanded tensor whose elements share memory: pass param.contiguous()")

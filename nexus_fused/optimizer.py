@@ -1,0 +1,445 @@
+"""NexusAdamW: where a cycle stands and what happens next. No arithmetic: see reference.py and cycle.py for that."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import backends, checkpoint, hyperparameters
+from .cycle import GROUP_KEYS, Cycle, summarize
+from .flat import Segment, Table, make_segment, real_dtype
+
+
+class NexusAdamW(Optimizer):
+    """AdamW whose gradient is the displacement of a short walk of normalized SGD steps, one per micro-batch.
+
+    Call `step()` after the backward pass of every micro-batch, without gradient accumulation or clipping. Of
+    `inner_steps` calls (K, one cycle) the first K-1 move the weights along the walk; the last one takes the last step,
+    returns to the start θ and applies AdamW to the displacement. Source: arXiv 2604.09258, Algorithm 3.
+
+    Args:
+        params: tensors, (name, tensor) pairs or parameter groups, as for torch.optim.AdamW. float64, float32, bfloat16,
+            float16, complex64, complex128; dense gradients. Below float32 the state holds a float32 master. `p.data`
+            may be re-pointed here, once, into flat memory; values and identity stay.
+        lr, betas, eps, weight_decay, amsgrad, maximize, capturable: as for torch.optim.AdamW. `lr` may be a tensor of
+            one element, of which each group gets its own copy.
+        inner_lr: γ, length of an inner step, > 0; per group; may be a tensor of one element.
+        inner_steps: K, micro-batches in a cycle, one for the optimizer. 1 is AdamW on g/‖g‖.
+        normalize_displacement: give AdamW D/Γ (Γ: the length of the walk) instead of D, so that `lr`, `eps` and
+            `betas` keep AdamW's meaning. False is the paper's choice.
+        inner_lr_follows_lr: γ_k = inner_lr · max(lr/base_lr, 0.1), with base_lr the group's learning rate when it was
+            added, or the peak (`max_lr`) that a OneCycleLR recorded.
+        foreach: accepted with any value; chooses nothing here.
+        differentiable: must be False.
+        fused: True demands a fused backend, False selects the reference, None the best there is.
+        backend: None (best for each device), "reference", "cpu", "triton" or "cuda"; an explicit one that cannot
+            run raises RuntimeError.
+        flatten: move parameters that own their memory into flat buffers. False leaves all where they are.
+
+    Raises ValueError or TypeError that names the parameter group before anything is modified.
+    """
+
+    _step_supports_amp_scaling = True  # torch.amp.GradScaler hands over `grad_scale` and `found_inf`
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        inner_lr: float | Tensor = 1e-2,
+        inner_steps: int = 4,
+        normalize_displacement: bool = True,
+        inner_lr_follows_lr: bool = True,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        backend: str | None = None,
+        flatten: bool = True,
+    ) -> None:
+        self._configure(hyperparameters.inner_steps(inner_steps), backend, fused, flatten)
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+            "decoupled_weight_decay": True,  # an AdamW that loads our state must stay AdamW
+            "inner_lr": inner_lr,
+            "inner_steps": self._inner_steps,
+            "normalize_displacement": normalize_displacement,
+            "inner_lr_follows_lr": inner_lr_follows_lr,
+        }
+        hyperparameters.group_row({"base_lr": lr, **defaults}, 0, self._inner_steps)
+        super().__init__(params, defaults)
+
+    def _configure(self, inner_steps: int, backend: str | None, fused: bool | None, flatten: bool) -> None:
+        backends.check_choice(backend, fused)
+        self._inner_steps = inner_steps
+        self._backend, self._fused, self._flatten = backend, fused, flatten
+        self._tables: dict[tuple[torch.device, torch.dtype], Table] = {}
+        self._cycles: dict[torch.device, Cycle] = {}
+        self._frozen: list[tuple[int, int, Tensor]] = []  # group, index, parameter: no state yet
+        self._position = 0
+        self._finished: list[dict[str, Tensor]] = []  # sums of the last finished cycle, one dict per device
+        self._rows: list[list[float | Tensor]] = []
+        self._just_loaded = False
+        self._outer: list[dict[str, Any]] | None = None  # inside outer_weights(): the groups' data of the walk
+
+    # Parameters
+
+    @torch.no_grad()
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a parameter group as torch.optim does; in mid-cycle it joins the walk from here, with a Γ of its own."""
+        self._refuse_inside_outer_weights("add_param_group()")
+        index = len(self.param_groups)
+        known = {p for group in self.param_groups for p in group["params"]}
+        unique = hyperparameters.check_new_group(param_group, self.defaults, index, self._inner_steps, known)
+        super().add_param_group(param_group)
+        group = self.param_groups[index]
+        if len(unique) < len(group["params"]):  # the base class has warned
+            if "param_names" in group:
+                names = dict(zip(reversed(group["params"]), reversed(group["param_names"]), strict=True))
+                group["param_names"] = [names[p] for p in unique]
+            group["params"] = unique
+        for key in ("lr", "inner_lr"):
+            if isinstance(group[key], Tensor):  # schedulers write into it: each group needs its own
+                group[key] = group[key].detach().clone()
+        group["base_lr"] = float(group["lr"])
+        try:
+            self._register([(index, i, p) for i, p in enumerate(unique)], flatten=self._flatten)
+        except BaseException:
+            self.param_groups.pop()
+            raise
+        self._show_cycle_data()
+
+    def _register(self, params: list[tuple[int, int, Tensor]], *, flatten: bool) -> None:
+        """Gives parameters (group, index, tensor) state and a place in a table; frozen ones wait for a gradient."""
+        fresh: dict[tuple[int, torch.device, torch.dtype], list[Segment]] = defaultdict(list)
+        for group, index, param in params:
+            if not param.requires_grad and param.grad is None and not self.state.get(param):
+                self._frozen.append((group, index, param))
+                continue
+            key = group, param.device, real_dtype(param.dtype)
+            fresh[key].append(make_segment(param, group=group, index=index, state=self.state[param]))
+        for (group, device, dtype), segments in fresh.items():
+            if (device, dtype) not in self._tables:
+                backend = backends.resolve(self._backend, self._fused, device)
+                self._tables[device, dtype] = Table(device, dtype, backend)
+            table = self._tables[device, dtype]
+            table.extend(segments, flatten=flatten)
+            table.set_amsgrad(group, self.param_groups[group]["amsgrad"])
+            if self._position > 0:
+                table.ensure_cycle_buffers()
+            if device not in self._cycles:
+                self._cycles[device] = Cycle(device, self._inner_steps)
+        if not self._cycles:  # nothing but frozen parameters so far
+            device = params[0][2].device if params else torch.device("cpu")
+            self._cycles[device] = Cycle(device, self._inner_steps)
+        for cycle in self._cycles.values():
+            cycle.grow(len(self.param_groups))
+        self._rows = []
+
+    def _thaw(self) -> None:
+        """Gives state to parameters that were frozen and have a gradient now."""
+        ready = [entry for entry in self._frozen if entry[2].grad is not None]
+        if ready:
+            self._frozen = [entry for entry in self._frozen if entry[2].grad is None]
+            self._register(ready, flatten=False)
+            self._show_cycle_data()
+
+    def _show_cycle_data(self) -> None:
+        """Puts the cycle's own data into the parameter groups, under the same keys at every position."""
+        cycle = next(iter(self._cycles.values()))
+        touched: dict[int, list[int]] = defaultdict(list)
+        for table in self._tables.values():
+            for segment in table.segments:
+                if segment.touched:
+                    touched[segment.group].append(segment.index)
+        for index, group in enumerate(self.param_groups):
+            group.update(cycle.group_data(index), cycle_position=self._position, touched=sorted(touched[index]))
+
+    # Stepping
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Consumes the gradients of one micro-batch: an inner step, or in the last of a cycle also the outer step.
+
+        Updates weights and state in place; does not wait for a device. Returns what `closure` returns.
+        RuntimeError, ValueError or TypeError for a gradient, parameter or hyperparameter that cannot be used, naming
+        its group; nothing is modified then.
+        """
+        self._refuse_inside_outer_weights("step()")
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._look(gradients=True)
+        tables, last = list(self._tables.values()), self._position + 1 == self._inner_steps
+        sq_norms = [table.backend.sq_norm(table) for table in tables]
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        for device, cycle in self._cycles.items():
+            total = torch.zeros((), dtype=torch.float64, device=device)
+            for sq_norm in sq_norms:
+                total += sq_norm.to(device, non_blocking=True)
+            cycle.advance(
+                total,
+                self._position,
+                None if scale is None else scale.to(device, torch.float64, non_blocking=True),
+                None if found_inf is None else found_inf.to(device, non_blocking=True),
+            )
+        if last:
+            self._finish_cycle(self._position + 1)
+        else:
+            for table in tables:
+                table.ensure_cycle_buffers()
+                table.backend.inner_step(table, self._cycles[table.device])
+                table.finish_inner_step()
+            self._set_position(self._position + 1)
+        return loss
+
+    @torch.no_grad()
+    def outer_step(self) -> None:
+        """Ends a partial cycle: applies the displacement so far. Gradients that wait are not used.
+
+        Without any inner step it does nothing. Errors as `step()`.
+        """
+        self._refuse_inside_outer_weights("outer_step()")
+        if self._position == 0:
+            return
+        self._look(gradients=False)
+        for cycle in self._cycles.values():
+            cycle.stand_still()
+        self._finish_cycle(self._position)
+
+    def _look(self, *, gradients: bool) -> None:
+        """Checks everything that may be wrong, then tells tables and cycles what is new."""
+        rows = [hyperparameters.group_row(g, i, self._inner_steps) for i, g in enumerate(self.param_groups)]
+        if self._frozen and gradients:
+            self._thaw()
+        for table in self._tables.values():
+            table.read_gradients(use=gradients)
+        for table in self._tables.values():
+            table.take_gradients(adopt=not self._just_loaded)
+        self._just_loaded = False
+        for index, group in enumerate(self.param_groups):
+            for table in self._tables.values():
+                table.set_amsgrad(index, group["amsgrad"])
+        if any(isinstance(value, Tensor) for row in rows for value in row) or rows != self._rows:
+            for cycle in self._cycles.values():
+                cycle.set_hyper(rows)
+            self._rows = rows
+
+    def _finish_cycle(self, taken: int) -> None:
+        for table in self._tables.values():
+            table.backend.outer_step(table, self._cycles[table.device])
+            table.finish_outer_step()
+        self._finished = [cycle.finish(taken) for cycle in self._cycles.values()]
+        self._set_position(0)
+
+    def _set_position(self, position: int) -> None:
+        self._position = position
+        for group in self.param_groups:
+            group["cycle_position"] = position
+
+    @property
+    def inner_steps(self) -> int:
+        """K, micro-batches in a cycle."""
+        return self._inner_steps
+
+    @property
+    def cycle_position(self) -> int:
+        """Inner steps taken in the running cycle, 0 … inner_steps-1."""
+        return self._position
+
+    @property
+    def at_boundary(self) -> bool:
+        """Whether the parameters hold θ: the time for averages of weights, checkpoints and evaluations."""
+        return self._position == 0
+
+    # Looking
+
+    @contextlib.contextmanager
+    def outer_weights(self) -> Iterator[None]:
+        """Shows θ in the parameters, for evaluations and checkpoints in mid-cycle; puts the walk back, bit for bit.
+
+        Inside, `state_dict()` describes the boundary; `step()`, `outer_step()` and loading raise RuntimeError. A value
+        written into a parameter inside becomes θ, and that parameter's walk starts anew from it.
+        """
+        self._refuse_inside_outer_weights("outer_weights()")
+        with torch.no_grad():
+            self._look(gradients=False)
+            for table in self._tables.values():
+                table.show_theta()
+        self._show_cycle_data()
+        self._outer = [{key: group[key] for key in GROUP_KEYS} for group in self.param_groups]
+        for group in self.param_groups:
+            zeros = {key: torch.zeros_like(group[key]) for key in ("walk_length", "walk_sq_length")}
+            norms = [torch.zeros_like(norm) for norm in group["grad_norms"]]
+            group.update(zeros, cycle_position=0, touched=[], grad_norms=norms)
+        try:
+            yield
+        finally:
+            for group, data in zip(self.param_groups, self._outer, strict=True):
+                group.update(data)
+            self._outer = None
+            with torch.no_grad():
+                for table in self._tables.values():
+                    table.show_walk()
+                    if self._position > 0:
+                        table.ensure_cycle_buffers()
+
+    def metrics(self) -> dict[str, Any]:
+        """Figures of the last finished cycle, partial ones too; the only call that waits for a device.
+
+        alignment: mean pairwise cosine similarity of the cycle's unit gradients, each at its own point of the walk;
+        NaN where fewer than two were taken. grad_norms: ‖g_k‖ of each micro-batch, unscaled. lost_fraction: the share
+        of element moves in the walk that rounding swallowed whole; where it is not small, inner_lr is too small for
+        the model. skipped_inner_steps, skipped_outer_steps: totals of steps and cycles in which nothing moved.
+        """
+        cycle = next(iter(self._cycles.values()))
+        return {
+            **summarize(self._finished),
+            "skipped_inner_steps": int(cycle.skipped_inner_steps),
+            "skipped_outer_steps": int(cycle.skipped_outer_steps),
+        }
+
+    def __repr__(self) -> str:
+        lines = [f"{type(self).__name__} (inner_steps: {self._inner_steps}, cycle_position: {self._position}"]
+        for index, group in enumerate(self.param_groups):
+            lines.append(f"Parameter Group {index}")
+            hidden = ("params", "inner_steps", *GROUP_KEYS)
+            lines += [f"    {key}: {group[key]}" for key in sorted(group) if key not in hidden]
+        return "\n".join(lines) + "\n)"
+
+    def _refuse_inside_outer_weights(self, what: str) -> None:
+        if self._outer is not None:
+            raise RuntimeError(
+                f"{what} inside outer_weights(): the parameters show θ there; leave the with block first"
+            )
+
+    # Saving and loading
+
+    @torch.no_grad()
+    def state_dict(self) -> dict[str, Any]:
+        """torch.optim.AdamW's state, in mid-cycle with each parameter's anchor (below float32: walk).
+
+        Saving and loading it after any micro-batch continues bit for bit, together with the model's state of the
+        same moment. Tensors are the live ones, as torch.optim's.
+        """
+        if self._outer is None:
+            for table in self._tables.values():
+                table.fill_untouched()
+            self._show_cycle_data()
+        packed = super().state_dict()
+        # Copies: our own dicts lose their anchors at the end of the cycle.
+        packed["state"] = {
+            key: dict(value) if isinstance(value, dict) else value for key, value in packed["state"].items()
+        }
+        for group in packed["param_groups"]:
+            if not (group["fused"] or group["capturable"]):
+                for key in group["params"]:
+                    if "step" in packed["state"].get(key, {}):
+                        packed["state"][key]["step"] = packed["state"][key]["step"].cpu()
+        return packed
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads NexusAdamW's state of any position, or AdamW's, in place. float32 state stays float32.
+
+        ValueError or TypeError, naming group and parameter, for a state that does not fit; nothing is modified then.
+        """
+        self._refuse_inside_outer_weights("load_state_dict()")
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = pre_hook(self, state_dict) or state_dict
+        groups, entries, foreign = checkpoint.check(state_dict, self.param_groups, self._inner_steps)
+        self._restore(groups, entries)
+        self.state.update(foreign)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _restore(self, groups: list[dict[str, Any]], entries: dict[Tensor, dict[str, Any]]) -> None:
+        """Copies checked groups and entries into place, and the position with them."""
+        self._frozen, frozen = [], self._frozen
+        late = [entry for entry in frozen if entries.get(entry[2])]
+        self._frozen = [entry for entry in frozen if not entries.get(entry[2])]
+        for _, _, param in late:
+            self.state[param]["step"] = None  # has state, so it is not frozen any more
+        for group, loaded in zip(self.param_groups, groups, strict=True):
+            group.update({key: value for key, value in loaded.items() if key not in GROUP_KEYS and key != "params"})
+        self._register(late, flatten=False)
+        self._position = groups[0].get("cycle_position", 0) if groups else 0
+        for cycle in self._cycles.values():
+            cycle.reset()
+            for index, loaded in enumerate(groups):
+                if "walk_length" in loaded:
+                    cycle.load_group_data(index, loaded, running=self._position > 0)
+        for table in self._tables.values():
+            if self._position > 0:
+                table.ensure_cycle_buffers()
+            else:
+                table.hide_cycle_buffers()
+            for index, group in enumerate(self.param_groups):
+                maxima = any("max_exp_avg_sq" in (entries.get(p) or ()) for p in group["params"])
+                table.set_amsgrad(index, group["amsgrad"] or maxima)
+            for segment in table.segments:
+                segment.restore(entries.get(segment.param))
+            for index, group in enumerate(self.param_groups):
+                table.set_amsgrad(index, group["amsgrad"])
+            moved = [groups[i].get("touched", ()) if self._position > 0 else () for i in range(len(groups))]
+            table.set_touched(table.segments, False)
+            table.set_touched([s for s in table.segments if s.index in moved[s.group]], True)
+            table.show_low_precision()
+        self._finished, self._rows, self._just_loaded = [], [], True
+        self._show_cycle_data()
+
+    @torch.no_grad()
+    def materialize_anchors(self) -> None:
+        """Makes the state hold anchors equal to the weights, so that a load that fills only keys it finds can receive a
+        checkpoint of mid-cycle. They are dropped again if the loaded position is 0, or at the end of the next cycle.
+        """
+        self._refuse_inside_outer_weights("materialize_anchors()")
+        if self._inner_steps > 1:
+            for table in self._tables.values():
+                table.ensure_cycle_buffers()
+                table.fill_untouched()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._refuse_inside_outer_weights("copying or pickling the optimizer")
+        with torch.no_grad():
+            for table in self._tables.values():
+                table.fill_untouched()
+        self._show_cycle_data()
+        kept = ("_inner_steps", "_backend", "_fused", "_flatten")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
+
+    @torch.no_grad()
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Builds tables around copied or unpickled parameters and state."""
+        groups, entries = state["param_groups"], dict(state["state"])
+        self._configure(state["_inner_steps"], state["_backend"], state["_fused"], state["_flatten"])
+        super().__setstate__({"defaults": state["defaults"], "param_groups": groups, "state": defaultdict(dict)})
+        loaded = [dict(group) for group in groups]
+        for param in entries:
+            if isinstance(param, Tensor):
+                self.state[param]["step"] = None
+        params = [(g, i, p) for g, group in enumerate(groups) for i, p in enumerate(group["params"])]
+        self._register(params, flatten=self._flatten)
+        self._restore(loaded, entries)

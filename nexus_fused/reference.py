@@ -1,0 +1,137 @@
+"""The definition of Nexus in plain PyTorch, for any device and dtype. Every other backend is held to this one.
+
+One cycle, in the symbols of arXiv 2604.09258 (Algorithm 3):
+
+    w_0 = θ
+    for k = 0 … K−1:
+        n_k = ‖g_k‖₂                            one norm over all parameters
+        w_{k+1} = w_k − γ_k · g_k / n_k         nothing moves when n_k is 0, inf or nan
+    D = (θ − w_{K−1}) + γ_{K−1} · g_{K−1} / n_{K−1}
+    G = D / Γ,  Γ = Σ γ_k
+    θ ← AdamW(θ, G);  w ← θ
+
+A backend is a module with the three functions at the end of this file. They take a `flat.Table` (weights, gradients,
+state) and a `cycle.Cycle` (scalars), update weights and state in place and return nothing but a norm. This one spends
+memory for clarity.
+
+Rounding: γ·g/n is computed in float64 and rounded once; everything else is computed in the state's dtype (float32,
+for float64 parameters float64), each operation rounded on its own, in the order written here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .cycle import BETA1, BETA2, EPS, LR, NORMALIZE, WEIGHT_DECAY, Cycle
+from .flat import Segment, Table, flat_view
+
+
+def scaled_gradient(g: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """γ·g/n, rounded to `dtype`; 0 where the step is skipped (`factor` 0), even for a gradient of NaN or inf.
+
+    g: any shape and floating dtype. factor: 0-dim float64, γ/n.
+    """
+    return torch.where(factor != 0, factor * g.double(), 0.0).to(dtype)
+
+
+def adamw(
+    theta: Tensor,
+    G: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    max_exp_avg_sq: Tensor | None,
+    *,
+    step: Tensor,
+    lr: Tensor,
+    beta1: Tensor,
+    beta2: Tensor,
+    eps: Tensor,
+    weight_decay: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """torch.optim.AdamW's formula in its order of operations; returns the new θ, moments and maximum.
+
+    Tensors have one shape and dtype; scalars are 0-dim float64, `step` the number of this update, from 1.
+    Source: Loshchilov and Hutter, arXiv 1711.05101; torch/optim/adam.py.
+    """
+    theta = theta * (1 - lr * weight_decay)
+    # torch.lerp: from whichever end is nearer.
+    change = G - exp_avg
+    exp_avg = torch.where(1 - beta1 < 0.5, exp_avg + (1 - beta1) * change, G - beta1 * change)
+    exp_avg_sq = beta2 * exp_avg_sq + ((1 - beta2) * G) * G
+    second = exp_avg_sq
+    if max_exp_avg_sq is not None:
+        second = max_exp_avg_sq = torch.maximum(max_exp_avg_sq, exp_avg_sq)
+    # Through float64, which rounds correctly; torch.sqrt of float32 on a CPU may be off by one unit in the last place.
+    denom = second.double().sqrt().to(second.dtype) * (1 / (1 - beta2**step).sqrt()) + eps
+    theta = theta + (-(lr / (1 - beta1**step)) * exp_avg) / denom
+    return theta, exp_avg, exp_avg_sq, max_exp_avg_sq
+
+
+def _gradient(segment: Segment) -> Tensor:
+    assert segment.grad is not None
+    return flat_view(segment.grad)
+
+
+def sq_norm(table: Table) -> Tensor:
+    """‖g‖² over the table's gradients: 0-dim float64, squares and sums in float64."""
+    total = torch.zeros((), dtype=torch.float64, device=table.device)
+    for segment in table.with_gradient():
+        total += _gradient(segment).double().square().sum()
+    return total
+
+
+def inner_step(table: Table, cycle: Cycle) -> None:
+    """w ← w − γ·g/n for every parameter with a gradient; writes θ first where it has not moved in this cycle."""
+    for segment in table.with_gradient():
+        w = segment.walk if segment.touched else (segment.theta if segment.low_precision else segment.weight).clone()
+        if not segment.touched:
+            segment.theta.copy_(w)
+        step = scaled_gradient(_gradient(segment), cycle.factor[segment.group], w.dtype)
+        w_next = w - step
+        cycle.moves += (step != 0).sum()
+        cycle.lost_moves += ((step != 0) & (w_next == w)).sum()
+        segment.walk.copy_(w_next)
+        if segment.low_precision:
+            segment.weight.copy_(w_next)
+
+
+def outer_step(table: Table, cycle: Cycle) -> None:
+    """Last inner step, displacement, AdamW and w ← θ for every parameter that had a gradient in this cycle.
+
+    A group with Γ = 0 keeps weights, moments and `step`. Adds ‖D‖² per group to `cycle.displacement_sq`.
+    """
+    for segment in table.moving():
+        group = segment.group
+        hyper, walk_length = cycle.hyper[group], cycle.walk_length[group]
+        theta = (segment.theta if segment.touched or segment.low_precision else segment.weight).clone()
+        w = segment.walk if segment.touched else theta
+        D = theta - w
+        if segment.grad is not None:
+            D = D + scaled_gradient(_gradient(segment), cycle.factor[group], theta.dtype)
+        walked = walk_length > 0
+        cycle.displacement_sq[group] += torch.where(walked, D.double().square().sum(), 0.0)
+        G = torch.where(hyper[NORMALIZE] != 0, D * (1 / walk_length), D)
+
+        names = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * segment.bucket.amsgrad
+        old = [segment.buffer(name) for name in names]
+        new_theta, *new = adamw(
+            theta,
+            G,
+            old[0],
+            old[1],
+            old[2] if len(old) == 3 else None,
+            step=segment.step.double() + 1,
+            lr=hyper[LR],
+            beta1=hyper[BETA1],
+            beta2=hyper[BETA2],
+            eps=hyper[EPS],
+            weight_decay=hyper[WEIGHT_DECAY],
+        )
+        for before, after in zip(old, new, strict=False):
+            assert after is not None
+            before.copy_(torch.where(walked, after, before))
+        if segment.low_precision:
+            segment.theta.copy_(torch.where(walked, new_theta, theta))
+        segment.weight.copy_(torch.where(walked, new_theta.to(segment.weight.dtype), segment.weight))
+        segment.step += walked

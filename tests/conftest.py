@@ -1,0 +1,77 @@
+"""What several test files share: the table of backends and dtypes, models, gradients."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from nexus_fused import NexusAdamW, backends
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+COMPLEX = [torch.complex64, torch.complex128]
+BACKENDS = [name for name, reason in backends.available().items() if reason is None]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return request.param
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def dtype(request):
+    return request.param
+
+
+def make_params(*shapes, dtype=torch.float32, seed=0):
+    """Parameters of the given shapes, values around 1."""
+    generator = torch.Generator().manual_seed(seed)
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    return [nn.Parameter(torch.randn(shape, generator=generator, dtype=wide).to(dtype)) for shape in shapes]
+
+
+def set_grads(params, seed):
+    """Gives each parameter a new random gradient, the same for the same seed whatever the parameters' dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in params:
+        wide = torch.complex128 if p.is_complex() else torch.float64
+        p.grad = torch.randn(p.shape, generator=generator, dtype=wide).to(p.dtype)
+
+
+def run(optimizer, params, steps, first_seed=0):
+    """`steps` micro-batches of random gradients; the seeds go on from `first_seed`."""
+    for seed in range(first_seed, first_seed + steps):
+        set_grads(params, seed)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def build(*shapes, dtype=torch.float32, **kwargs):
+    """Parameters and their optimizer."""
+    params = make_params(*shapes or ((5, 3), (7,)), dtype=dtype)
+    return params, NexusAdamW(params, **{"lr": 1e-2, "inner_lr": 0.05, **kwargs})
+
+
+def values(params):
+    return [p.detach().clone() for p in params]
+
+
+def assert_same(left, right):
+    """Equality bit for bit (NaN equals NaN)."""
+    for a, b in zip(left, right, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def snapshot(optimizer):
+    """Everything that an error must leave as it was."""
+    return copy.deepcopy((optimizer.state_dict(), [values(g["params"]) for g in optimizer.param_groups]))
+
+
+def assert_snapshot(optimizer, before):
+    state, weights = snapshot(optimizer)
+    torch.testing.assert_close(state["state"], before[0]["state"], rtol=0, atol=0, equal_nan=True)
+    assert str(state["param_groups"]) == str(before[0]["param_groups"])
+    for left, right in zip(weights, before[1], strict=True):
+        assert_same(left, right)

@@ -1,0 +1,316 @@
+"""Bad input: an error that names the group and says what to do; weights, state and position stay as they were."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import (
+    DTYPES,
+    assert_same,
+    assert_snapshot,
+    build,
+    make_params,
+    run,
+    set_grads,
+    snapshot,
+    values,
+)
+from torch import nn
+
+from nexus_fused import NexusAdamW, backends
+
+NAN = float("nan")
+
+HYPERPARAMETERS = [
+    (name, value, TypeError)
+    for name in ("lr", "inner_lr", "eps", "weight_decay")
+    for value in (True, "0.1", None, 1j, torch.tensor(True))
+] + [
+    (name, value, ValueError)
+    for name in ("lr", "inner_lr", "eps", "weight_decay")
+    for value in (NAN, -1.0, float("inf"), torch.tensor([0.1, 0.2]), torch.tensor(NAN))
+]
+HYPERPARAMETERS += [
+    ("inner_lr", 0.0, ValueError),
+    ("inner_lr", torch.tensor(0.0), ValueError),
+    ("betas", (0.9,), TypeError),
+    ("betas", 0.9, TypeError),
+    ("betas", (0.9, True), TypeError),
+    ("betas", (1.0, 0.9), ValueError),
+    ("betas", (0.9, NAN), ValueError),
+    ("betas", (-0.1, 0.9), ValueError),
+    ("inner_steps", 0, ValueError),
+    ("inner_steps", -3, ValueError),
+    ("inner_steps", 2.0, TypeError),
+    ("inner_steps", True, TypeError),
+    ("inner_steps", NAN, TypeError),
+    ("inner_steps", "4", TypeError),
+    ("amsgrad", "no", TypeError),
+    ("maximize", 1.0, TypeError),
+    ("normalize_displacement", None, TypeError),
+    ("inner_lr_follows_lr", 0.5, TypeError),
+    ("differentiable", True, ValueError),
+    ("fused", "yes", TypeError),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "error"), HYPERPARAMETERS, ids=str)
+def test_hyperparameters(name, value, error):
+    params = make_params((3,), (4,))
+    pointers, before = [p.data_ptr() for p in params], values(params)
+    with pytest.raises(error, match=name.replace("betas", r"betas|0\.9")):
+        NexusAdamW(params, **{name: value})
+    if name != "inner_steps":
+        with pytest.raises(error, match=r"group 1"):
+            NexusAdamW([{"params": params[:1]}, {"params": params[1:], name: value}])
+        optimizer = NexusAdamW(params[:1])
+        with pytest.raises(error, match=r"group 1"):
+            optimizer.add_param_group({"params": params[1:], name: value})
+        assert len(optimizer.param_groups) == 1
+        optimizer.add_param_group({"params": params[1:]})
+        before_edit = snapshot(optimizer)
+        original = optimizer.param_groups[1][name]
+        optimizer.param_groups[1][name] = value
+        set_grads(params, 0)
+        with pytest.raises(error, match=r"group 1"):
+            optimizer.step()
+        optimizer.param_groups[1][name] = original
+        assert_snapshot(optimizer, before_edit)
+    else:
+        assert [p.data_ptr() for p in params] == pointers
+    assert_same(values(params), before)
+
+
+class TestParameters:
+    def test_empty(self):
+        with pytest.raises(ValueError, match="empty parameter list"):
+            NexusAdamW([])
+
+    def test_one_tensor_instead_of_a_list(self):
+        with pytest.raises(TypeError, match="iterable"):
+            NexusAdamW(nn.Parameter(torch.zeros(3)))
+
+    @pytest.mark.parametrize(
+        ("make", "error", "match"),
+        [
+            (lambda p: p * 2, ValueError, "non-leaf"),
+            (lambda p: "weight", TypeError, "must be a tensor"),
+            (
+                lambda p: nn.Parameter(torch.zeros(3, dtype=torch.int64), requires_grad=False),
+                TypeError,
+                "int64",
+            ),
+            (lambda p: nn.Parameter(torch.zeros(3, dtype=torch.float8_e4m3fn)), TypeError, "float8"),
+            (lambda p: nn.Parameter(torch.zeros(1).expand(3)), ValueError, "expanded"),
+            (lambda p: nn.Parameter(torch.zeros(3, device="meta")), ValueError, "meta"),
+            (lambda p: nn.Parameter(torch.eye(3).to_sparse()), ValueError, "sparse"),
+        ],
+    )
+    def test_unusable(self, make, error, match):
+        good = make_params((3,), (4,))
+        bad = make(nn.Parameter(torch.ones(3)))
+        with pytest.raises(error, match=f"parameter 1 of group 1.*{match}|{match}.*parameter 1 of group 1"):
+            NexusAdamW([{"params": good[:1]}, {"params": [good[1], bad]}])
+
+    def test_in_two_groups(self):
+        (p,) = make_params((3,))
+        with pytest.raises(ValueError, match="more than one parameter group"):
+            NexusAdamW([{"params": [p]}, {"params": [p]}])
+
+    def test_twice_in_one_group(self):
+        (p,), (q,) = make_params((3,)), make_params((3,))
+        with pytest.warns(UserWarning, match="duplicate"):
+            optimizer = NexusAdamW([p, p])
+        other = NexusAdamW([q])
+        run(optimizer, [p], 4)
+        run(other, [q], 4)
+        assert_same([p.detach()], [q.detach()])
+        assert len(optimizer.state_dict()["param_groups"][0]["params"]) == 1
+
+    def test_a_set_has_no_order(self):
+        with pytest.raises(TypeError, match="set"):
+            NexusAdamW([{"params": set(make_params((3,)))}])
+
+    def test_own_inner_steps_of_a_group(self):
+        params = make_params((3,), (4,))
+        with pytest.raises(ValueError, match="group 1 is 5, but it is one for the whole optimizer"):
+            NexusAdamW([{"params": params[:1]}, {"params": params[1:], "inner_steps": 5}])
+
+
+class TestBackends:
+    def test_unknown(self):
+        with pytest.raises(ValueError, match=r"unknown backend 'opencl'.*cpu"):
+            NexusAdamW(make_params((3,)), backend="opencl")
+
+    @pytest.mark.parametrize("name", [n for n, reason in backends.available().items() if reason])
+    def test_missing(self, name):
+        with pytest.raises(RuntimeError, match=f"backend='{name}' cannot run"):
+            NexusAdamW(make_params((3,)), backend=name)
+
+    @pytest.mark.parametrize(("backend", "fused"), [("reference", True), ("cpu", False)])
+    def test_contradiction(self, backend, fused):
+        with pytest.raises(ValueError, match="contradicts"):
+            NexusAdamW(make_params((3,)), backend=backend, fused=fused)
+
+    def test_fused_keyword(self):
+        fused, plain = NexusAdamW(make_params((3,)), fused=True), NexusAdamW(make_params((3,)), fused=False)
+        assert [next(iter(o._tables.values())).backend.__name__ for o in (fused, plain)] == [
+            "nexus_fused.cpu",
+            "nexus_fused.reference",
+        ]
+
+
+class TestGradients:
+    @pytest.mark.parametrize(
+        ("spoil", "match"),
+        [
+            (lambda p: p.grad.resize_(2), r"shape \(2,\)"),
+            (lambda p: setattr(p.grad, "data", torch.zeros(3, 1, dtype=p.dtype)), r"shape \(3, 1\)"),
+        ],
+    )
+    @pytest.mark.parametrize("taken", [0, 2, 3])
+    def test_another_shape(self, backend, spoil, match, taken):
+        params, optimizer = build((5,), (3,), backend=backend)
+        run(optimizer, params, 4 + taken)
+        set_grads(params, 0)
+        before = snapshot(optimizer)
+        spoil(params[1])
+        with pytest.raises(RuntimeError, match=rf"gradient of parameter 1 of group 0.*{match}.*set p.grad to None"):
+            optimizer.step()
+        assert_snapshot(optimizer, before)
+        assert optimizer.cycle_position == taken
+
+    def test_another_dtype(self, backend, dtype):
+        params, optimizer = build((5,), (3,), dtype=dtype, backend=backend)
+        other = torch.float64 if dtype != torch.float64 else torch.float32
+        set_grads(params, 0)
+        before = snapshot(optimizer)
+        params[1].grad.data = params[1].grad.to(other)
+        with pytest.raises(RuntimeError, match=f"gradient of parameter 1 of group 0.*{other}"):
+            optimizer.step()
+        assert_snapshot(optimizer, before)
+
+    def test_another_device(self, backend):
+        class Elsewhere(nn.Parameter):
+            @property
+            def grad(self):
+                return torch.empty(3, device="meta")
+
+        (good,) = make_params((5,))
+        optimizer = NexusAdamW([good, Elsewhere(torch.ones(3))], backend=backend)
+        set_grads([good], 0)
+        before = snapshot(optimizer)
+        with pytest.raises(RuntimeError, match=r"gradient of parameter 1 of group 0.*meta"):
+            optimizer.step()
+        assert_snapshot(optimizer, before)
+
+    def test_sparse(self, backend):
+        embedding = nn.Embedding(5, 3, sparse=True)
+        optimizer = NexusAdamW(embedding.parameters(), backend=backend)
+        embedding(torch.tensor([1])).sum().backward()
+        before = snapshot(optimizer)
+        with pytest.raises(RuntimeError, match=r"gradient of parameter 0 of group 0.*sparse=False"):
+            optimizer.step()
+        assert_snapshot(optimizer, before)
+
+
+def truncated(key):
+    def change(state):
+        del state["state"][1][key]
+
+    return change
+
+
+def set_key(where, key, value):
+    def change(state):
+        (state["param_groups"][0] if where == "group" else state["state"][1])[key] = value
+
+    return change
+
+
+def drop_all_anchors(state):
+    for entry in state["state"].values():
+        entry.pop("anchor", None)
+        entry.pop("walk", None)
+
+
+CHECKPOINTS = [
+    (lambda s: s.pop("state"), "'state' and 'param_groups'"),
+    (lambda s: s["param_groups"].append(s["param_groups"][0]), "number of parameter groups"),
+    (lambda s: s["param_groups"][0]["params"].append(7), "size of optimizer's group"),
+    (truncated("exp_avg"), "parameter 1 of group 0 lacks exp_avg.*truncated"),
+    (truncated("step"), "parameter 1 of group 0 lacks step"),
+    (
+        set_key("entry", "momentum_buffer", torch.zeros(7)),
+        "parameter 1 of group 0 has unknown momentum_buffer",
+    ),
+    (set_key("entry", "exp_avg", torch.zeros(8)), r"'exp_avg' of parameter 1 of group 0 is \(8,\)"),
+    (set_key("entry", "exp_avg_sq", None), "'exp_avg_sq' of parameter 1 of group 0 is None"),
+    (set_key("entry", "step", torch.zeros(2)), "'step' of parameter 1 of group 0"),
+    (set_key("entry", "step", "four"), "'step' of parameter 1 of group 0"),
+    (lambda s: s["state"].update({1: [1, 2]}), "parameter 1 of group 0 must be a dict"),
+    (set_key("group", "lr", NAN), "lr of parameter group 0"),
+    (set_key("group", "lr", "1"), "lr of parameter group 0"),
+    (set_key("group", "cycle_position", 4), "cycle_position 4 is none of 0"),
+    (set_key("group", "cycle_position", -1), "cycle_position -1"),
+    (set_key("group", "cycle_position", "1"), "cycle_position '1'"),
+]
+MID_CYCLE = [
+    (drop_all_anchors, r"position 2.*parameter 0 of group 0 has no '(anchor|walk)'.*materialize_anchors\(\)"),
+    (lambda s: s["state"].pop(1), r"parameter 1 of group 0 has no.*materialize_anchors\(\)"),
+    (set_key("group", "inner_steps", 5), "inner_steps=5, this optimizer has 4"),
+    (lambda s: s["param_groups"][0].pop("walk_length"), "lacks walk_length"),
+    (lambda s: s["param_groups"][0].pop("touched"), "lacks touched"),
+]
+
+
+class TestCheckpoints:
+    @pytest.mark.parametrize(
+        ("taken", "change", "match"),
+        [(0, *case) for case in CHECKPOINTS] + [(2, *case) for case in CHECKPOINTS + MID_CYCLE],
+    )
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_rejected(self, backend, taken, change, match, dtype):
+        params, optimizer = build(dtype=dtype, backend=backend)
+        run(optimizer, params, taken)
+        state = copy.deepcopy(optimizer.state_dict())
+        change(state)
+        params, optimizer = build(dtype=dtype, backend=backend)
+        run(optimizer, params, 3)
+        before = snapshot(optimizer)
+        with pytest.raises((ValueError, TypeError), match=match):
+            optimizer.load_state_dict(state)
+        assert_snapshot(optimizer, before)
+        run(optimizer, params, 1)
+        assert optimizer.at_boundary
+
+    def test_groups_at_different_positions(self, backend):
+        params = make_params((3,), (4,))
+        optimizer = NexusAdamW([{"params": params[:1]}, {"params": params[1:]}], backend=backend)
+        run(optimizer, params, 2)
+        state = copy.deepcopy(optimizer.state_dict())
+        state["param_groups"][1]["cycle_position"] = 1
+        with pytest.raises(ValueError, match="different positions"):
+            optimizer.load_state_dict(state)
+
+    def test_other_inner_steps_at_a_boundary(self, backend):
+        params, optimizer = build(backend=backend, inner_steps=6)
+        state = optimizer.state_dict()
+        params, optimizer = build(backend=backend, inner_steps=2)
+        with pytest.warns(UserWarning, match="inner_steps=6, this optimizer has 2, which it keeps"):
+            optimizer.load_state_dict(state)
+        run(optimizer, params, 2)
+        assert optimizer.at_boundary
+
+    def test_another_dtype_in_mid_cycle(self, backend):
+        params, optimizer = build(dtype=torch.bfloat16, backend=backend)
+        run(optimizer, params, 1)
+        _, other = build(dtype=torch.float32, backend=backend)
+        with pytest.raises(ValueError, match="has no 'anchor'"):
+            other.load_state_dict(optimizer.state_dict())
+
+
+def test_every_dtype_is_covered():
+    assert set(DTYPES) == {torch.float64, torch.float32, torch.bfloat16, torch.float16}

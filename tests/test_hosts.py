@@ -1,0 +1,233 @@
+"""What drives an optimizer: GradScaler, schedulers, hooks, clipping, tensor learning rates."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from conftest import assert_same, build, make_params, run, set_grads, values
+from torch import nn
+
+from nexus_fused import NexusAdamW
+
+
+class TestGradScaler:
+    @pytest.mark.parametrize("attributes", [("grad_scale",), ("found_inf",), ("grad_scale", "found_inf")], ids="+".join)
+    def test_each_attribute_works_without_the_other(self, backend, dtype, attributes):
+        params, optimizer = build(dtype=dtype, backend=backend)
+        plain, other = build(dtype=dtype, backend=backend)
+        for seed in range(4):
+            set_grads(params, seed)
+            set_grads(plain, seed)
+            if "grad_scale" in attributes:
+                optimizer.grad_scale = torch.tensor(128.0)
+                for p in params:
+                    p.grad *= 128
+            if "found_inf" in attributes:
+                optimizer.found_inf = torch.tensor(float(seed == 1))
+                if seed == 1:
+                    plain[0].grad.fill_(float("nan"))
+            optimizer.step()
+            other.step()
+        assert_same(values(params), values(plain))  # a power of two cannot matter to the walk
+        ours, theirs = optimizer.metrics(), other.metrics()
+        assert ours["skipped_inner_steps"] == theirs["skipped_inner_steps"] == ("found_inf" in attributes)
+        for k, (n, m) in enumerate(zip(ours["grad_norms"], theirs["grad_norms"], strict=True)):
+            assert n == pytest.approx(m) or (k == 1 and math.isnan(m))
+
+    def test_the_real_one(self, backend):
+        model = nn.Linear(6, 4)
+        optimizer = NexusAdamW(model.parameters(), backend=backend)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
+        for i in range(9):
+            x = torch.randn(3, 6)
+            if i == 5:
+                x[0, 0] = float("inf")
+            scaler.scale(model(x).square().mean()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        assert optimizer.cycle_position == 1
+        assert optimizer.metrics()["skipped_inner_steps"] == 1
+        assert all(p.isfinite().all() for p in model.parameters())
+        assert scaler.get_scale() != 2.0**10
+
+    def test_unscaled_and_clipped_before(self, backend):
+        model = nn.Linear(6, 4)
+        optimizer = NexusAdamW(model.parameters(), backend=backend, inner_steps=2)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        for _ in range(2):
+            scaler.scale(model(torch.ones(3, 6)).square().mean()).backward()
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        assert optimizer.metrics()["grad_norms"] == pytest.approx([0.1, 0.1], rel=1e-4)
+
+
+class TestSchedules:
+    def test_inner_lr_follows_lr(self, backend):
+        params, optimizer = build(backend=backend, lr=1.0, inner_lr=0.5)
+        expected = 0.0
+        for lr in (1.0, 0.3, 0.0):
+            optimizer.param_groups[0]["lr"] = lr
+            run(optimizer, params, 1)
+            expected += 0.5 * max(lr, 0.1)
+            assert float(optimizer.param_groups[0]["walk_length"]) == pytest.approx(expected)
+
+    @pytest.mark.parametrize(("options", "gamma"), [({"inner_lr_follows_lr": False}, 0.5), ({"lr": 0.0}, 0.5)])
+    def test_constant_inner_lr(self, backend, options, gamma):
+        params, optimizer = build(backend=backend, **{"lr": 1.0, "inner_lr": 0.5, **options})
+        optimizer.param_groups[0]["lr"] = 0.01
+        run(optimizer, params, 1)
+        assert float(optimizer.param_groups[0]["walk_length"]) == gamma
+
+    def test_one_cycle(self, backend):
+        """The peak counts, not the tiny rate at the start."""
+        params, optimizer = build(backend=backend, lr=1e-3, inner_lr=0.5)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, max_lr=1.0, total_steps=8, div_factor=5, cycle_momentum=False
+        )
+        for _ in range(3):
+            lr = optimizer.param_groups[0]["lr"]
+            before = float(optimizer.param_groups[0]["walk_length"])
+            run(optimizer, params, 1)
+            scheduler.step()
+            walked = float(optimizer.param_groups[0]["walk_length"]) - before
+            assert walked == pytest.approx(0.5 * max(lr, 0.1))
+
+    def test_tensor_lr_belongs_to_its_group(self, backend):
+        lr = torch.tensor(0.1)
+        params = make_params((3,), (4,))
+        optimizer = NexusAdamW(
+            [{"params": params[:1]}, {"params": params[1:]}],
+            lr=lr,
+            inner_lr=torch.tensor([0.05]),
+            backend=backend,
+        )
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda k: 1.0, lambda k: 0.5**k])
+        for _ in range(4):
+            run(optimizer, params, 1)
+            scheduler.step()
+        assert lr == pytest.approx(0.1)
+        assert [float(g["lr"]) for g in optimizer.param_groups] == pytest.approx([0.1, 0.00625])
+
+    def test_tensors_and_floats_are_the_same(self, backend):
+        results = []
+        for kind in (float, torch.tensor, lambda x: torch.tensor([x], dtype=torch.float64)):
+            params, optimizer = build(
+                backend=backend, lr=kind(0.25), inner_lr=kind(0.0625), betas=(kind(0.875), kind(0.96875))
+            )
+            run(optimizer, params, 9)
+            results.append(values(params))
+        assert_same(results[0], results[1])
+        assert_same(results[0], results[2])
+
+    def test_edits_between_steps(self, backend):
+        """Also amsgrad, switched on late."""
+        params, optimizer = build(backend=backend)
+        run(optimizer, params, 4)
+        optimizer.param_groups[0].update(weight_decay=0.3, betas=(0.5, 0.6), amsgrad=True, maximize=True)
+        run(optimizer, params, 4)
+        assert optimizer.state[params[0]]["max_exp_avg_sq"].any()
+        maxima = optimizer.state[params[0]]["max_exp_avg_sq"].clone()
+        optimizer.param_groups[0]["amsgrad"] = False
+        run(optimizer, params, 4)
+        assert_same([optimizer.state[params[0]]["max_exp_avg_sq"]], [maxima])
+
+
+def test_hooks(backend):
+    params, optimizer = build(backend=backend)
+    calls = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+    optimizer.register_state_dict_pre_hook(lambda _: calls.append("state"))
+    optimizer.register_state_dict_post_hook(lambda _, state: {**state, "extra": 1})
+    optimizer.register_load_state_dict_pre_hook(lambda _, state: {k: v for k, v in state.items() if k != "extra"})
+    optimizer.register_load_state_dict_post_hook(lambda _: calls.append("loaded"))
+    run(optimizer, params, 2)
+    state = optimizer.state_dict()
+    assert state["extra"] == 1
+    optimizer.load_state_dict(state)
+    assert calls == ["pre", "post", "pre", "post", "state", "loaded"]
+
+
+def test_repr(backend):
+    _, optimizer = build(backend=backend, inner_lr=0.05)
+    text = repr(optimizer)
+    assert "NexusAdamW (inner_steps: 4" in text
+    assert "inner_lr: 0.05" in text
+    assert "walk_length" not in text
+
+
+def test_set_to_zero_instead_of_none(backend):
+    """zero_grad(set_to_none=False) keeps the gradients' memory; a zero gradient is a gradient."""
+    params, optimizer = build(backend=backend)
+    for _ in range(4):
+        for i, p in enumerate(params):
+            p.grad = torch.zeros_like(p) if i else torch.ones_like(p)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+    assert all(optimizer.state[p]["step"] == 1 for p in params)
+
+
+def test_scales_of_lr_zero_steps(backend):
+    """A checkpoint helper's artificial step with zero gradients and lr = 0 changes no weight."""
+    params, optimizer = build(backend=backend)
+    before = values(params)
+    optimizer.param_groups[0]["lr"] = 0.0
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert_same(values(params), before)
+
+
+def test_group_without_parameters(backend):
+    (p,) = make_params((3,))
+    optimizer = NexusAdamW([{"params": []}, {"params": [p]}], backend=backend)
+    run(optimizer, [p], 5)
+    state = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(state)
+    assert optimizer.state[p]["step"] == 1
+
+
+def test_named_parameters(backend):
+    model = nn.Linear(3, 2)
+    optimizer = NexusAdamW(model.named_parameters(), backend=backend)
+    run(optimizer, list(model.parameters()), 4)
+    assert optimizer.state_dict()["param_groups"][0]["param_names"] == ["weight", "bias"]
+
+
+def test_gradients_are_let_go(backend):
+    """Between steps the optimizer keeps no gradient alive."""
+    import gc
+    import weakref
+
+    (p,), optimizer = build((3,), backend=backend)
+    for _ in range(5):
+        set_grads([p], 0)
+        alive = weakref.ref(p.grad)
+        optimizer.step()
+        optimizer.zero_grad()
+        gc.collect()
+        assert alive() is None
+
+
+def test_threads(backend):
+    """Whatever torch.set_num_threads says: the same bits."""
+    results, threads = [], torch.get_num_threads()
+    try:
+        for n in (1, 2, 5):
+            torch.set_num_threads(n)
+            params, optimizer = build((200, 300), (70001,), backend=backend)
+            run(optimizer, params, 9)
+            results.append(values(params))
+    finally:
+        torch.set_num_threads(threads)
+    if backend == "reference":  # torch sums a norm in an order of its own
+        results = [[p.round(decimals=5) for p in params] for params in results]
+    assert_same(results[0], results[1])
+    assert_same(results[0], results[2])

@@ -1,0 +1,230 @@
+"""Every backend against reference.py, function by function, over one table of dtypes, sizes and alignments.
+
+Backends get the same scalars, so elements must be equal bit for bit. Exception: float64's square root, which PyTorch
+on a CPU may round one unit away; from there at most a few units in θ.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import BACKENDS, DTYPES, assert_same
+from torch import nn
+
+from nexus_fused import backends, reference
+from nexus_fused.cycle import Cycle
+from nexus_fused.flat import CHUNK_ELEMENTS, TOUCHED, Table, make_segment
+
+SIZES = [0, 1, 31, 1023, CHUNK_ELEMENTS - 1, CHUNK_ELEMENTS, CHUNK_ELEMENTS + 1, 3 * CHUNK_ELEMENTS + 17]
+FUSED = [name for name in BACKENDS if name != "reference"]
+HYPER = {
+    "inner_lr": 0.01,
+    "lr": 1e-2,
+    "beta1": 0.9,
+    "beta2": 0.95,
+    "eps": 1e-8,
+    "weight_decay": 0.1,
+    "sign": 1,
+    "normalize": 1,
+}
+
+
+def make_table(name, dtype, sizes, *, offset=0, touched=(), gradients="all", flatten=False, amsgrad=False, bad=None):
+    """A table with random weights, moments, θ and gradients; unwritten memory is NaN. `offset`: of the weights."""
+    torch.manual_seed(0)
+    module = backends.resolve(name, None, torch.device("cpu"))
+    table = Table(torch.device("cpu"), dtype, module)
+    segments = []
+    for i, size in enumerate(sizes):
+        param = nn.Parameter(torch.randn(size + offset, dtype=torch.float64).to(dtype)[offset:])
+        segments.append(make_segment(param, group=0, index=i, state={}))
+    table.extend(segments, flatten=flatten)
+    table.set_amsgrad(0, amsgrad)
+    for bucket in table.buckets:  # whoever reads before writing is found out
+        bucket.ensure("walk" if bucket.state_dtype != dtype else "anchor")
+        (bucket.buffers["walk"] if bucket.state_dtype != dtype else bucket.buffers["anchor"]).fill_(float("nan"))
+    table.ensure_cycle_buffers()
+    table._rebuild()
+    for i, segment in enumerate(table.segments):
+        segment.step.fill_(i)
+        for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+            if name in segment.bucket.buffers:
+                segment.buffer(name).copy_(torch.rand(segment.numel) * 1e-2)
+        if i in touched:
+            if segment.low_precision:
+                segment.walk.copy_(segment.theta + 0.01 * torch.randn(segment.numel))
+                segment.weight.copy_(segment.walk)
+            else:
+                segment.theta.copy_(segment.walk + 0.01 * torch.randn(segment.numel))
+        if gradients == "all" or i in gradients:
+            segment.param.grad = torch.randn(segment.numel + offset, dtype=torch.float64).to(dtype)[offset:]
+            if bad is not None and segment.numel:
+                segment.param.grad[-1] = bad
+    table.set_touched([s for i, s in enumerate(table.segments) if i in touched], True)
+    table.read_gradients(use=True)
+    table.take_gradients(adopt=True)
+    return table
+
+
+def make_cycle(**hyper):
+    cycle = Cycle(torch.device("cpu"), 4)
+    cycle.grow(1)
+    cycle.set_hyper([list({**HYPER, **hyper}.values())])
+    return cycle
+
+
+def contents(table, cycle):
+    """All that a kernel may write."""
+    tensors = []
+    for segment in table.segments:
+        tensors += [segment.weight.clone(), segment.step.clone()]
+        tensors += [segment.buffer(name).clone() for name in sorted(segment.bucket.buffers)]
+    return tensors, [cycle.moves.clone(), cycle.lost_moves.clone(), cycle.displacement_sq.clone()]
+
+
+def compare(function, name, dtype, *, factor=None, walk_length=0.03, hyper=None, **table):
+    """Runs a function of the reference and of `name` on equal tables and compares all they wrote."""
+    results = []
+    for which in ("reference", name):
+        made, cycle = make_table(which, dtype, **table), make_cycle(**(hyper or {}))
+        cycle.advance(reference.sq_norm(made), 0, None, None)
+        if factor is not None:
+            cycle.factor.fill_(factor)
+        cycle.walk_length.fill_(walk_length)
+        getattr(made.backend, function)(made, cycle)
+        results.append(contents(made, cycle))
+    (left, left_sums), (right, right_sums) = results
+    if dtype == torch.float64 and function == "outer_step":
+        for a, b in zip(left, right, strict=True):
+            torch.testing.assert_close(a, b, rtol=4e-16, atol=4e-16, equal_nan=True)
+    else:
+        assert_same(left, right)
+    # Sums of float64 in another order: N·2^-53 at most, far less in practice.
+    torch.testing.assert_close(left_sums, right_sums, rtol=1e-12, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+class TestParity:
+    @pytest.mark.parametrize("size", SIZES)
+    @pytest.mark.parametrize("offset", [0, 1, 3])
+    def test_sizes_and_alignments(self, name, dtype, size, offset):
+        made = make_table(name, dtype, [size, 5, size], offset=offset)
+        torch.testing.assert_close(made.backend.sq_norm(made), reference.sq_norm(made), rtol=1e-12, atol=0)
+        for function in ("inner_step", "outer_step"):
+            for touched in ((), (0, 1, 2)):
+                compare(function, name, dtype, sizes=[size, 5, size], offset=offset, touched=touched)
+
+    @pytest.mark.parametrize("position", range(3))
+    def test_empty_parameter_in_every_position(self, name, dtype, position):
+        sizes = [100, 33]
+        sizes.insert(position, 0)
+        for function in ("inner_step", "outer_step"):
+            compare(function, name, dtype, sizes=sizes)
+
+    def test_nothing_but_empty(self, name, dtype):
+        made = make_table(name, dtype, [0, 0])
+        assert made.backend.sq_norm(made) == 0
+        compare("outer_step", name, dtype, sizes=[0, 0])
+
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+    def test_skipped_step(self, name, dtype, bad):
+        made = make_table(name, dtype, [40, 9], bad=bad)
+        assert not made.backend.sq_norm(made).isfinite()
+        for function in ("inner_step", "outer_step"):
+            for touched in ((), (0,), (0, 1)):
+                compare(function, name, dtype, sizes=[40, 9], touched=touched, bad=bad)
+
+    @pytest.mark.parametrize("flatten", [False, True])
+    @pytest.mark.parametrize("amsgrad", [False, True])
+    @pytest.mark.parametrize(
+        "hyper", [{}, {"normalize": 0}, {"sign": -1}, {"beta1": 0.0}, {"beta1": 0.3, "beta2": 0.0}, {"lr": 0}]
+    )
+    def test_options(self, name, dtype, flatten, amsgrad, hyper):
+        compare(
+            "outer_step",
+            name,
+            dtype,
+            sizes=[70, 2000],
+            touched=(1,),
+            flatten=flatten,
+            amsgrad=amsgrad,
+            hyper=hyper,
+        )
+
+    def test_who_takes_part(self, name, dtype):
+        """Touched or not, with or without a gradient: all four."""
+        for function in ("inner_step", "outer_step"):
+            compare(function, name, dtype, sizes=[50, 60, 70, 80], touched=(0, 1), gradients=(1, 2))
+
+    def test_no_last_gradient(self, name, dtype):
+        compare("outer_step", name, dtype, sizes=[50, 60], touched=(0, 1), gradients=(), factor=0)
+
+    def test_group_that_never_walked(self, name, dtype):
+        compare("outer_step", name, dtype, sizes=[50, 60], touched=(0, 1), walk_length=0)
+
+    @pytest.mark.parametrize("scale", [1e-38, 1e-25, 1e25, 1e37])
+    def test_range_of_the_norm(self, name, dtype, scale):
+        if dtype == torch.float16:
+            scale = {1e-38: 6e-8, 1e-25: 1e-5, 1e25: 1e3, 1e37: 5e4}[scale]
+        table = make_table(name, dtype, [1000])
+        table.segments[0].grad.fill_(scale)
+        exact = table.segments[0].grad[0].double() ** 2 * 1000
+        assert table.backend.sq_norm(table).item() == pytest.approx(exact.item(), rel=1e-12)
+        assert table.backend.sq_norm(table) > 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_instruction_sets_and_threads_agree(dtype):
+    """Bit for bit, sums included: neither the width of a register nor the number of threads shows."""
+    extension = pytest.importorskip("nexus_fused._C")
+    threads, best = torch.get_num_threads(), extension.instruction_set()
+    results = []
+    try:
+        for isa in extension.instruction_sets():
+            for n in (1, 2, 3, 7):
+                extension.set_instruction_set(isa)
+                torch.set_num_threads(n)
+                table, cycle = make_table("cpu", dtype, [50, 70000, 1, 33000]), make_cycle()
+                sq_norm = table.backend.sq_norm(table)
+                cycle.advance(sq_norm, 0, None, None)
+                table.backend.inner_step(table, cycle)
+                table.set_touched(table.segments, True)
+                table.backend.outer_step(table, cycle)
+                tensors, sums = contents(table, cycle)
+                results.append([sq_norm, *tensors, *sums])
+    finally:
+        extension.set_instruction_set(best)
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert_same(results[0], other)
+
+
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float16], ids=str)
+def test_every_rounding_is_pytorchs(storage):
+    """All 65,536 values and points between and around them are rounded as PyTorch rounds."""
+    pytest.importorskip("nexus_fused._C")
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    exact = bits.view(storage).float()
+    points = torch.cat([exact, torch.nextafter(exact, torch.tensor(torch.inf)), (exact + exact.roll(1)) / 2])
+    table = make_table("cpu", storage, [len(points)])
+    segment, cycle = table.segments[0], make_cycle(normalize=0, lr=0, weight_decay=0)
+    # θ is stored as it is when lr and weight decay are 0: a pure rounding into the parameter.
+    segment.theta.copy_(points)
+    cycle.walk_length.fill_(1)
+    table.backend.outer_step(table, cycle)
+    rounded = points.to(storage)
+    assert torch.equal(segment.weight.isnan(), rounded.isnan())
+    keep = ~rounded.isnan()
+    assert torch.equal(segment.weight.view(torch.int16)[keep], rounded.view(torch.int16)[keep])
+
+
+def test_layout_of_tables():
+    """The struct in csrc/nexus_math.h and the columns in Python are one list."""
+    from nexus_fused import cycle, flat
+
+    extension = pytest.importorskip("nexus_fused._C")
+    assert 8 * len(flat.COLUMNS) == extension.SEGMENT_BYTES
+    assert 8 * len(cycle.HYPER) == extension.HYPER_BYTES
+    assert extension.CHUNK_ELEMENTS == flat.CHUNK_ELEMENTS
+    assert flat.COLUMNS[TOUCHED] == "touched"

@@ -1,0 +1,278 @@
+"""Saving and loading: exact resume, AdamW both ways, precision, deepcopy, pickle, distributed checkpoints' code."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from conftest import assert_same, build, make_params, run, set_grads, values
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from nexus_fused import NexusAdamW
+
+
+def reload(state):
+    """Through a file, with the safe loader."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def everything(params, optimizer):
+    state = optimizer.state_dict()
+    return [*values(params), *[v.clone() for entry in state["state"].values() for v in entry.values()]]
+
+
+@pytest.mark.parametrize("taken", range(1, 9))
+@pytest.mark.parametrize("order", ["model first", "optimizer first"])
+def test_resume_after_any_micro_batch(backend, dtype, taken, order):
+    params, optimizer = build((5, 3), (7,), (2,), dtype=dtype, backend=backend, amsgrad=True)
+
+    def steps(params, optimizer, first, last):
+        for seed in range(first, last):
+            set_grads(params, seed)
+            if seed % 4 < 2:
+                params[1].grad = None  # joins late
+            if 4 <= seed < 8:
+                params[2].grad = None  # misses the second cycle
+            optimizer.step()
+            optimizer.zero_grad()
+
+    steps(params, optimizer, 0, taken)
+    saved, weights = reload(optimizer.state_dict()), reload(values(params))
+    steps(params, optimizer, taken, 12)
+
+    others, resumed = build((5, 3), (7,), (2,), dtype=dtype, backend=backend, amsgrad=True)
+    run(resumed, others, 2)  # a past of its own
+    if order == "optimizer first":
+        resumed.load_state_dict(saved)
+    with torch.no_grad():
+        for p, value in zip(others, weights, strict=True):
+            p.copy_(value)
+    if order == "model first":
+        resumed.load_state_dict(saved)
+    assert resumed.cycle_position == taken % 4
+    steps(others, resumed, taken, 12)
+    assert_same(everything(params, optimizer), everything(others, resumed))
+    assert optimizer.metrics() == resumed.metrics()
+
+
+def test_state_exists_from_construction_and_is_inert(backend, dtype):
+    params, optimizer = build(dtype=dtype, backend=backend, amsgrad=True)
+    keys = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"} | ({"master"} if dtype.itemsize == 2 else set())
+    for p in params:
+        state = optimizer.state[p]
+        assert set(state) == keys
+        assert state["step"] == 0
+        assert state["step"].dtype == torch.float32
+        assert state["exp_avg"].shape == p.shape
+        assert not state["exp_avg"].any()
+        assert state["exp_avg"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+def test_keys_in_mid_cycle(backend, dtype):
+    params, optimizer = build(dtype=dtype, backend=backend)
+    groups = set(optimizer.state_dict()["param_groups"][0])
+    set_grads(params, 0)
+    params[1].grad = None
+    optimizer.step()
+    state = optimizer.state_dict()
+    keys = {"exp_avg", "exp_avg_sq", "step"} | ({"master", "walk"} if dtype.itemsize == 2 else {"anchor"})
+    assert set(state["state"][0]) == set(state["state"][1]) == keys
+    theta = state["state"][1]["master" if dtype.itemsize == 2 else "anchor"]
+    assert_same([theta.to(dtype)], [params[1].detach()])
+    assert set(state["param_groups"][0]) == groups
+    run(optimizer, params, 3)
+    assert set(state["state"][0]) == keys  # what was handed out stays
+    assert "anchor" not in optimizer.state_dict()["state"][0]
+
+
+class TestAdamW:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+    @pytest.mark.parametrize("amsgrad", [False, True])
+    def test_its_state_loads(self, backend, dtype, amsgrad):
+        params = make_params((5, 3), (7,), dtype=dtype)
+        adamw = torch.optim.AdamW(params, lr=3e-3, betas=(0.8, 0.9), amsgrad=amsgrad)
+        run(adamw, params, 3)
+        optimizer = NexusAdamW(params, lr=1e-2, inner_lr=0.07, backend=backend)
+        optimizer.load_state_dict(reload(adamw.state_dict()))
+        group = optimizer.param_groups[0]
+        assert (group["lr"], group["betas"], group["inner_lr"], group["amsgrad"]) == (
+            3e-3,
+            (0.8, 0.9),
+            0.07,
+            amsgrad,
+        )
+        assert group["base_lr"] == 1e-2
+        for p in params:
+            assert optimizer.state[p]["step"] == 3
+            assert_same([optimizer.state[p]["exp_avg"].to(dtype)], [adamw.state[p]["exp_avg"]])
+        run(optimizer, params, 4)
+        assert optimizer.state[params[0]]["step"] == 4
+
+    def test_ours_loads_into_it(self, backend):
+        params, optimizer = build(backend=backend)
+        run(optimizer, params, 4)
+        adamw = torch.optim.AdamW(params)
+        adamw.load_state_dict(reload(optimizer.state_dict()))
+        assert_same([adamw.state[p]["exp_avg_sq"] for p in params], [optimizer.state[p]["exp_avg_sq"] for p in params])
+        run(adamw, params, 1)
+        assert adamw.state[params[0]]["step"] == 2
+
+    def test_schedulers_peak_becomes_base_lr(self, backend):
+        params = make_params((3,))
+        adamw = torch.optim.AdamW(params, lr=1e-3)
+        torch.optim.lr_scheduler.OneCycleLR(adamw, max_lr=0.5, total_steps=10)
+        optimizer = NexusAdamW(params, backend=backend)
+        optimizer.load_state_dict(adamw.state_dict())
+        assert optimizer.param_groups[0]["base_lr"] == 0.5
+
+
+class TestPrecision:
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_loading_never_narrows(self, backend, dtype):
+        params, optimizer = build(dtype=dtype, backend=backend)
+        run(optimizer, params, 4)
+        others, loaded = build(dtype=dtype, backend=backend)
+        loaded.load_state_dict(reload(optimizer.state_dict()))
+        for p, q in zip(params, others, strict=True):
+            for key in ("master", "exp_avg", "exp_avg_sq"):
+                assert loaded.state[q][key].dtype == torch.float32
+                assert_same([loaded.state[q][key]], [optimizer.state[p][key]])
+            assert_same([p.detach()], [q.detach()])  # a loaded master wins over the parameter
+        assert not torch.equal(loaded.state[q]["master"].to(dtype).float(), loaded.state[q]["master"])
+
+    def test_missing_master_is_taken_from_the_parameter(self, backend):
+        params, optimizer = build(dtype=torch.bfloat16, backend=backend)
+        state = optimizer.state_dict()
+        for entry in state["state"].values():
+            del entry["master"]
+        with torch.no_grad():
+            params[0].fill_(3)
+        optimizer.load_state_dict(state)
+        assert_same([optimizer.state[params[0]]["master"]], [params[0].detach().float()])
+
+    def test_missing_entry_is_zero_state(self, backend, dtype):
+        params, optimizer = build(dtype=dtype, backend=backend)
+        run(optimizer, params, 4)
+        state = optimizer.state_dict()
+        del state["state"][0]
+        optimizer.load_state_dict(state)
+        assert optimizer.state[params[0]]["step"] == 0
+        assert not optimizer.state[params[0]]["exp_avg"].any()
+        assert optimizer.state[params[1]]["step"] == 1
+
+
+class TestOuterWeights:
+    @pytest.mark.parametrize("taken", range(5))
+    def test_theta_is_shown_and_the_walk_comes_back(self, backend, dtype, taken):
+        params, optimizer = build((5, 3), (7,), (2,), dtype=dtype, backend=backend)
+        run(optimizer, params, 4)
+        theta = values(params)
+        run(optimizer, params[:2], taken, 4)
+        if taken == 4:
+            theta = values(params)
+        walk, state = values(params), copy.deepcopy(optimizer.state_dict())
+        with optimizer.outer_weights():
+            assert_same(values(params), theta)
+            inside = reload(optimizer.state_dict())
+            with pytest.raises(RuntimeError, match="outer_weights"):
+                optimizer.step()
+            with pytest.raises(RuntimeError, match="outer_weights"):
+                optimizer.load_state_dict(inside)
+        assert_same(values(params), walk)
+        torch.testing.assert_close(optimizer.state_dict(), state, rtol=0, atol=0)
+        assert inside["param_groups"][0]["cycle_position"] == 0
+        assert not any(key in inside["state"][0] for key in ("anchor", "walk"))
+
+    def test_model_and_optimizer_saved_inside_belong_together(self, backend, dtype):
+        params, optimizer = build(dtype=dtype, backend=backend)
+        run(optimizer, params, 4)
+        others, other = build(dtype=dtype, backend=backend)
+        run(optimizer, params, 2, 50)
+        with optimizer.outer_weights():
+            saved, weights = reload(optimizer.state_dict()), reload(values(params))
+        with torch.no_grad():
+            for p, value in zip(others, weights, strict=True):
+                p.copy_(value)
+        other.load_state_dict(saved)
+        third, at_boundary = build(dtype=dtype, backend=backend)
+        run(at_boundary, third, 4)
+        run(at_boundary, third, 4, 60)
+        run(other, others, 4, 60)
+        assert_same(values(third), values(others))
+
+    def test_an_error_inside_puts_the_walk_back(self, backend):
+        params, optimizer = build(backend=backend)
+        run(optimizer, params, 2)
+        walk = values(params)
+        with pytest.raises(ZeroDivisionError), optimizer.outer_weights():
+            raise ZeroDivisionError
+        assert_same(values(params), walk)
+        run(optimizer, params, 2)
+        assert optimizer.at_boundary
+
+
+@pytest.mark.parametrize("taken", [0, 2, 4])
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+def test_copies_go_on_alone(backend, dtype, taken, how):
+    params, optimizer = build(dtype=dtype, backend=backend)
+    run(optimizer, params, taken)
+    others, copied = how((params, optimizer))
+    assert copied.param_groups[0]["params"][0] is others[0]
+    run(optimizer, params, 6, 20)
+    run(copied, others, 6, 20)
+    assert_same(everything(params, optimizer), everything(others, copied))
+    assert params[0].data_ptr() != others[0].data_ptr()
+
+
+class TestDistributedCheckpointCode:
+    """torch.distributed.checkpoint.state_dict in one process: the code that trainers run."""
+
+    @pytest.mark.parametrize("flatten", [False, True])
+    @pytest.mark.parametrize("taken", [0, 3, 5])
+    def test_round_trip(self, backend, dtype, flatten, taken):
+        def make():
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3), nn.Linear(3, 2)).to(dtype)
+            model[2].weight.requires_grad_(False)
+            groups = [
+                {"params": model[0].parameters()},
+                {"params": [*model[1].parameters(), *model[2].parameters()]},
+            ]
+            return model, NexusAdamW(groups, backend=backend)
+
+        options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+        model, optimizer = make()
+        params = [p for p in model.parameters() if p.requires_grad]
+        run(optimizer, params[:-1], taken)
+        steps = [int(optimizer.state[p]["step"]) for p in params]
+        state = reload(get_optimizer_state_dict(model, optimizer, options=options))
+        assert [int(optimizer.state[p]["step"]) for p in params] == steps  # no artificial step was counted
+        other_model, other = make()
+        if taken % 4:
+            other.materialize_anchors()
+        set_optimizer_state_dict(other_model, other, state, options=options)
+        other_model.load_state_dict(model.state_dict())
+        others = [p for p in other_model.parameters() if p.requires_grad]
+        run(optimizer, params, 6, 30)
+        run(other, others, 6, 30)
+        assert_same(everything(params, optimizer), everything(others, other))
+
+    def test_materialized_anchors_are_dropped_at_a_boundary(self, backend, dtype):
+        params, optimizer = build(dtype=dtype, backend=backend)
+        boundary = reload(optimizer.state_dict())
+        optimizer.materialize_anchors()
+        key = "walk" if dtype.itemsize == 2 else "anchor"
+        assert_same([optimizer.state[p][key].to(dtype) for p in params], values(params))
+        optimizer.load_state_dict(boundary)
+        assert not any(key in optimizer.state[p] for p in params)

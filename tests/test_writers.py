@@ -1,0 +1,195 @@
+"""Who else writes weights, moves them or reads them: nothing they do is lost, nothing dead is updated."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import assert_same, build, make_params, run, set_grads, values
+from torch import nn
+
+from nexus_fused import NexusAdamW
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+@pytest.mark.parametrize("taken", [0, 4, 6])
+def test_written_values_become_theta(backend, dtype, taken, flatten):
+    """After construction, at a boundary and in mid-cycle: training goes on from what was written."""
+    params, optimizer = build(dtype=dtype, backend=backend, flatten=flatten, lr=1e-4, weight_decay=0)
+    run(optimizer, params, taken)
+    with torch.no_grad():
+        params[0].fill_(5)
+    run(optimizer, params, 4 - taken % 4, 20)
+    assert optimizer.at_boundary
+    # An update of AdamW moves a weight by lr, and bfloat16 has 2^-6 between 4 and 8.
+    torch.testing.assert_close(
+        params[0].detach().float(),
+        torch.full((5, 3), 5.0),
+        rtol=0,
+        atol=2e-4 if dtype.itemsize > 2 else 2**-5,
+    )
+    if dtype.itemsize == 2:
+        torch.testing.assert_close(optimizer.state[params[0]]["master"], torch.full((5, 3), 5.0), rtol=0, atol=2e-4)
+
+
+def test_only_written_elements_lose_their_float32_digits(backend):
+    params, optimizer = build(dtype=torch.bfloat16, backend=backend, weight_decay=0)
+    run(optimizer, params, 4)
+    master = optimizer.state[params[0]]["master"].clone()
+    with torch.no_grad():
+        params[0][1:3].clamp_(-0.5, 0.5)
+    clamped = params[0].detach().float()
+    optimizer.step()  # without a gradient: only looks
+    after = optimizer.state[params[0]]["master"]
+    changed = clamped != master.to(torch.bfloat16).float()
+    assert changed.any()
+    assert_same([after[~changed]], [master[~changed]])
+    assert_same([after[changed]], [clamped[changed]])
+
+
+def test_written_inside_outer_weights(backend, dtype):
+    params, optimizer = build(dtype=dtype, backend=backend, lr=1e-4, weight_decay=0)
+    run(optimizer, params, 2)
+    walk = params[1].detach().clone()
+    with optimizer.outer_weights(), torch.no_grad():
+        params[0].fill_(5)
+    assert_same([params[1].detach()], [walk])
+    run(optimizer, params, 2, 9)
+    torch.testing.assert_close(
+        params[0].detach().float(),
+        torch.full((5, 3), 5.0),
+        rtol=0,
+        atol=2e-4 if dtype.itemsize > 2 else 2**-5,
+    )
+
+
+@pytest.mark.parametrize("taken", [0, 2])
+def test_replaced_storage_is_the_one_that_is_updated(backend, dtype, taken):
+    params, optimizer = build(dtype=dtype, backend=backend)
+    run(optimizer, params, taken)
+    replacement = torch.full((5, 3), 2.0, dtype=dtype)
+    params[0].data = replacement
+    run(optimizer, params, 4 - taken)
+    assert params[0].data_ptr() == replacement.data_ptr()
+    assert not torch.equal(replacement, torch.full((5, 3), 2.0, dtype=dtype))
+    assert (replacement - 2).abs().max() < 0.1
+
+
+@pytest.mark.parametrize(
+    "convert", [nn.Module.half, nn.Module.double, lambda m: m.to(memory_format=torch.channels_last)]
+)
+def test_converted_model_is_noticed(backend, convert):
+    model = nn.Conv2d(3, 4, 2)
+    optimizer = NexusAdamW(model.parameters(), backend=backend)
+    convert(model)
+    before = values(model.parameters())
+    set_grads(list(model.parameters()), 0)
+    with pytest.raises(RuntimeError, match=r"parameter 0 of group 0 .* build the optimizer after it"):
+        optimizer.step()
+    assert_same(values(model.parameters()), before)
+    assert optimizer.cycle_position == 0
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_autograd_notices_our_writes(backend, steps):
+    """A graph that needs the old weights must raise, not compute with new ones."""
+    (p,), optimizer = build((3,), backend=backend)
+    loss = (p * p).sum()
+    run(optimizer, [p], steps)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def model_with_everything(dtype=torch.float32):
+    """Tied weights, a view of a shared buffer, a frozen, a zero-size, a transposed and a scalar parameter."""
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.embedding = nn.Embedding(11, 6, dtype=dtype)
+    model.head = nn.Linear(6, 11, bias=False, dtype=dtype)
+    model.head.weight = model.embedding.weight
+    memory = torch.randn(2, 6, dtype=dtype)
+    model.first, model.second = nn.Parameter(memory[0]), nn.Parameter(memory[1])
+    model.frozen = nn.Parameter(torch.randn(3, dtype=dtype), requires_grad=False)
+    model.empty = nn.Parameter(torch.empty(0, 4, dtype=dtype))
+    model.transposed = nn.Parameter(torch.randn(6, 4, dtype=dtype).t())
+    model.scalar = nn.Parameter(torch.tensor(1.5, dtype=dtype))
+    return model, memory
+
+
+class TestFlatMemory:
+    def test_identity_and_values_stay(self, backend, dtype):
+        model, memory = model_with_everything(dtype)
+        params, before = list(model.parameters()), values(model.parameters())
+        optimizer = NexusAdamW(model.parameters(), backend=backend)
+        assert all(p is q for p, q in zip(model.parameters(), params, strict=True))
+        assert model.head.weight is model.embedding.weight
+        assert_same(values(params), before)
+        run(optimizer, [p for p in params if p.requires_grad], 5)
+        assert_same([memory[0], memory[1]], [model.first.detach(), model.second.detach()])  # still views of it
+        assert optimizer.state[model.empty]["step"] == 1
+
+    def test_weights_share_no_storage_but_one_buffer(self, backend):
+        params, optimizer = build((100,), (200,), backend=backend)
+        gap = params[1].data_ptr() - params[0].data_ptr()
+        assert gap == 448  # 100 float32 and the padding to a cache line
+        for p in params:
+            for t in (p, optimizer.state[p]["exp_avg"]):
+                assert t.untyped_storage().nbytes() == t.numel() * 4
+                assert t.data_ptr() % 64 == 0
+
+    def test_left_alone(self, backend):
+        """Memory that somebody else would miss is not left behind."""
+        aliased, plain = make_params((4,), (4,))
+        alias = aliased.detach()
+        numpy = torch.zeros(4).numpy()
+        foreign = nn.Parameter(torch.from_numpy(numpy))
+        optimizer = NexusAdamW([aliased, plain, foreign], backend=backend)
+        run(optimizer, [aliased, plain, foreign], 4)
+        assert_same([alias], [aliased.detach()])
+        assert_same([torch.from_numpy(numpy)], [foreign.detach()])
+        pointer = plain.data_ptr()
+        run(optimizer, [plain], 4)
+        assert plain.data_ptr() == pointer
+
+    def test_files_hold_what_they_should(self, backend, tmp_path):
+        """A sub-module's file has its own bytes, not the flat buffer's; safetensors and deepcopy are content."""
+        model = nn.Sequential(nn.Linear(100, 10), nn.Linear(10, 1000))
+        optimizer = NexusAdamW(model.parameters(), backend=backend)
+        run(optimizer, list(model.parameters()), 4)
+        file = io.BytesIO()
+        torch.save(model[0].state_dict(), file)
+        assert file.tell() < 1010 * 4 + 4000
+        file = io.BytesIO()
+        torch.save(optimizer.state[model[0].weight]["exp_avg"], file)
+        assert file.tell() < 1000 * 4 + 2000
+        safetensors.torch.save_file(model.state_dict(), tmp_path / "model.safetensors")
+        safetensors.torch.save_model(model, tmp_path / "again.safetensors")
+        loaded = safetensors.torch.load_file(tmp_path / "model.safetensors")
+        assert_same([loaded[key] for key in model.state_dict()], model.state_dict().values())
+        assert_same(values(copy.deepcopy(model).parameters()), values(model.parameters()))
+
+    def test_buckets_are_bounded(self, backend, monkeypatch):
+        """At most BUCKET_BYTES each, or one parameter that is larger; every parameter in one piece."""
+        monkeypatch.setattr("nexus_fused.flat.BUCKET_BYTES", 4096)
+        params, optimizer = build((300,), (5000,), (600,), (500,), (1,), backend=backend)
+        (table,) = optimizer._tables.values()
+        assert [b.numel * 4 for b in table.buckets] == [1216, 20032, 2432, 2112]
+        reference, other = build((300,), (5000,), (600,), (500,), (1,), backend=backend, flatten=False)
+        run(optimizer, params, 9)
+        run(other, reference, 9)
+        assert_same(values(params), values(reference))
+
+    def test_offsets_beyond_int32(self):
+        """The arithmetic of addresses, for parameters of more than 2^31 elements that nobody allocates."""
+        from nexus_fused.flat import _bucketed, make_segment
+
+        large = [torch.empty(1, dtype=torch.float32).expand(2**31 + 5), torch.empty(1).expand(2**33)]
+        segments = [make_segment(nn.Parameter(torch.empty(0)), group=0, index=i, state={}) for i in range(3)]
+        for segment, tensor in zip(segments, [*large, torch.empty(7)], strict=True):
+            segment.numel = tensor.numel()
+        buckets = list(_bucketed(segments, 4))
+        assert [numel for _, numel in buckets] == [2**31 + 16, 2**33, 16]
+        assert [s.start for s in segments] == [0, 0, 0]
