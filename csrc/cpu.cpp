@@ -13,12 +13,19 @@
 #include <immintrin.h>
 #endif
 
+// Iterations of the next loop touch different elements, though its pointers may be equal.
+#if defined(__clang__)
+#define NEXUS_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define NEXUS_INDEPENDENT _Pragma("GCC ivdep")
+#endif
+
 NEXUS_DECLARE_KERNELS(NEXUS_ISA)
 
 namespace nexus::NEXUS_ISA {
 namespace {
 
-constexpr int64_t kBlock = 512;  // elements whose intermediate results stay in the first-level cache
+constexpr int64_t kBlock = 256;  // elements worked on at a time: few enough that loads of one block overlap another
 constexpr int kLanes = 32;
 
 // Copies to memory that was not read before, past the cache: a normal store would first read the line it overwrites.
@@ -63,9 +70,11 @@ T* pointer(int64_t address) {
 template <class Body>
 void for_each_chunk(const Segment* segments, int64_t n, int64_t chunks, int threads, const Body& body) {
   const auto starts_after = [](int64_t chunk, const Segment& s) { return chunk < s.chunk; };
+  // Threads take runs of chunks: long ones, which prefetchers like, if there is enough for everybody.
+  const int64_t run = std::clamp<int64_t>(chunks / (8 * threads), 1, 32);
 #pragma omp parallel num_threads(threads) if (chunks > 1)
   {
-#pragma omp for schedule(dynamic, 8) nowait
+#pragma omp for schedule(dynamic, run) nowait
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       // The last segment that starts at or before this chunk; empty segments own no chunk and are passed over.
       const Segment& segment = *(std::upper_bound(segments, segments + n, chunk, starts_after) - 1);
@@ -76,28 +85,40 @@ void for_each_chunk(const Segment* segments, int64_t n, int64_t chunks, int thre
   }
 }
 
-// Eight doubles; the compiler maps them to whatever registers there are, with the same result.
-typedef double Doubles __attribute__((vector_size(64), aligned(8)));
-typedef float Floats __attribute__((vector_size(32), aligned(4)));
-
-inline Doubles load_doubles(const double* x) { return *reinterpret_cast<const Doubles*>(x); }
-inline Doubles load_doubles(const float* x) { return __builtin_convertvector(*reinterpret_cast<const Floats*>(x), Doubles); }
-
-// Σ x² in float64 over kLanes fixed lanes, added to `lanes`; n is a multiple of kLanes but for the end of a segment.
 template <class X>
-void add_squares(const X* x, int64_t n, double* lanes) {
-  constexpr int kVectors = kLanes / 8;
-  Doubles sums[kVectors];
-  for (int v = 0; v < kVectors; ++v) sums[v] = load_doubles(lanes + 8 * v);
-  int64_t i = 0;
+void add_squares_plain(const X* x, int64_t i, int64_t n, double* lanes) {
   for (; i + kLanes <= n; i += kLanes)
-    for (int v = 0; v < kVectors; ++v) {
-      const Doubles values = load_doubles(x + i + 8 * v);
-      sums[v] += values * values;
-    }
-  for (int v = 0; v < kVectors; ++v) memcpy(lanes + 8 * v, &sums[v], sizeof sums[v]);
+    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += double(x[i + lane]) * double(x[i + lane]);
   for (int lane = 0; i < n; ++i, ++lane) lanes[lane] += double(x[i]) * double(x[i]);
 }
+
+// Σ x² in float64 over kLanes fixed lanes, added to `lanes`; n is a multiple of kLanes but for the end of a segment.
+// The square of a float is exact in float64, so a fused multiply-add rounds just as a product and a sum do.
+void add_squares(const float* x, int64_t n, double* lanes) {
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  __m512d sums[kLanes / 8];
+  for (int v = 0; v < kLanes / 8; ++v) sums[v] = _mm512_loadu_pd(lanes + 8 * v);
+  for (; i + kLanes <= n; i += kLanes)
+    for (int v = 0; v < kLanes / 8; ++v) {
+      const __m512d values = _mm512_cvtps_pd(_mm256_loadu_ps(x + i + 8 * v));
+      sums[v] = _mm512_fmadd_pd(values, values, sums[v]);
+    }
+  for (int v = 0; v < kLanes / 8; ++v) _mm512_storeu_pd(lanes + 8 * v, sums[v]);
+#elif defined(__FMA__)
+  __m256d sums[kLanes / 4];
+  for (int v = 0; v < kLanes / 4; ++v) sums[v] = _mm256_loadu_pd(lanes + 4 * v);
+  for (; i + kLanes <= n; i += kLanes)
+    for (int v = 0; v < kLanes / 4; ++v) {
+      const __m256d values = _mm256_cvtps_pd(_mm_loadu_ps(x + i + 4 * v));
+      sums[v] = _mm256_fmadd_pd(values, values, sums[v]);
+    }
+  for (int v = 0; v < kLanes / 4; ++v) _mm256_storeu_pd(lanes + 4 * v, sums[v]);
+#endif
+  add_squares_plain(x, i, n, lanes);
+}
+
+void add_squares(const double* x, int64_t n, double* lanes) { add_squares_plain(x, 0, n, lanes); }
 
 double sum_lanes(const double* lanes) {
   double sum = 0;
@@ -144,6 +165,7 @@ void chunk_inner_step(const Segment& segment, int64_t begin, int64_t end, double
   State* theta = pointer<State>(segment.theta);
   State* walk = pointer<State>(segment.walk);
   const bool first = !segment.touched;
+  const GradientScale<State> scale(factor);
 
   for (int64_t i = begin; i < end; i += kBlock) {
     const int64_t n = std::min(kBlock, end - i);
@@ -152,24 +174,25 @@ void chunk_inner_step(const Segment& segment, int64_t begin, int64_t end, double
       stream(T::low_precision ? walk + i : theta + i, w, n * sizeof(State));
     if (factor == 0) continue;
 
-    State next[kBlock];
+    State buffer[kBlock];
+    State* next = T::low_precision ? buffer : walk + i;
     int32_t block_moves = 0, block_lost = 0;
 #pragma omp simd reduction(+ : block_moves, block_lost)
     for (int64_t j = 0; j < n; ++j) {
-      const State step = scaled_gradient<State>(T::load(g[i + j]), factor);
-      next[j] = w[j] - step;
-      const int32_t moved = step != 0;
-      block_moves += moved;
-      block_lost += moved & int32_t(next[j] == w[j]);
+      const State before = w[j], step = scale(T::load(g[i + j]));
+      const State after = before - step;
+      next[j] = after;
+      block_moves += step != 0;
+      block_lost += (step != 0) & (after == before);
     }
     moves += block_moves;
     lost_moves += block_lost;
 
-    if (T::low_precision && first)
-      stream(walk + i, next, n * sizeof(State));
-    else
-      memcpy(walk + i, next, n * sizeof(State));
     if constexpr (T::low_precision) {
+      if (first)
+        stream(walk + i, next, n * sizeof(State));
+      else
+        memcpy(walk + i, next, n * sizeof(State));
       typename T::Storage rounded[kBlock];
       for (int64_t j = 0; j < n; ++j) rounded[j] = T::store(next[j]);
       stream(weight + i, rounded, n * sizeof(rounded[0]));
@@ -198,53 +221,58 @@ void table_inner_step(const Segment* segments, int64_t n, int64_t chunks, const 
 // D = (θ − w) + γ·g/n;  G = D/Γ;  θ ← AdamW(θ, G);  w ← θ. Returns ‖D‖² of the chunk.
 // Bytes per element, float32: reads anchor w g m v, writes w m v (32); bfloat16: reads master walk g m v, writes
 // master m v and the parameter (32).
-template <class T, bool amsgrad>
-double chunk_outer_step(const Segment& segment, int64_t begin, int64_t end, double factor, double walk_length,
-                        bool normalize, const AdamW<typename T::State>& adamw) {
+template <class T, bool amsgrad, bool touched, bool with_gradient>
+double chunk_outer_step(const Segment& segment, int64_t begin, int64_t end, double factor, double inv_walk_length,
+                        const AdamW<typename T::State>& adamw) {
   using State = typename T::State;
-  const auto* g = pointer<const typename T::Storage>(factor == 0 ? 0 : segment.grad);
-  auto* weight = pointer<typename T::Storage>(segment.weight);
-  State* theta = pointer<State>(segment.theta);
-  const State* walk = pointer<const State>(segment.walk);
-  State* exp_avg = pointer<State>(segment.exp_avg);
-  State* exp_avg_sq = pointer<State>(segment.exp_avg_sq);
-  State* max_exp_avg_sq = pointer<State>(segment.max_exp_avg_sq);
-  const bool from_theta = segment.touched || T::low_precision;
-  const State inv_gamma = normalize ? State(1 / walk_length) : State(1);
+  const GradientScale<State> scale(factor);
+  const State inv_gamma = State(inv_walk_length);
 
   double lanes[kLanes] = {};
   for (int64_t i = begin; i < end; i += kBlock) {
     const int64_t n = std::min(kBlock, end - i);
-    const State* from = from_theta ? theta + i : walk + i;
-    State D[kBlock], next[kBlock];
-    if (segment.touched)
-      for (int64_t j = 0; j < n; ++j) D[j] = from[j] - walk[i + j];
-    else
-      std::fill(D, D + n, State(0));
-    if (g)
-      for (int64_t j = 0; j < n; ++j) D[j] += scaled_gradient<State>(T::load(g[i + j]), factor);
-    add_squares(D, n, lanes);
-    State* m = exp_avg + i;
-    State* v = exp_avg_sq + i;
-    State* v_max = amsgrad ? max_exp_avg_sq + i : v;
+    const auto* g = pointer<const typename T::Storage>(segment.grad) + i;
+    State* theta = pointer<State>(segment.theta) + i;
+    State* walk = pointer<State>(segment.walk) + i;
+    const State* from = touched || T::low_precision ? theta : walk;
+    State* to = T::low_precision ? theta : walk;
+    State* exp_avg = pointer<State>(segment.exp_avg) + i;
+    State* exp_avg_sq = pointer<State>(segment.exp_avg_sq) + i;
+    State* max_exp_avg_sq = amsgrad ? pointer<State>(segment.max_exp_avg_sq) + i : exp_avg_sq;
+    // Two loops: one with all these pointers has more of them than compilers check for overlap, and stays scalar.
+    State displacement[kBlock];
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j) {
-      State first = m[j], second = v[j], maximum = v_max[j];
-      next[j] = adamw.template operator()<amsgrad>(from[j], D[j] * inv_gamma, first, second, maximum);
-      m[j] = first;
-      v[j] = second;
-      if (amsgrad) v_max[j] = maximum;
+      const State walked = touched ? from[j] - walk[j] : State(0);
+      displacement[j] = with_gradient ? walked + scale(T::load(g[j])) : walked;
     }
+    NEXUS_INDEPENDENT
+    for (int64_t j = 0; j < n; ++j) {
+      State m = exp_avg[j], v = exp_avg_sq[j], v_max = max_exp_avg_sq[j];
+      to[j] = adamw.template operator()<amsgrad>(from[j], displacement[j] * inv_gamma, m, v, v_max);
+      exp_avg[j] = m;
+      exp_avg_sq[j] = v;
+      if (amsgrad) max_exp_avg_sq[j] = v_max;
+    }
+    add_squares(displacement, n, lanes);
     if constexpr (T::low_precision) {
-      memcpy(theta + i, next, n * sizeof(State));
       typename T::Storage rounded[kBlock];
-      for (int64_t j = 0; j < n; ++j) rounded[j] = T::store(next[j]);
-      stream(weight + i, rounded, n * sizeof(rounded[0]));
-    } else {
-      memcpy(weight + i, next, n * sizeof(State));
+      for (int64_t j = 0; j < n; ++j) rounded[j] = T::store(theta[j]);
+      stream(pointer<typename T::Storage>(segment.weight) + i, rounded, n * sizeof(rounded[0]));
     }
   }
   return sum_lanes(lanes);
+}
+
+// The variant of chunk_outer_step for a segment.
+template <class T>
+auto outer_step_of(bool amsgrad, bool touched, bool with_gradient) {
+  const auto choose = [=](auto ams) {
+    constexpr bool a = decltype(ams)::value;
+    if (!touched) return with_gradient ? chunk_outer_step<T, a, false, true> : chunk_outer_step<T, a, false, false>;
+    return with_gradient ? chunk_outer_step<T, a, true, true> : chunk_outer_step<T, a, true, false>;
+  };
+  return amsgrad ? choose(std::true_type{}) : choose(std::false_type{});
 }
 
 template <class T>
@@ -267,8 +295,10 @@ void table_outer_step(const Segment* segments, int64_t n, int64_t chunks, const 
     const int64_t group = segment.group;
     partials[chunk] = 0;
     if (!(segment.touched || segment.grad) || !(walk_length[group] > 0)) return;
-    const auto step = segment.max_exp_avg_sq ? chunk_outer_step<T, true> : chunk_outer_step<T, false>;
-    partials[chunk] = step(segment, begin, end, factor[group], walk_length[group], hyper[group].normalize != 0,
+    // A skipped last step has factor 0, and its gradient, which may hold NaN, is not looked at.
+    const bool with_gradient = segment.grad && factor[group] != 0;
+    const auto step = outer_step_of<T>(segment.max_exp_avg_sq, segment.touched, with_gradient);
+    partials[chunk] = step(segment, begin, end, factor[group], hyper[group].normalize != 0 ? 1 / walk_length[group] : 1,
                            adamw[&segment - segments]);
   });
   for (int64_t i = 0; i < n; ++i) {

@@ -13,7 +13,7 @@
 #if defined(__CUDACC__)
 #define NEXUS_INLINE __host__ __device__ __forceinline__
 #else
-#define NEXUS_INLINE inline
+#define NEXUS_INLINE inline __attribute__((always_inline))
 #endif
 
 namespace nexus {
@@ -98,11 +98,21 @@ struct Float16 {
   }
 };
 
-// γ·g/n, rounded once. `factor` is ±γ/n in float64: γ/n leaves float32's range long before γ·g/n does.
+// γ·g/n as (g · 2^a) · (m · 2^b) in the state's dtype: γ/n leaves float32's range long before γ·g/n does, and the first
+// product is exact. `factor` is ±γ/n in float64.
 template <class State>
-NEXUS_INLINE State scaled_gradient(State g, double factor) {
-  return State(factor * double(g));
-}
+struct GradientScale {
+  State power, rest;
+
+  explicit NEXUS_INLINE GradientScale(double factor) {
+    int exponent;
+    const double mantissa = frexp(factor, &exponent);
+    const int half = exponent >> 1;
+    power = State(ldexp(1.0, half));
+    rest = State(ldexp(mantissa, exponent - half));
+  }
+  NEXUS_INLINE State operator()(State g) const { return (g * power) * rest; }
+};
 
 // torch.optim.AdamW's formula for update number `step` of one parameter, its scalars computed in float64 and rounded
 // to the state's dtype as PyTorch does with Python scalars.

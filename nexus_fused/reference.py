@@ -14,8 +14,8 @@ A backend is a module with the three functions at the end of this file. They tak
 state) and a `cycle.Cycle` (scalars), update weights and state in place and return nothing but a norm. This one spends
 memory for clarity.
 
-Rounding: γ·g/n is computed in float64 and rounded once; everything else is computed in the state's dtype (float32,
-for float64 parameters float64), each operation rounded on its own, in the order written here.
+Rounding: scalars are computed in float64, elements in the state's dtype (float32, for float64 parameters float64),
+each operation rounded on its own, in the order written here.
 """
 
 from __future__ import annotations
@@ -28,11 +28,15 @@ from .flat import Segment, Table, flat_view
 
 
 def scaled_gradient(g: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """γ·g/n, rounded to `dtype`; 0 where the step is skipped (`factor` 0), even for a gradient of NaN or inf.
+    """γ·g/n in `dtype`; 0 where the step is skipped (`factor` 0), even for a gradient of NaN or inf.
 
-    g: any shape and floating dtype. factor: 0-dim float64, γ/n.
+    g: any shape and floating dtype. factor: 0-dim float64, ±γ/n, applied as a power of two and the rest, since γ/n
+    leaves float32's range long before γ·g/n does.
     """
-    return torch.where(factor != 0, factor * g.double(), 0.0).to(dtype)
+    mantissa, exponent = torch.frexp(factor)
+    half = exponent >> 1
+    power, rest = torch.ldexp(torch.ones_like(factor), half), torch.ldexp(mantissa, exponent - half)
+    return torch.where(factor != 0, (g.to(dtype) * power) * rest, torch.zeros((), dtype=dtype, device=g.device))
 
 
 def adamw(

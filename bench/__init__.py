@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m bench` for paired ratios and a JSON, `pytest bench` for pytest-benchmark's own tables."""

