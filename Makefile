@@ -26,7 +26,7 @@ test: $(STAMP)
 	$(BIN)/pytest
 
 bench: $(STAMP)
-	$(BIN)/pytest bench --benchmark-only -q
+	$(BIN)/python -m bench
 
 lint: $(STAMP)
 	$(BIN)/ruff check

@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m bench` for paired ratios and a JSON, `pytest bench` for pytest-benchmark's own tables."""
+"""Benchmarks: `python -m bench` for paired ratios, a table and a JSON; `pytest bench` for pytest-benchmark tables."""

@@ -1,6 +1,6 @@
 // The extension nexus_fused._C: addresses, sizes and a thread count in, nothing of torch.
 //
-// Each function takes the address of flat.Table.rows with its numbers of rows and chunks, and the addresses of float64
+// Each function takes the address of table.Table.rows with its numbers of rows and chunks, and the addresses of float64
 // scalars and buffers as cycle.Cycle lays them out. The instruction set is chosen once, when the module is imported.
 
 #include <pybind11/pybind11.h>

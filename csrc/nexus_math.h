@@ -18,7 +18,7 @@
 
 namespace nexus {
 
-// One row of flat.Table.rows: addresses in bytes (0: none), length in elements, chunk: number of its first chunk.
+// One row of table.Table.rows: addresses in bytes (0: none), length in elements, chunk: number of its first chunk.
 struct Segment {
   int64_t weight, grad, theta, walk, exp_avg, exp_avg_sq, max_exp_avg_sq, step, length, group, touched, chunk;
 };
@@ -30,7 +30,7 @@ struct Hyper {
 
 enum class DType : int { float64 = 0, float32 = 1, bfloat16 = 2, float16 = 3 };
 
-constexpr int64_t kChunk = 16384;  // elements with a partial sum of their own: flat.CHUNK_ELEMENTS
+constexpr int64_t kChunk = 16384;  // elements with a partial sum of their own: table.CHUNK_ELEMENTS
 
 namespace NEXUS_ISA {
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import _C
 from .cycle import Cycle
-from .flat import Table
+from .table import Table
 
 _DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 

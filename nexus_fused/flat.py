@@ -1,32 +1,15 @@
-"""Flat, aligned buffers for weights and optimizer state, and the table of segments that kernels walk.
-
-Autograd hands every gradient over in memory of its own, so gradients are read where they lie; weights and state
-are ours and lie in large flat buffers. One row of the table, a segment, brings the addresses of one parameter
-together. A kernel is started once for a table, not once for a parameter.
-"""
+"""Flat, aligned buffers for weights and optimizer state, and the segments of them that belong to a parameter."""
 
 from __future__ import annotations
 
-import contextlib
-import mmap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# The columns of a table, all int64: addresses in bytes, `length` in real elements, `chunk` the number of the segment's
-# first chunk. `struct Segment` in csrc/nexus_math.h is the same list; a test compares the two.
-COLUMNS = (
-    "weight", "grad", "theta", "walk", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step",
-    "length", "group", "touched", "chunk",
-)  # fmt: skip
-WEIGHT, GRAD, THETA, WALK, EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ, STEP, LENGTH, GROUP, TOUCHED, CHUNK = range(12)
-
-CHUNK_ELEMENTS = 16384  # one partial sum each: fixes the order of summation, whatever the number of threads
 BUCKET_BYTES = 512 * 2**20  # bounds what construction needs beside parameters and state
-HUGE_PAGE_BYTES = 2 * 2**20
 ALIGNMENT = 64  # bytes: a cache line, the widest vector register
 
 # Storage dtype of a parameter -> dtype its walk, master and moments are computed and kept in.
@@ -73,21 +56,6 @@ def owns_its_memory(param: Tensor) -> bool:
     )
 
 
-def zeros(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A flat buffer of zeros; on a CPU, large ones in huge pages where the system lends them.
-
-    Kernels walk five streams at once, and with 4 KiB pages each of them waits for a new address translation every 1024
-    elements.
-    """
-    size = numel * dtype.itemsize
-    if device.type != "cpu" or size < HUGE_PAGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.zeros(numel, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without huge pages: the memory is good all the same
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype)
-
-
 @dataclass(slots=True)
 class Bucket:
     """Flat buffers of some parameters of one group, device and dtype; each parameter starts at an aligned offset."""
@@ -103,7 +71,7 @@ class Bucket:
         """Allocates the buffer `name`, zeros, unless it exists; returns whether it had to."""
         if name in self.buffers:
             return False
-        self.buffers[name] = zeros(self.numel, self.state_dtype, self.device)
+        self.buffers[name] = torch.zeros(self.numel, dtype=self.state_dtype, device=self.device)
         return True
 
 
@@ -242,258 +210,7 @@ def make_segment(param: Tensor, *, group: int, index: int, state: dict[str, Any]
     )
 
 
-class Table:
-    """All segments of one device and dtype, of all groups, and the flat buffers behind them."""
-
-    def __init__(self, device: torch.device, dtype: torch.dtype, backend: Any) -> None:
-        self.device, self.dtype, self.backend = device, dtype, backend
-        self.segments: list[Segment] = []
-        self.buckets: list[Bucket] = []
-        self.rows = torch.empty(0, len(COLUMNS), dtype=torch.int64)
-        self.chunks = 0
-        self.partials = torch.empty(0, dtype=torch.float64)
-
-    def extend(self, segments: list[Segment], *, flatten: bool) -> None:
-        """Gives the segments (all of one group) zero state, and moves their weights into flat memory if allowed."""
-        for members, numel in _bucketed(segments, STATE_DTYPE[self.dtype].itemsize):
-            bucket = Bucket(members[0].group, numel, STATE_DTYPE[self.dtype], self.device)
-            self.buckets.append(bucket)
-            for name in ("exp_avg", "exp_avg_sq") + (("master",) if members[0].low_precision else ()):
-                bucket.ensure(name)
-            steps = torch.zeros(len(members), dtype=torch.float32, device=self.device)
-            for i, segment in enumerate(members):
-                segment.bucket, segment.step = bucket, torch.from_dlpack(steps[i : i + 1]).view(())
-                segment.state["step"] = segment.step
-                for name in bucket.buffers:
-                    segment.state[name] = segment.shaped(name)
-                if segment.low_precision:
-                    segment.theta.copy_(segment.weight)
-            if flatten:
-                self._flatten(bucket, members)
-        for segment in segments:
-            segment.remember()
-        self.segments += segments
-        self._rebuild()
-
-    def _flatten(self, bucket: Bucket, members: list[Segment]) -> None:
-        movable = [s for s in members if s.staged is None and s.numel and owns_its_memory(s.param)]
-        if not movable:
-            return
-        flat = zeros(bucket.numel, self.dtype, self.device)
-        for segment in movable:
-            target = flat[segment.start : segment.start + segment.numel]
-            target.copy_(segment.weight)
-            segment.param.data = shaped_like(target, segment)
-
-    def _rebuild(self) -> None:
-        """Writes the table anew; needed only when segments or buffers came or a parameter's storage was replaced."""
-        rows, chunk = [], 0
-        for s in self.segments:
-            weight = (s.param if s.staged is None else s.staged).data_ptr()
-
-            def address(name: str, s: Segment = s) -> int:
-                return s.buffer(name).data_ptr() if name in s.bucket.buffers else 0
-
-            walk = address("walk") if s.low_precision else weight
-            moments = [
-                address("exp_avg"),
-                address("exp_avg_sq"),
-                address("max_exp_avg_sq") if s.bucket.amsgrad else 0,
-            ]
-            rows.append(
-                [
-                    weight,
-                    s.grad_address,
-                    address(s.theta_name),
-                    walk,
-                    *moments,
-                    s.step.data_ptr(),
-                    s.numel,
-                    s.group,
-                    s.touched,
-                    chunk,
-                ]
-            )
-            chunk += -(-s.numel // CHUNK_ELEMENTS)
-        self.rows = torch.tensor(rows, dtype=torch.int64).view(-1, len(COLUMNS))
-        self.chunks = chunk
-        self.partials = torch.empty(chunk, dtype=torch.float64, device=self.device)
-
-    # One micro-batch
-
-    def read_gradients(self, *, use: bool) -> None:
-        """Looks at every parameter and, with `use`, its gradient; modifies nothing but what it remembers of gradients.
-
-        Raises RuntimeError for a gradient that does not fit its parameter, or a parameter that was converted.
-        """
-        device, dtype, strided = self.device, self.dtype, torch.strided
-        for segment in self.segments:
-            param = segment.param
-            grad = param.grad if use else None
-            if param.data_ptr() != segment.pointer and self._was_converted(segment):
-                raise RuntimeError(
-                    f"{segment.where} was {segment.shape} {dtype} on {device} when the optimizer was built and is now "
-                    f"{param.shape} {param.dtype} on {param.device} with strides {param.stride()}: convert or move the "
-                    "model (model.half(), model.to(...)) first and build the optimizer after it"
-                )
-            if grad is not None:
-                if grad.layout is not strided or grad.shape != segment.shape or grad.device != device or (
-                    grad.dtype is not dtype and grad.dtype is not param.dtype
-                ):  # fmt: skip
-                    raise RuntimeError(_misfit(segment, grad))
-                if grad.stride() != segment.strides or grad.is_neg() or grad.is_conj():
-                    dense = torch.empty_strided(segment.shape, segment.strides, dtype=grad.dtype, device=device)
-                    grad = dense.copy_(grad.detach())
-            segment.grad = grad
-
-    def _was_converted(self, segment: Segment) -> bool:
-        param = segment.param
-        return (
-            real_dtype(param.dtype) is not self.dtype
-            or param.device != self.device
-            or param.shape != segment.shape
-            or param.stride() != segment.param_strides
-        )
-
-    def take_gradients(self, *, adopt: bool) -> None:
-        """Writes this micro-batch's addresses into the table and adopts what others wrote into the parameters.
-
-        `adopt=False`: values written since the last step are the walk that belongs to a state just loaded.
-        """
-        written = [s for s in self.segments if s.was_written]
-        for segment in written:
-            segment.adopt(restart=adopt)
-        self._remember(written)
-        self.rows[:, GRAD] = torch.tensor([s.grad_address for s in self.segments], dtype=torch.int64)
-
-    def _remember(self, segments: list[Segment]) -> None:
-        moved = any(segment.param.data_ptr() != segment.pointer for segment in segments)
-        for segment in segments:
-            segment.remember()
-        if moved:
-            self._rebuild()
-
-    def wrote(self, segments: Iterable[Segment]) -> None:
-        """Tells autograd, and the check for other writers, that a kernel wrote these segments' weights."""
-        written = [s for s in segments if s.numel]
-        for segment in written:
-            if segment.staged is not None:
-                segment.param.detach().copy_(segment.staged)
-        torch.autograd.graph.increment_version([s.param for s in written])
-        for segment in written:
-            segment.version = segment.param._version
-
-    def with_gradient(self) -> Iterator[Segment]:
-        """The segments that have a gradient in this micro-batch."""
-        return (s for s in self.segments if s.grad is not None)
-
-    def moving(self) -> Iterator[Segment]:
-        """The segments that take part in the outer step: those with a gradient at any time in this cycle."""
-        return (s for s in self.segments if s.touched or s.grad is not None)
-
-    # One cycle
-
-    def finish_inner_step(self) -> None:
-        """After a backend's inner_step: what it wrote is known, gradients are let go."""
-        moved = list(self.with_gradient())
-        self.wrote(moved)
-        self.set_touched([s for s in moved if not s.touched], True)
-        self.drop_gradients()
-
-    def finish_outer_step(self) -> None:
-        """After a backend's outer_step: all parameters hold θ, nothing of the cycle is left."""
-        self.wrote(list(self.moving()))
-        self.set_touched([s for s in self.segments if s.touched], False)
-        self.hide_cycle_buffers()
-        self.drop_gradients()
-
-    def set_touched(self, segments: list[Segment], touched: bool) -> None:
-        """Records whether theta and walk of the segments are valid."""
-        for segment in segments:
-            segment.touched = touched
-        if segments:
-            self.rows[:, TOUCHED] = torch.tensor([s.touched for s in self.segments], dtype=torch.int64)
-
-    def drop_gradients(self) -> None:
-        """Forgets this micro-batch's gradients, so that `zero_grad()` frees them."""
-        for segment in self.segments:
-            segment.grad = None
-
-    def show_theta(self) -> None:
-        """Puts θ into the parameters and the walk aside; `show_walk` undoes it, bit for bit."""
-        shown = [s for s in self.segments if s.touched]
-        for segment in shown:
-            if segment.low_precision:
-                segment.weight.copy_(segment.theta)
-            else:
-                _swap(segment.weight, segment.theta)
-        self.wrote(shown)
-        self.hide_cycle_buffers()
-
-    def show_walk(self) -> None:
-        """Puts the walk back; a parameter that was written meanwhile keeps the value, which is θ now."""
-        shown = [s for s in self.segments if s.touched]
-        for segment in shown:
-            if segment.was_written:
-                segment.adopt(restart=True, shown=segment.theta)
-            elif not segment.low_precision:
-                _swap(segment.weight, segment.theta)
-            if segment.low_precision:
-                segment.weight.copy_(segment.walk)
-        self.wrote(shown)
-        self._remember(shown)
-
-    def show_low_precision(self) -> None:
-        """Rounds walks and masters, just restored, into their parameters."""
-        mirrors = [s for s in self.segments if s.low_precision]
-        for segment in mirrors:
-            segment.weight.copy_(segment.walk if segment.touched else segment.theta)
-        self.wrote(mirrors)
-
-    def ensure_cycle_buffers(self) -> None:
-        """Allocates anchors (below float32: walks) where they are missing and shows them in the state."""
-        missing = [b.ensure("walk" if self.dtype != b.state_dtype else "anchor") for b in self.buckets]
-        if any(missing):
-            self._rebuild()
-        for segment in self.segments:
-            if segment.cycle_view is None:
-                segment.cycle_view = segment.shaped(segment.cycle_key)
-            segment.state[segment.cycle_key] = segment.cycle_view
-
-    def hide_cycle_buffers(self) -> None:
-        """Removes anchors and walks from the state; the memory stays ours for the next cycle."""
-        for segment in self.segments:
-            segment.state.pop(segment.cycle_key, None)
-
-    def fill_untouched(self) -> None:
-        """Gives parameters that have not moved in this cycle an anchor (a walk) equal to where they are."""
-        for segment in self.segments:
-            if not segment.touched and segment.cycle_key in segment.state:
-                if segment.low_precision:
-                    segment.walk.copy_(segment.theta)
-                else:
-                    segment.theta.copy_(segment.weight)
-
-    def set_amsgrad(self, group: int, amsgrad: bool) -> None:
-        """Switches a group's maxima on, zeros if it never had them, or off; off, they stay in the state."""
-        buckets = [b for b in self.buckets if b.group == group and b.amsgrad != amsgrad]
-        for bucket in buckets:
-            bucket.amsgrad = amsgrad
-            if amsgrad and bucket.ensure("max_exp_avg_sq"):
-                for segment in self.segments:
-                    if segment.bucket is bucket:
-                        segment.state["max_exp_avg_sq"] = segment.shaped("max_exp_avg_sq")
-        if buckets:
-            self._rebuild()
-
-
-def _swap(a: Tensor, b: Tensor) -> None:
-    kept = a.clone()
-    a.copy_(b)
-    b.copy_(kept)
-
-
-def _bucketed(segments: list[Segment], itemsize: int) -> Iterator[tuple[list[Segment], int]]:
+def bucketed(segments: list[Segment], itemsize: int) -> Iterator[tuple[list[Segment], int]]:
     """Splits segments, in their order, into buckets of at most BUCKET_BYTES (or one larger parameter); sets `start`."""
     aligned = ALIGNMENT // itemsize
     members: list[Segment] = []
@@ -508,17 +225,3 @@ def _bucketed(segments: list[Segment], itemsize: int) -> Iterator[tuple[list[Seg
         numel += padded
     if members:
         yield members, numel
-
-
-def _misfit(segment: Segment, grad: Tensor) -> str:
-    """Why this gradient cannot be used, and what to do."""
-    if grad.layout is not torch.strided:
-        return (
-            f"the gradient of {segment.where} is sparse ({grad.layout}), which NexusAdamW does not support: "
-            "use nn.Embedding(sparse=False) or torch.optim.SparseAdam for this parameter"
-        )
-    return (
-        f"the gradient of {segment.where} has shape {tuple(grad.shape)}, {grad.dtype} on {grad.device}, its parameter "
-        f"{tuple(segment.shape)}, {segment.param.dtype} on {segment.param.device}: "
-        "set p.grad to None or to a tensor like p"
-    )

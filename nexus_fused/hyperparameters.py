@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any
 
 import torch
@@ -27,25 +28,26 @@ def number(value: Any, name: str, *, low: float, high: float = math.inf, open_lo
         if value.device.type != "cpu":
             return value.detach().reshape(())  # reading it would wait for the device
         value = value.item()
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(
             f"{name} must be a number or a tensor of one element, but is {value!r} ({type(value).__name__})"
         )
-    if not (low < value if open_low else low <= value) or not value < high:
+    result = float(value)
+    if not (low < result if open_low else low <= result) or not result < high:
         interval = f"> {low}" if open_low else f">= {low}"
         raise ValueError(
-            f"{name} must be {interval}{'' if high == math.inf else f' and < {high}'} and finite, but is {value}"
+            f"{name} must be {interval}{'' if high == math.inf else f' and < {high}'} and finite, but is {result}"
         )
-    return float(value)
+    return result
 
 
 def inner_steps(value: Any) -> int:
     """`value` as the number of micro-batches in a cycle, at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"inner_steps must be an int, but is {value!r} ({type(value).__name__})")
     if value < 1:
         raise ValueError(f"inner_steps must be at least 1, but is {value}")
-    return value
+    return int(value)
 
 
 def group_row(group: dict[str, Any], index: int, steps: int) -> list[float | Tensor]:

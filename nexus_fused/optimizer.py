@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 
 from . import backends, checkpoint, hyperparameters
 from .cycle import GROUP_KEYS, Cycle, summarize
-from .flat import Segment, Table, make_segment, real_dtype
+from .flat import Segment, make_segment, real_dtype
+from .table import Table
 
 
 class NexusAdamW(Optimizer):

@@ -10,7 +10,7 @@ One cycle, in the symbols of arXiv 2604.09258 (Algorithm 3):
     G = D / Γ,  Γ = Σ γ_k
     θ ← AdamW(θ, G);  w ← θ
 
-A backend is a module with the three functions at the end of this file. They take a `flat.Table` (weights, gradients,
+A backend is a module with the three functions at the end of this file. They take a `table.Table` (weights, gradients,
 state) and a `cycle.Cycle` (scalars), update weights and state in place and return nothing but a norm. This one spends
 memory for clarity.
 
@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from .cycle import BETA1, BETA2, EPS, LR, NORMALIZE, WEIGHT_DECAY, Cycle
-from .flat import Segment, Table, flat_view
+from .flat import Segment, flat_view
+from .table import Table
 
 
 def scaled_gradient(g: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

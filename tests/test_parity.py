@@ -13,7 +13,8 @@ from torch import nn
 
 from nexus_fused import backends, reference
 from nexus_fused.cycle import Cycle
-from nexus_fused.flat import CHUNK_ELEMENTS, TOUCHED, Table, make_segment
+from nexus_fused.flat import make_segment
+from nexus_fused.table import CHUNK_ELEMENTS, COLUMNS, TOUCHED, Table
 
 SIZES = [0, 1, 31, 1023, CHUNK_ELEMENTS - 1, CHUNK_ELEMENTS, CHUNK_ELEMENTS + 1, 3 * CHUNK_ELEMENTS + 17]
 FUSED = [name for name in BACKENDS if name != "reference"]
@@ -221,10 +222,10 @@ def test_every_rounding_is_pytorchs(storage):
 
 def test_layout_of_tables():
     """The struct in csrc/nexus_math.h and the columns in Python are one list."""
-    from nexus_fused import cycle, flat
+    from nexus_fused.cycle import HYPER
 
     extension = pytest.importorskip("nexus_fused._C")
-    assert 8 * len(flat.COLUMNS) == extension.SEGMENT_BYTES
-    assert 8 * len(cycle.HYPER) == extension.HYPER_BYTES
-    assert extension.CHUNK_ELEMENTS == flat.CHUNK_ELEMENTS
-    assert flat.COLUMNS[TOUCHED] == "touched"
+    assert 8 * len(COLUMNS) == extension.SEGMENT_BYTES
+    assert 8 * len(HYPER) == extension.HYPER_BYTES
+    assert extension.CHUNK_ELEMENTS == CHUNK_ELEMENTS
+    assert COLUMNS[TOUCHED] == "touched"

@@ -184,12 +184,12 @@ class TestFlatMemory:
 
     def test_offsets_beyond_int32(self):
         """The arithmetic of addresses, for parameters of more than 2^31 elements that nobody allocates."""
-        from nexus_fused.flat import _bucketed, make_segment
+        from nexus_fused.flat import bucketed, make_segment
 
         large = [torch.empty(1, dtype=torch.float32).expand(2**31 + 5), torch.empty(1).expand(2**33)]
         segments = [make_segment(nn.Parameter(torch.empty(0)), group=0, index=i, state={}) for i in range(3)]
         for segment, tensor in zip(segments, [*large, torch.empty(7)], strict=True):
             segment.numel = tensor.numel()
-        buckets = list(_bucketed(segments, 4))
+        buckets = list(bucketed(segments, 4))
         assert [numel for _, numel in buckets] == [2**31 + 16, 2**33, 16]
         assert [s.start for s in segments] == [0, 0, 0]
