@@ -165,7 +165,9 @@ def publish(
     lines = [fill(report.finding(rows), 90), "", report.table(rows)]
     lines += ["(± is the standard deviation over seeds; differences are taken seed by seed.)", ""]
     lines += [report.grid_lines(grid, lr)]
-    lines += [f"Nexus' inner_lr {options.inner_lr:g} follows the schedule; it was fixed, not searched for."]
+    lines += [
+        f"Nexus' inner_lr {options.inner_lr:g} follows the schedule; it was fixed beforehand, not searched for here."
+    ]
     lines += [report.alignment_line(runs), report.cost_lines(runs, settings.steps)]
     lines += [report.text_line(manifest, runs)]
     print("\n" + "\n".join(lines))
