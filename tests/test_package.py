@@ -1,0 +1,69 @@
+"""What an installed package must be, and what README says of it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import nexus_fused
+from nexus_fused import backends
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_report_of_this_machine():
+    """`python -m nexus_fused` names every backend, and for a missing one the reason."""
+    output = subprocess.run([sys.executable, "-m", "nexus_fused"], capture_output=True, text=True, check=True).stdout
+    assert nexus_fused.__version__ in output
+    assert torch.__version__ in output
+    for name, reason in backends.available().items():
+        assert re.search(rf"{name} +({'available' if reason is None else 'missing: .+'})", output)
+    assert re.search(r"instructions .*(avx512|avx2|baseline)", output)
+
+
+def test_missing_extension_is_explained(monkeypatch):
+    """Without compiled kernels the reference runs, and says what to do; an explicit backend raises."""
+    monkeypatch.setitem(sys.modules, "nexus_fused._C", None)
+    parameter = [torch.nn.Parameter(torch.zeros(3))]
+    assert "install a C++ compiler" in str(backends.available()["cpu"])
+    optimizer = nexus_fused.NexusAdamW(parameter)
+    assert next(iter(optimizer._tables.values())).backend.__name__ == "nexus_fused.reference"
+    for options in ({"backend": "cpu"}, {"fused": True}):
+        with pytest.raises(RuntimeError, match=r"install a C\+\+ compiler"):
+            nexus_fused.NexusAdamW(parameter, **options)
+
+
+def test_one_openmp_runtime():
+    """Two would keep two pools of threads that fight for the cores."""
+    code = (
+        "import torch, nexus_fused._C; "
+        "print(len({l.split()[-1] for l in open('/proc/self/maps') if 'gomp' in l or 'libomp' in l}))"
+    )
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("reads /proc")
+    pytest.importorskip("nexus_fused._C")
+    assert int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) <= 1
+
+
+def test_triton_kernels_are_ours_alone():
+    """Installed as nexus_fused.triton_kernels: the top-level name belongs to a distribution of the Triton project."""
+    assert importlib.util.find_spec("nexus_fused.triton_kernels") is not None
+    site_packages = [Path(p) for p in sys.path if p.endswith("site-packages")]
+    assert not any((p / "triton_kernels" / "__init__.py").exists() for p in site_packages)
+
+
+def test_readme_quotes_the_benchmark():
+    """Every figure of README's first table is the median, with its quartiles, of bench/results/cpu.json."""
+    readme = (ROOT / "README.md").read_text()
+    figures = json.loads((ROOT / "bench" / "results" / "cpu.json").read_text())["figures"]
+    for name, figure in figures.items():
+        row = next(line for line in readme.splitlines() if line.startswith(f"| {name} |"))
+        quoted = f"{figure['median']:.2f} ({figure['quartile1']:.2f} to {figure['quartile3']:.2f})"
+        assert quoted in row
