@@ -132,6 +132,7 @@ class NexusAdamW(Optimizer):
 
     def _register(self, params: list[tuple[int, int, Tensor]], *, flatten: bool) -> None:
         """Gives parameters (group, index, tensor) state and a place in a table; frozen ones wait for a gradient."""
+        found = {p.device: backends.resolve(self._backend, self._fused, p.device) for _, _, p in params}
         fresh: dict[tuple[int, torch.device, torch.dtype], list[Segment]] = defaultdict(list)
         for group, index, param in params:
             if not param.requires_grad and param.grad is None and not self.state.get(param):
@@ -140,10 +141,7 @@ class NexusAdamW(Optimizer):
             key = group, param.device, real_dtype(param.dtype)
             fresh[key].append(make_segment(param, group=group, index=index, state=self.state[param]))
         for (group, device, dtype), segments in fresh.items():
-            if (device, dtype) not in self._tables:
-                backend = backends.resolve(self._backend, self._fused, device)
-                self._tables[device, dtype] = Table(device, dtype, backend)
-            table = self._tables[device, dtype]
+            table = self._tables.setdefault((device, dtype), Table(device, dtype, found[device]))
             table.extend(segments, flatten=flatten)
             table.set_amsgrad(group, self.param_groups[group]["amsgrad"])
             if self._position > 0:
@@ -390,7 +388,7 @@ class NexusAdamW(Optimizer):
         for cycle in self._cycles.values():
             cycle.reset()
             for index, loaded in enumerate(groups):
-                if "walk_length" in loaded:
+                if loaded.keys() >= set(GROUP_KEYS):
                     cycle.load_group_data(index, loaded, running=self._position > 0)
         for table in self._tables.values():
             if self._position > 0:
