@@ -45,7 +45,7 @@ def check(
     for index, group in enumerate(complete):
         hyperparameters.group_row(group, index, inner_steps)
         if position > 0:
-            _check_cycle_data(group, index)
+            _check_cycle_data(group, index, inner_steps, len(groups[index]["params"]))
 
     foreign = {}
     for key, entry in state_dict["state"].items():
@@ -58,7 +58,7 @@ def check(
             where = f"parameter {i} of group {index}"
             if entries.get(param):
                 _check_entry(entries[param], param, where, amsgrad=group["amsgrad"], position=position)
-            elif position > 0 and (param.requires_grad or i in group["touched"]):
+            elif position > 0 and i in group["touched"]:
                 raise ValueError(
                     f"the loaded state is of position {position} of a cycle, but {_no_anchor(where, param)}"
                 )
@@ -97,12 +97,23 @@ def _check_position(groups: list[dict[str, Any]], inner_steps: int) -> int:
     return position
 
 
-def _check_cycle_data(group: dict[str, Any], index: int) -> None:
+def _check_cycle_data(group: dict[str, Any], index: int, inner_steps: int, n_params: int) -> None:
     missing = [key for key in GROUP_KEYS if key not in group]
     if missing:
         raise ValueError(
             f"the loaded state is of mid-cycle, but group {index} lacks {', '.join(missing)}: the checkpoint "
             "is truncated; load one that was saved at a boundary"
+        )
+    touched, norms = group["touched"], group["grad_norms"]
+    lengths = [group["walk_length"], group["walk_sq_length"], *norms]
+    if (
+        len(norms) != inner_steps
+        or not all(isinstance(x, (int, float)) or (isinstance(x, Tensor) and x.numel() == 1) for x in lengths)
+        or not all(isinstance(i, int) and 0 <= i < n_params for i in touched)
+    ):
+        raise ValueError(
+            f"the loaded cycle data of group {index} (walk_length, walk_sq_length, grad_norms, touched) do not fit "
+            f"{inner_steps} inner steps and {n_params} parameters: load a checkpoint that was saved at a boundary"
         )
 
 

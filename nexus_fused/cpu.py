@@ -22,7 +22,7 @@ def _table(table: Table) -> tuple[int, int, int, int]:
 def sq_norm(table: Table) -> Tensor:
     """‖g‖² over the table's gradients: 0-dim float64. Reads 4 bytes per float32 element, 2 below."""
     norm = _C.sq_norm(*_table(table), table.partials.data_ptr(), torch.get_num_threads())
-    return torch.tensor(norm, dtype=torch.float64)
+    return torch.tensor(norm, dtype=torch.float64, device="cpu")
 
 
 def inner_step(table: Table, cycle: Cycle) -> None:

@@ -81,7 +81,7 @@ class Cycle:
                 len(rows), -1
             )
         else:
-            self.hyper.copy_(torch.tensor(rows, dtype=torch.float64), non_blocking=True)
+            self.hyper.copy_(torch.tensor(rows, dtype=torch.float64, device="cpu"), non_blocking=True)
 
     def advance(self, sq_norm: Tensor, position: int, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Decides about inner step `position` from the squared norm of all gradients, 0-dim, and counts its length.

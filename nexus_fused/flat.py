@@ -168,9 +168,14 @@ class Segment:
 
     def restore(self, entry: dict[str, Any] | None) -> None:
         """Copies a checked state entry into place; zero state without one. A master in it wins over the parameter."""
-        for name, own in self.state.items():
+        for name in ("step", *self.bucket.buffers):
+            own = self.state.get(name)
+            if own is None:  # a walk's buffer, at a boundary
+                continue
             if entry and name in entry:
-                own.copy_(entry[name] if isinstance(entry[name], Tensor) else torch.tensor(float(entry[name])))
+                own.copy_(
+                    entry[name] if isinstance(entry[name], Tensor) else torch.tensor(float(entry[name]), device="cpu")
+                )
             elif name == "master":
                 self.theta.copy_(self.weight)
             else:

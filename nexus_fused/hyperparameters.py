@@ -127,7 +127,9 @@ def check_new_group(
     params = [p[1] if isinstance(p, tuple) and len(p) == 2 else p for p in param_group["params"]]
     group_row({"base_lr": param_group.get("lr", defaults["lr"]), **defaults, **param_group}, index, steps)
     for i, param in enumerate(params):
-        check_param(param, f"parameter {i} of group {index}")
+        check_leaf(param, f"parameter {i} of group {index}")
+        if not is_frozen(param):
+            check_param(param, f"parameter {i} of group {index}")
         if param in known:
             raise ValueError(
                 f"parameter {i} of group {index} appears in more than one parameter group: leave it in one"
@@ -135,12 +137,21 @@ def check_new_group(
     return list(dict.fromkeys(params))
 
 
-def check_param(param: Any, where: str) -> None:
-    """Whether NexusAdamW can update this tensor."""
+def is_frozen(param: Tensor) -> bool:
+    """Whether `param` needs no state yet; it may then be of any dtype, layout and device."""
+    return not param.requires_grad and param.grad is None
+
+
+def check_leaf(param: Any, where: str) -> None:
+    """Whether this is a tensor that an optimizer may hold."""
     if not isinstance(param, Tensor):
         raise TypeError(f"{where} must be a tensor, but is a {type(param).__name__}")
     if not param.is_leaf:
         raise ValueError(f"can't optimize a non-leaf Tensor: {where} is the result of an operation; pass nn.Parameters")
+
+
+def check_param(param: Tensor, where: str) -> None:
+    """Whether NexusAdamW can update this tensor."""
     if param.layout is not torch.strided:
         raise ValueError(f"{where} is sparse ({param.layout}): NexusAdamW updates dense parameters only")
     if torch.utils._python_dispatch.is_traceable_wrapper_subclass(param):

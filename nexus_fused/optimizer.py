@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -102,6 +103,7 @@ class NexusAdamW(Optimizer):
         self._rows: list[list[float | Tensor]] = []
         self._just_loaded = False
         self._outer: list[dict[str, Any]] | None = None  # inside outer_weights(): the groups' data of the walk
+        self._members: list[list[int]] = []  # ids of each group's parameters, as registered
 
     # Parameters
 
@@ -132,12 +134,12 @@ class NexusAdamW(Optimizer):
 
     def _register(self, params: list[tuple[int, int, Tensor]], *, flatten: bool) -> None:
         """Gives parameters (group, index, tensor) state and a place in a table; frozen ones wait for a gradient."""
-        found = {p.device: backends.resolve(self._backend, self._fused, p.device) for _, _, p in params}
+        frozen = [e for e in params if hyperparameters.is_frozen(e[2]) and not self.state.get(e[2])]
+        live = [e for e in params if not (hyperparameters.is_frozen(e[2]) and not self.state.get(e[2]))]
+        found = {p.device: backends.resolve(self._backend, self._fused, p.device) for _, _, p in live}
+        self._frozen += frozen
         fresh: dict[tuple[int, torch.device, torch.dtype], list[Segment]] = defaultdict(list)
-        for group, index, param in params:
-            if not param.requires_grad and param.grad is None and not self.state.get(param):
-                self._frozen.append((group, index, param))
-                continue
+        for group, index, param in live:
             key = group, param.device, real_dtype(param.dtype)
             fresh[key].append(make_segment(param, group=group, index=index, state=self.state[param]))
         for (group, device, dtype), segments in fresh.items():
@@ -149,8 +151,10 @@ class NexusAdamW(Optimizer):
             if device not in self._cycles:
                 self._cycles[device] = Cycle(device, self._inner_steps)
         if not self._cycles:  # nothing but frozen parameters so far
-            device = params[0][2].device if params else torch.device("cpu")
-            self._cycles[device] = Cycle(device, self._inner_steps)
+            self._cycles[torch.device("cpu")] = Cycle(torch.device("cpu"), self._inner_steps)
+        # The same order, and so the same sum of squares, whenever a dtype or device came.
+        self._tables = dict(sorted(self._tables.items(), key=lambda item: str(item[0])))
+        self._members = [list(map(id, group["params"])) for group in self.param_groups]
         for cycle in self._cycles.values():
             cycle.grow(len(self.param_groups))
         self._rows = []
@@ -158,6 +162,8 @@ class NexusAdamW(Optimizer):
     def _thaw(self) -> None:
         """Gives state to parameters that were frozen and have a gradient now."""
         ready = [entry for entry in self._frozen if entry[2].grad is not None]
+        for group, index, param in ready:
+            hyperparameters.check_param(param, f"parameter {index} of group {group}")
         if ready:
             self._frozen = [entry for entry in self._frozen if entry[2].grad is None]
             self._register(ready, flatten=False)
@@ -229,6 +235,7 @@ class NexusAdamW(Optimizer):
 
     def _look(self, *, gradients: bool) -> None:
         """Checks everything that may be wrong, then tells tables and cycles what is new."""
+        self._check_members()
         rows = [hyperparameters.group_row(g, i, self._inner_steps) for i, g in enumerate(self.param_groups)]
         if self._frozen and gradients:
             self._thaw()
@@ -237,13 +244,39 @@ class NexusAdamW(Optimizer):
         for table in self._tables.values():
             table.take_gradients(adopt=not self._just_loaded)
         self._just_loaded = False
-        for index, group in enumerate(self.param_groups):
-            for table in self._tables.values():
-                table.set_amsgrad(index, group["amsgrad"])
+        self._follow_amsgrad()
         if any(isinstance(value, Tensor) for row in rows for value in row) or rows != self._rows:
             for cycle in self._cycles.values():
                 cycle.set_hyper(rows)
             self._rows = rows
+
+    def _check_members(self) -> None:
+        """Whether groups and state still hold what was registered; whatever came otherwise would never be stepped."""
+        members = [list(map(id, group["params"])) for group in self.param_groups]
+        if members != self._members:
+            index = next(i for i in range(len(members) + 1) if members[i : i + 1] != self._members[i : i + 1])
+            raise RuntimeError(
+                f"the parameters of group {index} were exchanged, added or removed behind the optimizer's back: add "
+                "groups with add_param_group(), or build a new optimizer and load this one's state into it"
+            )
+        if len(self.state) < sum(len(table.segments) for table in self._tables.values()):
+            raise RuntimeError(
+                "entries of optimizer.state were removed: to start a parameter's moments from zero, remove its entry "
+                "from a state_dict() and load that"
+            )
+
+    def _follow_amsgrad(self) -> None:
+        for index, group in enumerate(self.param_groups):
+            for table in self._tables.values():
+                table.set_amsgrad(index, group["amsgrad"])
+
+    def _adopt_writes(self) -> None:
+        """What others wrote must be in masters and anchors before these are copied or saved."""
+        for table in self._tables.values():
+            if self._outer is None:
+                table.adopt_writes(restart=not self._just_loaded)
+            else:
+                table.adopt_writes_into_theta()
 
     def _finish_cycle(self, taken: int) -> None:
         for table in self._tables.values():
@@ -284,6 +317,7 @@ class NexusAdamW(Optimizer):
         self._refuse_inside_outer_weights("outer_weights()")
         with torch.no_grad():
             self._look(gradients=False)
+            anchored = [table for table in self._tables.values() if table.shows_cycle_buffers]
             for table in self._tables.values():
                 table.show_theta()
         self._show_cycle_data()
@@ -301,7 +335,7 @@ class NexusAdamW(Optimizer):
             with torch.no_grad():
                 for table in self._tables.values():
                     table.show_walk()
-                    if self._position > 0:
+                    if table in anchored:
                         table.ensure_cycle_buffers()
 
     def metrics(self) -> dict[str, Any]:
@@ -342,12 +376,19 @@ class NexusAdamW(Optimizer):
         Saving and loading it after any micro-batch continues bit for bit, together with the model's state of the
         same moment. Tensors are the live ones, as torch.optim's.
         """
+        self._check_members()
+        self._adopt_writes()
+        self._follow_amsgrad()
         if self._outer is None:
             for table in self._tables.values():
                 table.fill_untouched()
             self._show_cycle_data()
-        packed = super().state_dict()
-        # Copies: our own dicts lose their anchors at the end of the cycle.
+        hooks, self._optimizer_state_dict_post_hooks = self._optimizer_state_dict_post_hooks, OrderedDict()
+        try:
+            packed = super().state_dict()
+        finally:
+            self._optimizer_state_dict_post_hooks = hooks
+        # Copies: our own dicts lose their anchors at the end of the cycle, and its scalars go on.
         packed["state"] = {
             key: dict(value) if isinstance(value, dict) else value for key, value in packed["state"].items()
         }
@@ -356,6 +397,9 @@ class NexusAdamW(Optimizer):
                 for key in group["params"]:
                     if "step" in packed["state"].get(key, {}):
                         packed["state"][key]["step"] = packed["state"][key]["step"].cpu()
+            group.update({key: deepcopy(group[key]) for key in GROUP_KEYS})
+        for hook in hooks.values():
+            packed = hook(self, packed) or packed
         return packed
 
     @torch.no_grad()
@@ -368,7 +412,9 @@ class NexusAdamW(Optimizer):
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
+        self._check_members()
         groups, entries, foreign = checkpoint.check(state_dict, self.param_groups, self._inner_steps)
+        self._adopt_writes()
         self._restore(groups, entries)
         self.state.update(foreign)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -416,17 +462,21 @@ class NexusAdamW(Optimizer):
         """
         self._refuse_inside_outer_weights("materialize_anchors()")
         if self._inner_steps > 1:
+            self._adopt_writes()
             for table in self._tables.values():
                 table.ensure_cycle_buffers()
                 table.fill_untouched()
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_inside_outer_weights("copying or pickling the optimizer")
+        self._check_members()
         with torch.no_grad():
+            self._adopt_writes()
+            self._follow_amsgrad()
             for table in self._tables.values():
                 table.fill_untouched()
         self._show_cycle_data()
-        kept = ("_inner_steps", "_backend", "_fused", "_flatten")
+        kept = ("_inner_steps", "_backend", "_fused", "_flatten", "_just_loaded", "_finished")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
 
     @torch.no_grad()
@@ -441,4 +491,6 @@ class NexusAdamW(Optimizer):
                 self.state[param]["step"] = None
         params = [(g, i, p) for g, group in enumerate(groups) for i, p in enumerate(group["params"])]
         self._register(params, flatten=self._flatten)
-        self._restore(loaded, entries)
+        self._restore(loaded, {p: entry for p, entry in entries.items() if isinstance(p, Tensor)})
+        self.state.update({key: value for key, value in entries.items() if not isinstance(key, Tensor)})
+        self._just_loaded, self._finished = state["_just_loaded"], state["_finished"]

@@ -33,9 +33,9 @@ class Table:
         self.device, self.dtype, self.backend = device, dtype, backend
         self.segments: list[Segment] = []
         self.buckets: list[Bucket] = []
-        self.rows = torch.empty(0, len(COLUMNS), dtype=torch.int64)
+        self.rows = torch.empty(0, len(COLUMNS), dtype=torch.int64, device="cpu")
         self.chunks = 0
-        self.partials = torch.empty(0, dtype=torch.float64)
+        self.partials = torch.empty(0, dtype=torch.float64, device=device)
 
     def extend(self, segments: list[Segment], *, flatten: bool) -> None:
         """Gives the segments (all of one group) zero state, and moves their weights into flat memory if allowed."""
@@ -56,7 +56,8 @@ class Table:
                 self._flatten(bucket, members)
         for segment in segments:
             segment.remember()
-        self.segments += segments
+        # In the groups' order, whenever a parameter came: the norm is summed in that order, also after a resume.
+        self.segments = sorted(self.segments + segments, key=lambda s: (s.group, s.index))
         self._rebuild()
 
     def _flatten(self, bucket: Bucket, members: list[Segment]) -> None:
@@ -99,7 +100,7 @@ class Table:
                 ]
             )
             chunk += -(-s.numel // CHUNK_ELEMENTS)
-        self.rows = torch.tensor(rows, dtype=torch.int64).view(-1, len(COLUMNS))
+        self.rows = torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, len(COLUMNS))
         self.chunks = chunk
         self.partials = torch.empty(chunk, dtype=torch.float64, device=self.device)
 
@@ -110,20 +111,20 @@ class Table:
 
         Raises RuntimeError for a gradient that does not fit its parameter, or a parameter that was converted.
         """
-        device, dtype, strided = self.device, self.dtype, torch.strided
+        device, strided = self.device, torch.strided
         for segment in self.segments:
             param = segment.param
             grad = param.grad if use else None
             if param.data_ptr() != segment.pointer and self._was_converted(segment):
                 raise RuntimeError(
-                    f"{segment.where} was {segment.shape} {dtype} on {device} when the optimizer was built and is now "
-                    f"{param.shape} {param.dtype} on {param.device} with strides {param.stride()}: convert or move the "
-                    "model (model.half(), model.to(...)) first and build the optimizer after it"
+                    f"{segment.where} was {self.dtype} on {device} with strides {segment.param_strides} when the "
+                    f"optimizer was built and is now {tuple(param.shape)} {param.dtype} on {param.device} with strides "
+                    f"{param.stride()}: convert or move the model (model.half(), model.to(...)) first and build the "
+                    "optimizer after it"
                 )
             if grad is not None:
-                if grad.layout is not strided or grad.shape != segment.shape or grad.device != device or (
-                    grad.dtype is not dtype and grad.dtype is not param.dtype
-                ):  # fmt: skip
+                fits = grad.layout is strided and grad.shape == segment.shape
+                if not fits or grad.dtype is not param.dtype or grad.device != device:
                     raise RuntimeError(_misfit(segment, grad))
                 if grad.stride() != segment.strides or grad.is_neg() or grad.is_conj():
                     dense = torch.empty_strided(segment.shape, segment.strides, dtype=grad.dtype, device=device)
@@ -144,11 +145,21 @@ class Table:
 
         `adopt=False`: values written since the last step are the walk that belongs to a state just loaded.
         """
-        written = [s for s in self.segments if s.was_written]
+        self.adopt_writes(restart=adopt)
+        self.rows[:, GRAD] = torch.tensor([s.grad_address for s in self.segments], dtype=torch.int64, device="cpu")
+
+    def adopt_writes(self, *, restart: bool) -> None:
+        """Takes over what others wrote into the parameters since the last look; see `Segment.adopt`."""
+        written = [s for s in self.segments if s.was_written and not self._was_converted(s)]
         for segment in written:
-            segment.adopt(restart=adopt)
+            segment.adopt(restart=restart)
         self._remember(written)
-        self.rows[:, GRAD] = torch.tensor([s.grad_address for s in self.segments], dtype=torch.int64)
+
+    def adopt_writes_into_theta(self) -> None:
+        """The same while θ is shown, for the masters that a state saved now must hold; `show_walk` looks again."""
+        for segment in self.segments:
+            if segment.low_precision and segment.was_written:
+                segment.adopt(restart=True, shown=segment.theta)
 
     def _remember(self, segments: list[Segment]) -> None:
         moved = any(segment.param.data_ptr() != segment.pointer for segment in segments)
@@ -196,7 +207,7 @@ class Table:
         for segment in segments:
             segment.touched = touched
         if segments:
-            self.rows[:, TOUCHED] = torch.tensor([s.touched for s in self.segments], dtype=torch.int64)
+            self.rows[:, TOUCHED] = torch.tensor([s.touched for s in self.segments], dtype=torch.int64, device="cpu")
 
     def drop_gradients(self) -> None:
         """Forgets this micro-batch's gradients, so that `zero_grad()` frees them."""
@@ -243,6 +254,11 @@ class Table:
             if segment.cycle_view is None:
                 segment.cycle_view = segment.shaped(segment.cycle_key)
             segment.state[segment.cycle_key] = segment.cycle_view
+
+    @property
+    def shows_cycle_buffers(self) -> bool:
+        """Whether the state holds anchors or walks."""
+        return any(segment.cycle_key in segment.state for segment in self.segments)
 
     def hide_cycle_buffers(self) -> None:
         """Removes anchors and walks from the state; the memory stays ours for the next cycle."""

@@ -97,11 +97,6 @@ class TestParameters:
         [
             (lambda p: p * 2, ValueError, "non-leaf"),
             (lambda p: "weight", TypeError, "must be a tensor"),
-            (
-                lambda p: nn.Parameter(torch.zeros(3, dtype=torch.int64), requires_grad=False),
-                TypeError,
-                "int64",
-            ),
             (lambda p: nn.Parameter(torch.zeros(3, dtype=torch.float8_e4m3fn)), TypeError, "float8"),
             (lambda p: nn.Parameter(torch.zeros(1).expand(3)), ValueError, "expanded"),
             (lambda p: nn.Parameter(torch.zeros(3, device="meta")), ValueError, "meta"),
@@ -113,6 +108,37 @@ class TestParameters:
         bad = make(nn.Parameter(torch.ones(3)))
         with pytest.raises(error, match=f"parameter 1 of group 1.*{match}|{match}.*parameter 1 of group 1"):
             NexusAdamW([{"params": good[:1]}, {"params": [good[1], bad]}])
+
+    def test_frozen_ones_may_be_anything(self):
+        """Quantized, expanded, on meta: what AdamW accepts, since they are never updated."""
+        frozen = [
+            nn.Parameter(torch.zeros(3, dtype=torch.int8), requires_grad=False),
+            nn.Parameter(torch.zeros(1).expand(3), requires_grad=False),
+            nn.Parameter(torch.zeros(3, device="meta"), requires_grad=False),
+        ]
+        (p,) = make_params((3,))
+        optimizer = NexusAdamW([*frozen, p])
+        run(optimizer, [p], 4)
+        optimizer.load_state_dict(optimizer.state_dict())
+        frozen[1].requires_grad_(True)
+        frozen[1].grad = torch.ones(3)
+        with pytest.raises(ValueError, match="parameter 1 of group 0 is an expanded tensor"):
+            optimizer.step()
+
+    @pytest.mark.parametrize("edit", ["exchange", "remove", "state"])
+    def test_edited_behind_our_back(self, edit):
+        p, q = make_params((3,), (3,))
+        optimizer = NexusAdamW([{"params": [p]}, {"params": [q]}])
+        run(optimizer, [p, q], 1)
+        if edit == "exchange":
+            optimizer.param_groups[1]["params"][0] = nn.Parameter(torch.zeros(3))
+        elif edit == "remove":
+            optimizer.param_groups.pop()
+        else:
+            optimizer.state.clear()
+        for call in (optimizer.step, optimizer.state_dict):
+            with pytest.raises(RuntimeError, match=r"group 1 were exchanged|entries of optimizer.state"):
+                call()
 
     def test_in_two_groups(self):
         (p,) = make_params((3,))
@@ -192,6 +218,18 @@ class TestGradients:
             optimizer.step()
         assert_snapshot(optimizer, before)
 
+    def test_real_gradient_of_a_complex_parameter(self, backend):
+        (z,) = make_params((3,), dtype=torch.complex64)
+        optimizer = NexusAdamW([z], backend=backend)
+        if not hasattr(z, "grad_dtype"):
+            pytest.skip("this torch refuses such a gradient by itself")
+        z.grad_dtype = None
+        z.grad = torch.ones(3)
+        with pytest.raises(
+            RuntimeError, match=r"gradient of parameter 0 of group 0 .*torch.float32 on cpu, its parameter"
+        ):
+            optimizer.step()
+
     def test_another_device(self, backend):
         class Elsewhere(nn.Parameter):
             @property
@@ -263,6 +301,9 @@ MID_CYCLE = [
     (set_key("group", "inner_steps", 5), "inner_steps=5, this optimizer has 4"),
     (lambda s: s["param_groups"][0].pop("walk_length"), "lacks walk_length"),
     (lambda s: s["param_groups"][0].pop("touched"), "lacks touched"),
+    (lambda s: s["param_groups"][0]["grad_norms"].pop(), "cycle data of group 0"),
+    (set_key("group", "touched", [7]), "cycle data of group 0"),
+    (set_key("group", "walk_length", "long"), "cycle data of group 0"),
 ]
 
 

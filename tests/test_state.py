@@ -276,3 +276,70 @@ class TestDistributedCheckpointCode:
         assert_same([optimizer.state[p][key].to(dtype) for p in params], values(params))
         optimizer.load_state_dict(boundary)
         assert not any(key in optimizer.state[p] for p in params)
+
+
+class TestOwnStateLoadsBack:
+    """Whatever happened before, an optimizer accepts its own state."""
+
+    def test_unfrozen_in_mid_cycle(self, backend, dtype):
+        a, b = make_params((3,), (4,), dtype=dtype)
+        b.requires_grad_(False)
+        optimizer = NexusAdamW([a, b], backend=backend)
+        run(optimizer, [a], 2)
+        b.requires_grad_(True)
+        optimizer.load_state_dict(reload(optimizer.state_dict()))
+        run(optimizer, [a, b], 2)
+        assert optimizer.state[b]["step"] == 1
+
+    def test_amsgrad_switched_on_before_a_step(self, backend):
+        params, optimizer = build(backend=backend)
+        run(optimizer, params, 4)
+        optimizer.param_groups[0]["amsgrad"] = True
+        optimizer.load_state_dict(reload(optimizer.state_dict()))
+        run(optimizer, params, 4)
+
+    def test_it_is_a_moment_not_a_view_of_the_cycle(self, backend):
+        """What was handed out in mid-cycle keeps its walk length while training goes on."""
+        params, optimizer = build(backend=backend)
+        run(optimizer, params, 2)
+        group = optimizer.state_dict()["param_groups"][0]
+        run(optimizer, params, 1)
+        assert float(group["walk_length"]) == pytest.approx(0.1)
+
+    def test_metrics_travel_with_a_copy(self, backend):
+        params, optimizer = build(backend=backend)
+        run(optimizer, params, 5)
+        assert copy.deepcopy(optimizer).metrics() == optimizer.metrics()
+
+    def test_post_hook_with_another_structure(self, backend):
+        params, optimizer = build(backend=backend)
+        run(optimizer, params, 1)
+        optimizer.register_state_dict_post_hook(lambda _, state: {"optim": state})
+        assert set(optimizer.state_dict()) == {"optim"}
+
+
+def test_resume_after_a_late_unfreeze_is_bit_for_bit(backend):
+    """The norm is summed in the groups' order, whenever a parameter got its state."""
+    params = make_params((50,), (37,), (29,), dtype=torch.float64)
+    params[0].requires_grad_(False)
+    optimizer = NexusAdamW(params, lr=1e-2, inner_lr=0.05, backend=backend)
+    run(optimizer, params[1:], 2)
+    params[0].requires_grad_(True)
+    run(optimizer, params, 3, 2)
+    assert [s.index for s in next(iter(optimizer._tables.values())).segments] == [0, 1, 2]
+    others, other = build((50,), (37,), (29,), dtype=torch.float64, backend=backend)
+    with torch.no_grad():
+        for p, q in zip(others, params, strict=True):
+            p.copy_(q)
+    other.load_state_dict(reload(optimizer.state_dict()))
+    run(optimizer, params, 40, 5)
+    run(other, others, 40, 5)
+    assert_same(values(params), values(others))
+
+
+def test_outer_weights_leaves_materialized_anchors(backend):
+    params, optimizer = build(backend=backend)
+    optimizer.materialize_anchors()
+    with optimizer.outer_weights():
+        assert "anchor" not in optimizer.state_dict()["state"][0]
+    assert "anchor" in optimizer.state[params[0]]

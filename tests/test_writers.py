@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 
@@ -48,6 +49,52 @@ def test_only_written_elements_lose_their_float32_digits(backend):
     assert changed.any()
     assert_same([after[~changed]], [master[~changed]])
     assert_same([after[changed]], [clamped[changed]])
+
+
+@pytest.mark.parametrize("taken", [0, 2, 4])
+@pytest.mark.parametrize("how", ["load into itself", "resume", "deepcopy", "inside outer_weights"])
+def test_written_values_are_in_what_is_saved(backend, dtype, taken, how):
+    """Saved or copied right after the write, before any step has seen it."""
+    params, optimizer = build(dtype=dtype, backend=backend, lr=1e-4, weight_decay=0)
+    run(optimizer, params, taken)
+    others, other = build(dtype=dtype, backend=backend, lr=1e-4, weight_decay=0)
+    with optimizer.outer_weights() if how == "inside outer_weights" else contextlib.nullcontext():
+        with torch.no_grad():
+            params[0].fill_(5)
+        if how == "load into itself":  # as libraries do when they prepare an optimizer
+            optimizer.load_state_dict(optimizer.state_dict())
+            others, other = params, optimizer
+        elif how == "deepcopy":
+            others, other = copy.deepcopy((params, optimizer))
+        else:
+            state, weights = copy.deepcopy((optimizer.state_dict(), values(params)))
+            with torch.no_grad():
+                for p, value in zip(others, weights, strict=True):
+                    p.copy_(value)
+            other.load_state_dict(state)
+    run(other, others, 4 - other.cycle_position, 20)
+    torch.testing.assert_close(
+        others[0].detach().float(), torch.full((5, 3), 5.0), rtol=0, atol=2e-4 if dtype.itemsize > 2 else 2**-5
+    )
+
+
+def test_a_copys_first_write_is_adopted(backend):
+    params, optimizer = build(backend=backend, lr=1e-4, weight_decay=0)
+    run(optimizer, params, 2)
+    others, other = copy.deepcopy((params, optimizer))
+    with torch.no_grad():
+        others[0].fill_(5)
+    run(other, others, 2, 9)
+    torch.testing.assert_close(others[0].detach(), torch.full((5, 3), 5.0), rtol=0, atol=2e-4)
+
+
+def test_gaps_and_low_precision_load_without_a_master(backend):
+    p = nn.Parameter(torch.zeros(4, 6, dtype=torch.bfloat16)[:, ::2])
+    optimizer = NexusAdamW([p], backend=backend)
+    with torch.no_grad():
+        p.fill_(5)
+    optimizer.load_state_dict(torch.optim.AdamW([p]).state_dict())
+    assert_same([p.detach()], [torch.full((4, 3), 5.0, dtype=torch.bfloat16)])
 
 
 def test_written_inside_outer_weights(backend, dtype):
