@@ -134,10 +134,11 @@ class NexusAdamW(Optimizer):
 
     def _register(self, params: list[tuple[int, int, Tensor]], *, flatten: bool) -> None:
         """Gives parameters (group, index, tensor) state and a place in a table; frozen ones wait for a gradient."""
-        frozen = [e for e in params if hyperparameters.is_frozen(e[2]) and not self.state.get(e[2])]
-        live = [e for e in params if not (hyperparameters.is_frozen(e[2]) and not self.state.get(e[2]))]
+        live: list[tuple[int, int, Tensor]] = []
+        for entry in params:
+            waits = hyperparameters.is_frozen(entry[2]) and not self.state.get(entry[2])
+            (self._frozen if waits else live).append(entry)
         found = {p.device: backends.resolve(self._backend, self._fused, p.device) for _, _, p in live}
-        self._frozen += frozen
         fresh: dict[tuple[int, torch.device, torch.dtype], list[Segment]] = defaultdict(list)
         for group, index, param in live:
             key = group, param.device, real_dtype(param.dtype)
@@ -148,10 +149,8 @@ class NexusAdamW(Optimizer):
             table.set_amsgrad(group, self.param_groups[group]["amsgrad"])
             if self._position > 0:
                 table.ensure_cycle_buffers()
-            if device not in self._cycles:
-                self._cycles[device] = Cycle(device, self._inner_steps)
-        if not self._cycles:  # nothing but frozen parameters so far
-            self._cycles[torch.device("cpu")] = Cycle(torch.device("cpu"), self._inner_steps)
+        used = {table.device for table in self._tables.values()} or {torch.device("cpu")}  # all frozen so far
+        self._cycles = {d: self._cycles.get(d) or Cycle(d, self._inner_steps) for d in sorted(used, key=str)}
         # The same order, and so the same sum of squares, whenever a dtype or device came.
         self._tables = dict(sorted(self._tables.items(), key=lambda item: str(item[0])))
         self._members = [list(map(id, group["params"])) for group in self.param_groups]
@@ -200,14 +199,15 @@ class NexusAdamW(Optimizer):
         sq_norms = [table.backend.sq_norm(table) for table in tables]
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         for device, cycle in self._cycles.items():
+            wait = device.type == "cpu"  # a copy that nobody waits for may be read by the host before it arrives
             total = torch.zeros((), dtype=torch.float64, device=device)
             for sq_norm in sq_norms:
-                total += sq_norm.to(device, non_blocking=True)
+                total += sq_norm.to(device, non_blocking=not wait)
             cycle.advance(
                 total,
                 self._position,
-                None if scale is None else scale.to(device, torch.float64, non_blocking=True),
-                None if found_inf is None else found_inf.to(device, non_blocking=True),
+                None if scale is None else scale.to(device, torch.float64, non_blocking=not wait),
+                None if found_inf is None else found_inf.to(device, non_blocking=not wait),
             )
         if last:
             self._finish_cycle(self._position + 1)

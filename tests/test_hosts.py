@@ -231,3 +231,24 @@ def test_threads(backend):
         results = [[p.round(decimals=5) for p in params] for params in results]
     assert_same(results[0], results[1])
     assert_same(results[0], results[2])
+
+
+def test_first_group_all_frozen(backend):
+    """It waits without state, and the others train."""
+    frozen, p = make_params((3,), (4,))
+    frozen.requires_grad_(False)
+    optimizer = NexusAdamW([{"params": [frozen]}, {"params": [p]}], backend=backend)
+    run(optimizer, [p], 5)
+    assert optimizer.state[p]["step"] == 1
+    assert frozen not in optimizer.state
+    assert len(optimizer.metrics()["grad_norms"]) == 4
+
+
+def test_all_frozen(backend):
+    (p,) = make_params((3,))
+    p.requires_grad_(False)
+    optimizer = NexusAdamW([p], backend=backend)
+    for _ in range(5):
+        optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.cycle_position == 1
