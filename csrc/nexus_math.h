@@ -45,21 +45,15 @@ NEXUS_INLINE To bit_cast(From from) {
 // Storage types. `State` is the dtype of walk, master and moments. Conversions round to nearest, ties to even, and are
 // written with integers and selects so that they vectorize everywhere.
 
-struct Float64 {
-  using Storage = double;
-  using State = double;
+template <class Real>
+struct FullPrecision {
+  using Storage = Real;
+  using State = Real;
   static constexpr bool low_precision = false;
   static NEXUS_INLINE State load(Storage x) { return x; }
-  static NEXUS_INLINE Storage store(State x) { return x; }
 };
-
-struct Float32 {
-  using Storage = float;
-  using State = float;
-  static constexpr bool low_precision = false;
-  static NEXUS_INLINE State load(Storage x) { return x; }
-  static NEXUS_INLINE Storage store(State x) { return x; }
-};
+using Float64 = FullPrecision<double>;
+using Float32 = FullPrecision<float>;
 
 struct BFloat16 {
   using Storage = uint16_t;

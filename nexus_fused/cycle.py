@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# The columns of `Cycle.hyper`, all float64. The enum in csrc/nexus_math.h is the same list; a test compares the two.
+# The columns of `Cycle.hyper`, all float64. `struct Hyper` in csrc/nexus_math.h is the same list; a test compares.
 HYPER = ("inner_lr", "lr", "beta1", "beta2", "eps", "weight_decay", "sign", "normalize")
 INNER_LR, LR, BETA1, BETA2, EPS, WEIGHT_DECAY, SIGN, NORMALIZE = range(8)
 

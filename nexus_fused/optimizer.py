@@ -185,7 +185,8 @@ class NexusAdamW(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Consumes the gradients of one micro-batch: an inner step, or in the last of a cycle also the outer step.
 
-        Updates weights and state in place; does not wait for a device. Returns what `closure` returns.
+        Updates weights and state in place; waits for a device only if other parameters lie on the CPU.
+        Returns what `closure` returns.
         RuntimeError, ValueError or TypeError for a gradient, parameter or hyperparameter that cannot be used, naming
         its group; nothing is modified then.
         """

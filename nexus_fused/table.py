@@ -21,7 +21,7 @@ COLUMNS = (
     "weight", "grad", "theta", "walk", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step",
     "length", "group", "touched", "chunk",
 )  # fmt: skip
-WEIGHT, GRAD, THETA, WALK, EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ, STEP, LENGTH, GROUP, TOUCHED, CHUNK = range(12)
+GRAD, TOUCHED = COLUMNS.index("grad"), COLUMNS.index("touched")  # those that change from step to step
 
 CHUNK_ELEMENTS = 16384  # one partial sum each: fixes the order of summation, whatever the number of threads
 

@@ -14,7 +14,7 @@ from torch import nn
 from nexus_fused import backends, reference
 from nexus_fused.cycle import Cycle
 from nexus_fused.flat import make_segment
-from nexus_fused.table import CHUNK_ELEMENTS, COLUMNS, TOUCHED, Table
+from nexus_fused.table import CHUNK_ELEMENTS, COLUMNS, Table
 
 SIZES = [0, 1, 31, 1023, CHUNK_ELEMENTS - 1, CHUNK_ELEMENTS, CHUNK_ELEMENTS + 1, 3 * CHUNK_ELEMENTS + 17]
 FUSED = [name for name in BACKENDS if name != "reference"]
@@ -228,4 +228,3 @@ def test_layout_of_tables():
     assert 8 * len(COLUMNS) == extension.SEGMENT_BYTES
     assert 8 * len(HYPER) == extension.HYPER_BYTES
     assert extension.CHUNK_ELEMENTS == CHUNK_ELEMENTS
-    assert COLUMNS[TOUCHED] == "touched"
