@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nexus_fused import NexusAdamW
+from nexus_fused.cycle import MicroBatch
 
 K = 4
 OPTIONS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1}
@@ -173,17 +174,16 @@ def kernels(shapes: list[tuple[int, ...]], dtype: torch.dtype, backend: str | No
         p.grad = g
     optimizer._look(gradients=True)
     (table,), (cycle,) = optimizer._tables.values(), optimizer._cycles.values()
-    module = table.backend
+    module, micro_batch = cycle.backend, MicroBatch([torch.ones((), dtype=torch.float64)], 1)
     low = dtype != torch.float32
 
     def inner(touched: bool) -> None:
         table.set_touched(table.segments, touched)
-        module.inner_step(table, cycle)
+        module.inner_step([table], cycle, micro_batch)
 
     def outer() -> None:
         table.set_touched(table.segments, True)
-        cycle.walk_length.fill_(K * NEXUS["inner_lr"])
-        module.outer_step(table, cycle)
+        module.outer_step([table], cycle, micro_batch, K)
 
     return [
         Contender("sq_norm", lambda: module.sq_norm(table), 2 if low else 4),

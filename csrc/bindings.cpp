@@ -73,7 +73,7 @@ void inner_step(int64_t rows, int64_t n, int64_t chunks, int dtype, int64_t fact
                 int threads) {
   py::gil_scoped_release released;
   kernels->inner_step(pointer<const Segment>(rows), n, chunks, DType(dtype), pointer<const double>(factor),
-                      pointer<double>(moves), pointer<double>(lost_moves), threads);
+                      pointer<int64_t>(moves), pointer<int64_t>(lost_moves), threads);
 }
 
 void outer_step(int64_t rows, int64_t n, int64_t chunks, int dtype, int64_t hyper, int64_t factor, int64_t walk_length,

@@ -201,8 +201,8 @@ void chunk_inner_step(const Segment& segment, int64_t begin, int64_t end, double
 }
 
 template <class T>
-void table_inner_step(const Segment* segments, int64_t n, int64_t chunks, const double* factor, double* moves,
-                      double* lost_moves, int threads) {
+void table_inner_step(const Segment* segments, int64_t n, int64_t chunks, const double* factor, int64_t* moves,
+                      int64_t* lost_moves, int threads) {
   int64_t total_moves = 0, total_lost = 0;
   for_each_chunk(segments, n, chunks, threads,
                  [=, &total_moves, &total_lost](const Segment& segment, int64_t begin, int64_t end, int64_t) {
@@ -214,8 +214,8 @@ void table_inner_step(const Segment* segments, int64_t n, int64_t chunks, const 
 #pragma omp atomic
                    total_lost += chunk_lost;
                  });
-  *moves += double(total_moves);
-  *lost_moves += double(total_lost);
+  *moves += total_moves;
+  *lost_moves += total_lost;
 }
 
 // D = (θ − w) + γ·g/n;  G = D/Γ;  θ ← AdamW(θ, G);  w ← θ. Returns ‖D‖² of the chunk.
@@ -326,8 +326,8 @@ double sq_norm(const Segment* segments, int64_t n, int64_t chunks, DType dtype, 
   });
 }
 
-void inner_step(const Segment* segments, int64_t n, int64_t chunks, DType dtype, const double* factor, double* moves,
-                double* lost_moves, int threads) {
+void inner_step(const Segment* segments, int64_t n, int64_t chunks, DType dtype, const double* factor, int64_t* moves,
+                int64_t* lost_moves, int threads) {
   with_dtype(dtype, [=](auto type) {
     table_inner_step<decltype(type)>(segments, n, chunks, factor, moves, lost_moves, threads);
   });

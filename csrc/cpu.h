@@ -7,7 +7,7 @@
   namespace nexus::isa {                                                                                               \
   double sq_norm(const Segment* segments, int64_t n, int64_t chunks, DType dtype, double* partials, int threads);      \
   void inner_step(const Segment* segments, int64_t n, int64_t chunks, DType dtype, const double* factor,               \
-                  double* moves, double* lost_moves, int threads);                                                     \
+                  int64_t* moves, int64_t* lost_moves, int threads);                                                   \
   void outer_step(const Segment* segments, int64_t n, int64_t chunks, DType dtype, const Hyper* hyper,                 \
                   const double* factor, const double* walk_length, double* displacement_sq, double* partials,          \
                   int threads);                                                                                        \

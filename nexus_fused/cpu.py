@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _C
-from .cycle import Cycle
+from .cycle import Cycle, MicroBatch
 from .table import Table
 
 _DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -25,25 +25,30 @@ def sq_norm(table: Table) -> Tensor:
     return torch.tensor(norm, dtype=torch.float64, device="cpu")
 
 
-def inner_step(table: Table, cycle: Cycle) -> None:
+def inner_step(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch) -> None:
     """w ← w − γ·g/n. Moves 12 bytes per element, the first time in a cycle 16 (float32) or 12 (below)."""
-    _C.inner_step(
-        *_table(table),
-        cycle.factor.data_ptr(),
-        cycle.moves.data_ptr(),
-        cycle.lost_moves.data_ptr(),
-        torch.get_num_threads(),
-    )
+    cycle.advance(micro_batch)
+    for table in tables:
+        _C.inner_step(
+            *_table(table),
+            cycle.factor.data_ptr(),
+            cycle.moves.data_ptr(),
+            cycle.lost_moves.data_ptr(),
+            torch.get_num_threads(),
+        )
 
 
-def outer_step(table: Table, cycle: Cycle) -> None:
+def outer_step(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch | None, taken: int) -> None:
     """Last inner step, displacement, AdamW and w ← θ in one pass. Moves 32 bytes per element."""
-    _C.outer_step(
-        *_table(table),
-        cycle.hyper.data_ptr(),
-        cycle.factor.data_ptr(),
-        cycle.walk_length.data_ptr(),
-        cycle.displacement_sq.data_ptr(),
-        table.partials.data_ptr(),
-        torch.get_num_threads(),
-    )
+    cycle.advance(micro_batch)
+    for table in tables:
+        _C.outer_step(
+            *_table(table),
+            cycle.hyper.data_ptr(),
+            cycle.factor.data_ptr(),
+            cycle.walk_length.data_ptr(),
+            cycle.displacement_sq.data_ptr(),
+            table.partials.data_ptr(),
+            torch.get_num_threads(),
+        )
+    cycle.finish(taken)

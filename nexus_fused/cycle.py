@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,40 +19,71 @@ GROUP_KEYS = (
 )  # fmt: skip
 
 
+class MicroBatch(NamedTuple):
+    """What a micro-batch brings beside its gradients.
+
+    sq_norms: float64, any device, at least one element between them: their sum, in their order, is ‖g‖² over all
+    tables of the optimizer. position: inner step of the cycle, from 0. grad_scale, found_inf: one element each, as
+    torch.amp.GradScaler hands them over.
+    """
+
+    sq_norms: list[Tensor]
+    position: int
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+    def on(self, device: torch.device) -> MicroBatch:
+        """The same, everything on `device`; waits only for copies to the CPU."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            # A copy to the CPU that nobody waits for may be read before it arrives.
+            return tensor if tensor.device == device else tensor.to(device, non_blocking=device.type != "cpu")
+
+        scale, found = (None if value is None else moved(value) for value in (self.grad_scale, self.found_inf))
+        return MicroBatch([moved(sq_norm) for sq_norm in self.sq_norms], self.position, scale, found)
+
+
 class Cycle:
-    """Scalars of the running cycle on one device, all float64, for `n_groups` parameter groups and K inner steps.
+    """Scalars of the running cycle on one device, for `n_groups` parameter groups and K inner steps; float64 but for
+    `moves` and `lost_moves`, which are int64.
 
     hyper [n_groups, 8]: what the kernels need of each group, see HYPER (`inner_lr` is γ_k, already scheduled).
     factor [n_groups]: ±γ_k/‖g_k‖, what a gradient is multiplied with; 0 where the inner step is skipped.
-    walk_length, walk_sq_length [n_groups]: Γ = Σγ and Σγ² over the inner steps really taken.
-    displacement_sq [n_groups]: ‖D‖², written by the outer step.
-    grad_norms [K]: unscaled norms, -1 in place of NaN (NaN differs from itself, which distributed loading refuses).
-    skipped_inner_steps, skipped_outer_steps: totals. moves, lost_moves: element moves in this cycle, and those
+    sums [3·n_groups + K]: walk_length, walk_sq_length [n_groups]: Γ = Σγ and Σγ² over the inner steps really taken;
+    displacement_sq [n_groups]: ‖D‖², written by the outer step; grad_norms [K]: unscaled norms, -1 in place of NaN
+    (NaN differs from itself, which distributed loading refuses).
+    totals: skipped_inner_steps, skipped_outer_steps. counts: moves, lost_moves: element moves in this cycle, and those
     that rounding swallowed whole.
+    finished: sums, counts and the number of inner steps of the last finished cycle.
     """
 
-    def __init__(self, device: torch.device, inner_steps: int) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, inner_steps: int, backend: ModuleType) -> None:
+        self.device, self.inner_steps, self.backend = device, inner_steps, backend
         self.hyper = torch.zeros(0, len(HYPER), dtype=torch.float64, device=device)
-        self.factor = self._zeros(0)
-        self.walk_length, self.walk_sq_length, self.displacement_sq = (
-            self._zeros(0),
-            self._zeros(0),
-            self._zeros(0),
-        )
-        self.grad_norms = self._zeros(inner_steps)
-        self.skipped_inner_steps, self.skipped_outer_steps = self._zeros(), self._zeros()
-        self.moves, self.lost_moves = self._zeros(), self._zeros()
+        self.factor, self.sums, self.totals = self._zeros(0), self._zeros(inner_steps), self._zeros(2)
+        self.counts = torch.zeros(2, dtype=torch.int64, device=device)
+        self.finished: tuple[Tensor, Tensor, int] | None = None
+        self._name_parts()
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.float64, device=self.device)
 
+    def _name_parts(self) -> None:
+        parts = self.sums.split([len(self.factor)] * 3 + [self.inner_steps])
+        self.walk_length, self.walk_sq_length, self.displacement_sq, self.grad_norms = parts
+        self.skipped_inner_steps, self.skipped_outer_steps = self.totals
+        self.moves, self.lost_moves = self.counts
+
     def grow(self, n_groups: int) -> None:
         """Makes room for more groups; those that exist keep their values, a new one starts with Γ = 0."""
         missing = n_groups - len(self.factor)
-        self.hyper = torch.cat([self.hyper, torch.zeros(missing, len(HYPER), dtype=torch.float64, device=self.device)])
-        for name in ("factor", "walk_length", "walk_sq_length", "displacement_sq"):
-            setattr(self, name, torch.cat([getattr(self, name), self._zeros(missing)]))
+        if missing:
+            self.hyper = torch.cat([self.hyper, self._zeros(missing, len(HYPER))])
+            self.factor = torch.cat([self.factor, self._zeros(missing)])
+            of_groups = (self.walk_length, self.walk_sq_length, self.displacement_sq)
+            grown = [part for old in of_groups for part in (old, self._zeros(missing))]
+            self.sums = torch.cat([*grown, self.grad_norms])
+            self._name_parts()
 
     def group_data(self, group: int) -> dict[str, Any]:
         """The tensors of this cycle as a parameter group shows them, views of the live values."""
@@ -77,66 +109,74 @@ class Cycle:
         """Brings the groups' hyperparameters, one row of HYPER each, to the device without waiting for it."""
         if any(isinstance(value, Tensor) for row in rows for value in row):
             values = [torch.as_tensor(value, dtype=torch.float64) for row in rows for value in row]
-            self.hyper = torch.stack([v.to(self.device, non_blocking=True).view(()) for v in values]).view(
-                len(rows), -1
-            )
+            on_device = [v.to(self.device, non_blocking=True).view(()) for v in values]
+            self.hyper.copy_(torch.stack(on_device).view(len(rows), -1))
         else:
-            self.hyper.copy_(torch.tensor(rows, dtype=torch.float64, device="cpu"), non_blocking=True)
+            upload(torch.tensor(rows, dtype=torch.float64, device="cpu"), self.hyper)
 
-    def advance(self, sq_norm: Tensor, position: int, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        """Decides about inner step `position` from the squared norm of all gradients, 0-dim, and counts its length.
+    def advance(self, micro_batch: MicroBatch | None) -> None:
+        """Decides about an inner step from the squared norm of all gradients, and counts its length.
 
         Source: ALGORITHM's n_k, γ_k/n_k and Γ; nothing moves when n_k is 0, inf or nan or `found_inf` is not 0.
+        None: an outer step without a last gradient adds nothing to the walk.
         """
-        norm = sq_norm.sqrt()
+        if micro_batch is None:
+            self.factor.zero_()
+            return
+        sq_norms, position, grad_scale, found_inf = micro_batch.on(self.device)
+        # One by one, in their order: a sum must not depend on what came from which table or device.
+        norm = sum((partial.sum() for partial in sq_norms), self._zeros()).sqrt()
         taken = norm.isfinite() & (norm > 0)
         if found_inf is not None:
             taken &= (found_inf == 0).view(())
         step = torch.where(taken, self.hyper[:, INNER_LR], 0.0)
-        self.factor = torch.where(taken, self.hyper[:, SIGN] * self.hyper[:, INNER_LR] / norm, 0.0)
+        self.factor.copy_(torch.where(taken, self.hyper[:, SIGN] * self.hyper[:, INNER_LR] / norm, 0.0))
         self.walk_length += step
         self.walk_sq_length += step * step
         self.skipped_inner_steps += ~taken
-        unscaled = norm if grad_scale is None else norm / grad_scale.view(())
+        unscaled = norm if grad_scale is None else norm / grad_scale.double().view(())
         self.grad_norms[position] = torch.where(unscaled.isnan(), -1.0, unscaled)
 
-    def stand_still(self) -> None:
-        """An outer step without a last gradient: nothing is added to the walk."""
-        self.factor = torch.zeros_like(self.factor)
-
-    def finish(self, position: int) -> dict[str, Tensor]:
-        """Ends the cycle after `position` inner steps: returns its sums, on the device, and starts from zero."""
+    def finish(self, taken: int) -> None:
+        """Ends the cycle after `taken` inner steps: keeps its sums as `finished` and starts from zero."""
         self.skipped_outer_steps += (self.walk_length == 0).all()
-        names = ("walk_length", "walk_sq_length", "displacement_sq", "moves", "lost_moves")
-        sums = {name: getattr(self, name).clone() for name in names}
-        sums["grad_norms"] = self.grad_norms[:position].clone()
+        self.finished = self.sums.clone(), self.counts.clone(), taken
         self.reset()
-        return sums
 
     def reset(self) -> None:
         """Sets all sums of the running cycle, not the totals, to zero."""
-        for name in ("walk_length", "walk_sq_length", "displacement_sq", "moves", "lost_moves", "grad_norms"):
-            getattr(self, name).zero_()
+        self.sums.zero_()
+        self.counts.zero_()
 
 
-def summarize(finished: list[dict[str, Tensor]]) -> dict[str, Any]:
-    """The figures of one finished cycle from the sums of each device; synchronizes.
+def upload(values: Tensor, target: Tensor) -> None:
+    """Copies a CPU tensor that nobody else holds to `target`'s device, without waiting, on its current stream."""
+    if target.device.type == "cpu":
+        target.copy_(values)
+    else:  # the allocator of pinned memory keeps it until the copy is done
+        target.copy_(values.pin_memory(), non_blocking=True)
+
+
+def summarize(finished: list[tuple[Tensor, Tensor, int]], inner_steps: int) -> dict[str, Any]:
+    """The figures of one finished cycle from what each device keeps of it (`Cycle.finished`); synchronizes.
 
     alignment: mean pairwise cosine similarity of the unit gradients taken, each at its own point of the walk:
     (R² − s)/(1 − s) with R² = Σ_groups ‖D‖²/Γ² and s = Σγ²/Γ²; NaN when fewer than two were taken.
     """
     if not finished:
         return {"alignment": float("nan"), "grad_norms": [], "lost_fraction": 0.0}
-    first = {name: value.cpu() for name, value in finished[0].items()}
-    displacement_sq = sum(sums["displacement_sq"].cpu() for sums in finished)
-    moves = sum(float(sums["moves"]) for sums in finished)
-    lost = sum(float(sums["lost_moves"]) for sums in finished)
-    moved = first["walk_length"] > 0
+    taken = finished[0][2]
+    sums = [parts[0].cpu() for parts in finished]
+    moves, lost = sum(parts[1].cpu() for parts in finished).tolist()  # type: ignore[union-attr]
+    n_groups = (len(sums[0]) - inner_steps) // 3
+    walk_length, walk_sq_length, _, grad_norms = sums[0].split([n_groups] * 3 + [inner_steps])
+    displacement_sq = torch.stack([s[2 * n_groups : 3 * n_groups] for s in sums]).sum(0)
+    moved = walk_length > 0
     alignment = float("nan")
     if moved.any():
-        gamma = first["walk_length"][moved]
-        r_sq = float((displacement_sq[moved] / gamma**2).sum())  # type: ignore[index]
-        s = float((first["walk_sq_length"][moved] / gamma**2).min())  # of the groups that walked longest
+        gamma = walk_length[moved]
+        r_sq = float((displacement_sq[moved] / gamma**2).sum())
+        s = float((walk_sq_length[moved] / gamma**2).min())  # of the groups that walked longest
         alignment = (r_sq - s) / (1 - s) if s < 1 else float("nan")
-    norms = [float("nan") if norm < 0 else norm for norm in first["grad_norms"].tolist()]
+    norms = [float("nan") if norm < 0 else norm for norm in grad_norms[:taken].tolist()]
     return {"alignment": alignment, "grad_norms": norms, "lost_fraction": lost / moves if moves else 0.0}

@@ -77,7 +77,7 @@ class Bucket:
 
 @dataclass(slots=True, eq=False)
 class Segment:
-    """One parameter: where its memory is, and what it looked like when we last touched it."""
+    """One parameter: where its memory is and what shape that has."""
 
     param: Tensor
     group: int
@@ -94,9 +94,7 @@ class Segment:
     step: Tensor = field(init=False)
     cycle_view: Tensor | None = None  # anchor or walk as the state shows it in mid-cycle
     touched: bool = False  # had a gradient in this cycle, so theta and walk are both valid
-    grad: Tensor | None = None  # of this micro-batch, dense with `strides`
-    pointer: int = 0
-    version: int = -1
+    row: int = -1  # in its table
 
     @property
     def where(self) -> str:
@@ -137,16 +135,6 @@ class Segment:
         """
         return shaped_like(self.buffer(name), self)
 
-    @property
-    def grad_address(self) -> int:
-        """0 without a gradient; an empty gradient is one all the same, though it has no memory."""
-        return 0 if self.grad is None else self.grad.data_ptr() or -1
-
-    @property
-    def was_written(self) -> bool:
-        """Whether somebody else wrote into the parameter, or replaced its storage, since we last looked."""
-        return self.param._version != self.version or self.param.data_ptr() != self.pointer
-
     def adopt(self, *, restart: bool, shown: Tensor | None = None) -> None:
         """Takes over values that somebody else wrote into the parameter.
 
@@ -182,10 +170,6 @@ class Segment:
                 own.zero_()
         if entry and "master" in entry and not self.low_precision:
             self.param.detach().copy_(entry["master"])
-
-    def remember(self) -> None:
-        """Records address and version, so that a later write by somebody else is noticed."""
-        self.pointer, self.version = self.param.data_ptr(), self.param._version
 
 
 def shaped_like(flat: Tensor, segment: Segment) -> Tensor:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import backends, checkpoint, hyperparameters
-from .cycle import GROUP_KEYS, Cycle, summarize
+from . import backends, checkpoint, hyperparameters, reference
+from .cycle import GROUP_KEYS, Cycle, MicroBatch, summarize
 from .flat import Segment, make_segment, real_dtype
 from .table import Table
 
@@ -99,7 +99,7 @@ class NexusAdamW(Optimizer):
         self._cycles: dict[torch.device, Cycle] = {}
         self._frozen: list[tuple[int, int, Tensor]] = []  # group, index, parameter: no state yet
         self._position = 0
-        self._finished: list[dict[str, Tensor]] = []  # sums of the last finished cycle, one dict per device
+        self._work: list[tuple[Cycle, list[Table]]] = []  # each device's cycle with its tables
         self._rows: list[list[float | Tensor]] = []
         self._just_loaded = False
         self._outer: list[dict[str, Any]] | None = None  # inside outer_weights(): the groups' data of the walk
@@ -144,15 +144,22 @@ class NexusAdamW(Optimizer):
             key = group, param.device, real_dtype(param.dtype)
             fresh[key].append(make_segment(param, group=group, index=index, state=self.state[param]))
         for (group, device, dtype), segments in fresh.items():
-            table = self._tables.setdefault((device, dtype), Table(device, dtype, found[device]))
+            table = self._tables.setdefault((device, dtype), Table(device, dtype))
             table.extend(segments, flatten=flatten)
             table.set_amsgrad(group, self.param_groups[group]["amsgrad"])
             if self._position > 0:
                 table.ensure_cycle_buffers()
-        used = {table.device for table in self._tables.values()} or {torch.device("cpu")}  # all frozen so far
-        self._cycles = {d: self._cycles.get(d) or Cycle(d, self._inner_steps) for d in sorted(used, key=str)}
         # The same order, and so the same sum of squares, whenever a dtype or device came.
         self._tables = dict(sorted(self._tables.items(), key=lambda item: str(item[0])))
+        tables: dict[torch.device, list[Table]] = defaultdict(list)
+        for table in self._tables.values():
+            tables[table.device].append(table)
+        if not tables:  # all frozen so far
+            found[torch.device("cpu")], tables[torch.device("cpu")] = reference, []
+        for device, backend in found.items():
+            self._cycles.setdefault(device, Cycle(device, self._inner_steps, backend)).backend = backend
+        self._cycles = {device: self._cycles[device] for device in tables}
+        self._work = [(self._cycles[device], members) for device, members in tables.items()]
         self._members = [list(map(id, group["params"])) for group in self.param_groups]
         for cycle in self._cycles.values():
             cycle.grow(len(self.param_groups))
@@ -196,27 +203,21 @@ class NexusAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._look(gradients=True)
-        tables, last = list(self._tables.values()), self._position + 1 == self._inner_steps
-        sq_norms = [table.backend.sq_norm(table) for table in tables]
-        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        for device, cycle in self._cycles.items():
-            wait = device.type == "cpu"  # a copy that nobody waits for may be read by the host before it arrives
-            total = torch.zeros((), dtype=torch.float64, device=device)
-            for sq_norm in sq_norms:
-                total += sq_norm.to(device, non_blocking=not wait)
-            cycle.advance(
-                total,
-                self._position,
-                None if scale is None else scale.to(device, torch.float64, non_blocking=not wait),
-                None if found_inf is None else found_inf.to(device, non_blocking=not wait),
-            )
-        if last:
-            self._finish_cycle(self._position + 1)
+        micro_batch = MicroBatch(
+            [cycle.backend.sq_norm(table) for cycle, tables in self._work for table in tables],
+            self._position,
+            getattr(self, "grad_scale", None),
+            getattr(self, "found_inf", None),
+        )
+        if self._position + 1 == self._inner_steps:
+            self._finish_cycle(micro_batch)
         else:
-            for table in tables:
-                table.ensure_cycle_buffers()
-                table.backend.inner_step(table, self._cycles[table.device])
-                table.finish_inner_step()
+            for cycle, tables in self._work:
+                for table in tables:
+                    table.ensure_cycle_buffers()
+                cycle.backend.inner_step(tables, cycle, micro_batch)
+                for table in tables:
+                    table.finish_inner_step()
             self._set_position(self._position + 1)
         return loss
 
@@ -230,9 +231,7 @@ class NexusAdamW(Optimizer):
         if self._position == 0:
             return
         self._look(gradients=False)
-        for cycle in self._cycles.values():
-            cycle.stand_still()
-        self._finish_cycle(self._position)
+        self._finish_cycle(None)
 
     def _look(self, *, gradients: bool) -> None:
         """Checks everything that may be wrong, then tells tables and cycles what is new."""
@@ -243,7 +242,7 @@ class NexusAdamW(Optimizer):
         for table in self._tables.values():
             table.read_gradients(use=gradients)
         for table in self._tables.values():
-            table.take_gradients(adopt=not self._just_loaded)
+            table.adopt_writes(restart=not self._just_loaded)
         self._just_loaded = False
         self._follow_amsgrad()
         if any(isinstance(value, Tensor) for row in rows for value in row) or rows != self._rows:
@@ -279,11 +278,12 @@ class NexusAdamW(Optimizer):
             else:
                 table.adopt_writes_into_theta()
 
-    def _finish_cycle(self, taken: int) -> None:
-        for table in self._tables.values():
-            table.backend.outer_step(table, self._cycles[table.device])
-            table.finish_outer_step()
-        self._finished = [cycle.finish(taken) for cycle in self._cycles.values()]
+    def _finish_cycle(self, micro_batch: MicroBatch | None) -> None:
+        taken = self._position + (micro_batch is not None)
+        for cycle, tables in self._work:
+            cycle.backend.outer_step(tables, cycle, micro_batch, taken)
+            for table in tables:
+                table.finish_outer_step()
         self._set_position(0)
 
     def _set_position(self, position: int) -> None:
@@ -349,7 +349,7 @@ class NexusAdamW(Optimizer):
         """
         cycle = next(iter(self._cycles.values()))
         return {
-            **summarize(self._finished),
+            **summarize([c.finished for c in self._cycles.values() if c.finished is not None], self._inner_steps),
             "skipped_inner_steps": int(cycle.skipped_inner_steps),
             "skipped_outer_steps": int(cycle.skipped_outer_steps),
         }
@@ -434,6 +434,7 @@ class NexusAdamW(Optimizer):
         self._position = groups[0].get("cycle_position", 0) if groups else 0
         for cycle in self._cycles.values():
             cycle.reset()
+            cycle.finished = None
             for index, loaded in enumerate(groups):
                 if loaded.keys() >= set(GROUP_KEYS):
                     cycle.load_group_data(index, loaded, running=self._position > 0)
@@ -453,7 +454,7 @@ class NexusAdamW(Optimizer):
             table.set_touched(table.segments, False)
             table.set_touched([s for s in table.segments if s.index in moved[s.group]], True)
             table.show_low_precision()
-        self._finished, self._rows, self._just_loaded = [], [], True
+        self._rows, self._just_loaded = [], True
         self._show_cycle_data()
 
     @torch.no_grad()
@@ -477,8 +478,9 @@ class NexusAdamW(Optimizer):
             for table in self._tables.values():
                 table.fill_untouched()
         self._show_cycle_data()
-        kept = ("_inner_steps", "_backend", "_fused", "_flatten", "_just_loaded", "_finished")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
+        kept = ("_inner_steps", "_backend", "_fused", "_flatten", "_just_loaded")
+        finished = [cycle.finished for cycle in self._cycles.values()]
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}, "_finished": finished}
 
     @torch.no_grad()
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -494,4 +496,6 @@ class NexusAdamW(Optimizer):
         self._register(params, flatten=self._flatten)
         self._restore(loaded, {p: entry for p, entry in entries.items() if isinstance(p, Tensor)})
         self.state.update({key: value for key, value in entries.items() if not isinstance(key, Tensor)})
-        self._just_loaded, self._finished = state["_just_loaded"], state["_finished"]
+        self._just_loaded = state["_just_loaded"]
+        for cycle, finished in zip(self._cycles.values(), state["_finished"], strict=True):
+            cycle.finished = finished

@@ -10,9 +10,9 @@ One cycle, in the symbols of arXiv 2604.09258 (Algorithm 3):
     G = D / Γ,  Γ = Σ γ_k
     θ ← AdamW(θ, G);  w ← θ
 
-A backend is a module with the three functions at the end of this file. They take a `table.Table` (weights, gradients,
-state) and a `cycle.Cycle` (scalars), update weights and state in place and return nothing but a norm. This one spends
-memory for clarity.
+A backend is a module with three functions: `sq_norm` of one `table.Table` (weights, gradients, state), `inner_step` and
+`outer_step` of all tables of a device, with a `cycle.Cycle` (that device's scalars) and a `cycle.MicroBatch`. They
+update weights, state and scalars in place and return nothing but a norm. This one spends memory for clarity.
 
 Rounding: scalars are computed in float64, elements in the state's dtype (float32, for float64 parameters float64),
 each operation rounded on its own, in the order written here.
@@ -23,7 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .cycle import BETA1, BETA2, EPS, LR, NORMALIZE, WEIGHT_DECAY, Cycle
+from .cycle import BETA1, BETA2, EPS, LR, NORMALIZE, WEIGHT_DECAY, Cycle, MicroBatch
 from .flat import Segment, flat_view
 from .table import Table
 
@@ -73,70 +73,82 @@ def adamw(
     return theta, exp_avg, exp_avg_sq, max_exp_avg_sq
 
 
-def _gradient(segment: Segment) -> Tensor:
-    assert segment.grad is not None
-    return flat_view(segment.grad)
-
-
 def sq_norm(table: Table) -> Tensor:
     """‖g‖² over the table's gradients: 0-dim float64, squares and sums in float64."""
     total = torch.zeros((), dtype=torch.float64, device=table.device)
     for segment in table.with_gradient():
-        total += _gradient(segment).double().square().sum()
+        total += _gradient(table, segment).double().square().sum()
     return total
 
 
-def inner_step(table: Table, cycle: Cycle) -> None:
+def inner_step(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch) -> None:
     """w ← w − γ·g/n for every parameter with a gradient; writes θ first where it has not moved in this cycle."""
-    for segment in table.with_gradient():
-        w = segment.walk if segment.touched else (segment.theta if segment.low_precision else segment.weight).clone()
-        if not segment.touched:
-            segment.theta.copy_(w)
-        step = scaled_gradient(_gradient(segment), cycle.factor[segment.group], w.dtype)
-        w_next = w - step
-        cycle.moves += (step != 0).sum()
-        cycle.lost_moves += ((step != 0) & (w_next == w)).sum()
-        segment.walk.copy_(w_next)
-        if segment.low_precision:
-            segment.weight.copy_(w_next)
+    cycle.advance(micro_batch)
+    for table in tables:
+        for segment in table.with_gradient():
+            w = segment.walk if segment.touched else (segment.theta if segment.low_precision else segment.weight)
+            w = w.clone()
+            if not segment.touched:
+                segment.theta.copy_(w)
+            step = scaled_gradient(_gradient(table, segment), cycle.factor[segment.group], w.dtype)
+            w_next = w - step
+            cycle.moves += (step != 0).sum()
+            cycle.lost_moves += ((step != 0) & (w_next == w)).sum()
+            segment.walk.copy_(w_next)
+            if segment.low_precision:
+                segment.weight.copy_(w_next)
 
 
-def outer_step(table: Table, cycle: Cycle) -> None:
+def outer_step(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch | None, taken: int) -> None:
     """Last inner step, displacement, AdamW and w ← θ for every parameter that had a gradient in this cycle.
 
-    A group with Γ = 0 keeps weights, moments and `step`. Adds ‖D‖² per group to `cycle.displacement_sq`.
+    A group with Γ = 0 keeps weights, moments and `step`. `micro_batch`: None where the cycle ends without a last
+    gradient. `taken`: its inner steps. Leaves ‖D‖² per group and the other sums of the cycle in `cycle.finished`.
     """
-    for segment in table.moving():
-        group = segment.group
-        hyper, walk_length = cycle.hyper[group], cycle.walk_length[group]
-        theta = (segment.theta if segment.touched or segment.low_precision else segment.weight).clone()
-        w = segment.walk if segment.touched else theta
-        D = theta - w
-        if segment.grad is not None:
-            D = D + scaled_gradient(_gradient(segment), cycle.factor[group], theta.dtype)
-        walked = walk_length > 0
-        cycle.displacement_sq[group] += torch.where(walked, D.double().square().sum(), 0.0)
-        G = torch.where(hyper[NORMALIZE] != 0, D * (1 / walk_length), D)
+    cycle.advance(micro_batch)
+    for table in tables:
+        for segment in table.moving():
+            _outer_step(table, segment, cycle)
+    cycle.finish(taken)
 
-        names = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * segment.bucket.amsgrad
-        old = [segment.buffer(name) for name in names]
-        new_theta, *new = adamw(
-            theta,
-            G,
-            old[0],
-            old[1],
-            old[2] if len(old) == 3 else None,
-            step=segment.step.double() + 1,
-            lr=hyper[LR],
-            beta1=hyper[BETA1],
-            beta2=hyper[BETA2],
-            eps=hyper[EPS],
-            weight_decay=hyper[WEIGHT_DECAY],
-        )
-        for before, after in zip(old, new, strict=False):
-            assert after is not None
-            before.copy_(torch.where(walked, after, before))
-        if segment.low_precision:
-            segment.theta.copy_(torch.where(walked, new_theta, theta))
-        segment.weight.copy_(torch.where(walked, new_theta.to(segment.weight.dtype), segment.weight))
-        segment.step += walked
+
+def _gradient(table: Table, segment: Segment) -> Tensor:
+    gradient = table.gradient(segment)
+    assert gradient is not None
+    return flat_view(gradient)
+
+
+def _outer_step(table: Table, segment: Segment, cycle: Cycle) -> None:
+    group = segment.group
+    hyper, walk_length = cycle.hyper[group], cycle.walk_length[group]
+    theta = (segment.theta if segment.touched or segment.low_precision else segment.weight).clone()
+    w = segment.walk if segment.touched else theta
+    D = theta - w
+    if table.gradient(segment) is not None:
+        D = D + scaled_gradient(_gradient(table, segment), cycle.factor[group], theta.dtype)
+    walked = walk_length > 0
+    cycle.displacement_sq[group] += torch.where(walked, D.double().square().sum(), 0.0)
+    G = torch.where(hyper[NORMALIZE] != 0, D * (1 / walk_length), D)
+
+    names = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * segment.bucket.amsgrad
+    old = [segment.buffer(name) for name in names]
+    new_theta, *new = adamw(
+        theta,
+        G,
+        old[0],
+        old[1],
+        old[2] if len(old) == 3 else None,
+        step=segment.step.double() + 1,
+        lr=hyper[LR],
+        beta1=hyper[BETA1],
+        beta2=hyper[BETA2],
+        eps=hyper[EPS],
+        weight_decay=hyper[WEIGHT_DECAY],
+    )
+    for before, after in zip(old, new, strict=False):
+        assert after is not None
+        before.copy_(torch.where(walked, after, before))
+    if segment.low_precision:
+        segment.theta.copy_(torch.where(walked, new_theta, theta))
+    segment.weight.copy_(torch.where(walked, new_theta.to(segment.weight.dtype), segment.weight))
+    segment.step += walked

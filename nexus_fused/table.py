@@ -7,12 +7,12 @@ kernel is started once for a table, not once for a parameter.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from types import ModuleType
+from array import array
 
 import torch
 from torch import Tensor
 
+from .cycle import upload
 from .flat import STATE_DTYPE, Bucket, Segment, bucketed, owns_its_memory, real_dtype, shaped_like
 
 # The columns of a table, all int64: addresses in bytes, `length` in real elements, `chunk` the number of the segment's
@@ -27,15 +27,24 @@ CHUNK_ELEMENTS = 16384  # one partial sum each: fixes the order of summation, wh
 
 
 class Table:
-    """All segments of one device and dtype, of all groups, and the flat buffers behind them."""
+    """All segments of one device and dtype, of all groups, and the flat buffers behind them.
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, backend: ModuleType) -> None:
-        self.device, self.dtype, self.backend = device, dtype, backend
+    `segments` stand in the order of `rows`; `params` are theirs. In the same order: `addresses` of this micro-batch's
+    gradients (0: none, -1: one without elements), and `pointers` and `versions` of the parameters when we last looked.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
         self.segments: list[Segment] = []
+        self.params: list[Tensor] = []
         self.buckets: list[Bucket] = []
+        self.addresses, self.pointers, self.versions = array("q"), array("q"), array("q")
+        self.copies: dict[int, Tensor] = {}  # row: this micro-batch's gradient, where it had other strides
         self.rows = torch.empty(0, len(COLUMNS), dtype=torch.int64, device="cpu")
         self.chunks = 0
         self.partials = torch.empty(0, dtype=torch.float64, device=device)
+        self._stale = True  # `rows` has something that the device has not
+        self._on_device: tuple[Tensor, Tensor]  # rows, and each chunk's row
 
     def extend(self, segments: list[Segment], *, flatten: bool) -> None:
         """Gives the segments (all of one group) zero state, and moves their weights into flat memory if allowed."""
@@ -54,10 +63,16 @@ class Table:
                     segment.theta.copy_(segment.weight)
             if flatten:
                 self._flatten(bucket, members)
-        for segment in segments:
-            segment.remember()
+        seen = {s: (self.pointers[s.row], self.versions[s.row]) for s in self.segments}
+        seen.update((s, (s.param.data_ptr(), s.param._version)) for s in segments)
         # In the groups' order, whenever a parameter came: the norm is summed in that order, also after a resume.
         self.segments = sorted(self.segments + segments, key=lambda s: (s.group, s.index))
+        self.params = [s.param for s in self.segments]
+        for row, segment in enumerate(self.segments):
+            segment.row = row
+        self.addresses = array("q", bytes(8 * len(self.segments)))
+        self.copies.clear()
+        self.pointers, self.versions = (array("q", [seen[s][i] for s in self.segments]) for i in (0, 1))
         self._rebuild()
 
     def _flatten(self, bucket: Bucket, members: list[Segment]) -> None:
@@ -72,37 +87,35 @@ class Table:
 
     def _rebuild(self) -> None:
         """Writes the table anew; needed only when segments or buffers came or a parameter's storage was replaced."""
-        rows, chunk = [], 0
-        for s in self.segments:
+        rows: list[list[int]] = []
+        counts = [-(-s.numel // CHUNK_ELEMENTS) for s in self.segments]
+        self.chunks = 0
+        for s, grad, count in zip(self.segments, self.addresses, counts, strict=True):
             weight = (s.param if s.staged is None else s.staged).data_ptr()
 
             def address(name: str, s: Segment = s) -> int:
                 return s.buffer(name).data_ptr() if name in s.bucket.buffers else 0
 
             walk = address("walk") if s.low_precision else weight
-            moments = [
-                address("exp_avg"),
-                address("exp_avg_sq"),
-                address("max_exp_avg_sq") if s.bucket.amsgrad else 0,
-            ]
-            rows.append(
-                [
-                    weight,
-                    s.grad_address,
-                    address(s.theta_name),
-                    walk,
-                    *moments,
-                    s.step.data_ptr(),
-                    s.numel,
-                    s.group,
-                    s.touched,
-                    chunk,
-                ]
-            )
-            chunk += -(-s.numel // CHUNK_ELEMENTS)
+            maximum = address("max_exp_avg_sq") if s.bucket.amsgrad else 0
+            state = [address(s.theta_name), walk, address("exp_avg"), address("exp_avg_sq"), maximum]
+            rows.append([weight, grad, *state, s.step.data_ptr(), s.numel, s.group, s.touched, self.chunks])
+            self.chunks += count
         self.rows = torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, len(COLUMNS))
-        self.chunks = chunk
-        self.partials = torch.empty(chunk, dtype=torch.float64, device=self.device)
+        self.partials = torch.empty(self.chunks, dtype=torch.float64, device=self.device)
+        row_of_chunk = torch.repeat_interleave(torch.arange(len(rows), dtype=torch.int32), torch.tensor(counts))
+        self._on_device = torch.empty_like(self.rows, device=self.device), row_of_chunk.to(self.device)
+        self._stale = True
+
+    def on_device(self) -> tuple[Tensor, Tensor]:
+        """`rows` [n, 12] int64 and the row of each chunk [chunks] int32, in the device's memory.
+
+        Copied there only if an address or who takes part changed, through pinned memory and without waiting.
+        """
+        if self._stale:
+            upload(self.rows, self._on_device[0])
+            self._stale = False
+        return self._on_device
 
     # One micro-batch
 
@@ -112,10 +125,11 @@ class Table:
         Raises RuntimeError for a gradient that does not fit its parameter, or a parameter that was converted.
         """
         device, strided = self.device, torch.strided
-        for segment in self.segments:
+        addresses = array("q", bytes(8 * len(self.segments)))
+        for row, (segment, pointer) in enumerate(zip(self.segments, self.pointers, strict=True)):
             param = segment.param
             grad = param.grad if use else None
-            if param.data_ptr() != segment.pointer and self._was_converted(segment):
+            if param.data_ptr() != pointer and self._was_converted(segment):
                 raise RuntimeError(
                     f"{segment.where} was {self.dtype} on {device} with strides {segment.param_strides} when the "
                     f"optimizer was built and is now {tuple(param.shape)} {param.dtype} on {param.device} with strides "
@@ -128,8 +142,12 @@ class Table:
                     raise RuntimeError(_misfit(segment, grad))
                 if grad.stride() != segment.strides or grad.is_neg() or grad.is_conj():
                     dense = torch.empty_strided(segment.shape, segment.strides, dtype=grad.dtype, device=device)
-                    grad = dense.copy_(grad.detach())
-            segment.grad = grad
+                    self.copies[row] = grad = dense.copy_(grad.detach())
+                addresses[row] = grad.data_ptr() or -1  # an empty gradient is one all the same, without memory
+        if addresses != self.addresses:
+            self.addresses = addresses
+            self.rows[:, GRAD] = torch.frombuffer(addresses, dtype=torch.int64)
+            self._stale = True
 
     def _was_converted(self, segment: Segment) -> bool:
         param = segment.param
@@ -140,17 +158,17 @@ class Table:
             or param.stride() != segment.param_strides
         )
 
-    def take_gradients(self, *, adopt: bool) -> None:
-        """Writes this micro-batch's addresses into the table and adopts what others wrote into the parameters.
-
-        `adopt=False`: values written since the last step are the walk that belongs to a state just loaded.
-        """
-        self.adopt_writes(restart=adopt)
-        self.rows[:, GRAD] = torch.tensor([s.grad_address for s in self.segments], dtype=torch.int64, device="cpu")
+    def was_written(self, segment: Segment) -> bool:
+        """Whether somebody else wrote into the parameter, or replaced its storage, since we last looked."""
+        param, row = segment.param, segment.row
+        return param._version != self.versions[row] or param.data_ptr() != self.pointers[row]
 
     def adopt_writes(self, *, restart: bool) -> None:
-        """Takes over what others wrote into the parameters since the last look; see `Segment.adopt`."""
-        written = [s for s in self.segments if s.was_written and not self._was_converted(s)]
+        """Takes over what others wrote into the parameters since the last look; see `Segment.adopt`.
+
+        `restart=False`: values written since the last step are the walk that belongs to a state just loaded.
+        """
+        written = [s for s in self.segments if self.was_written(s) and not self._was_converted(s)]
         for segment in written:
             segment.adopt(restart=restart)
         self._remember(written)
@@ -158,17 +176,19 @@ class Table:
     def adopt_writes_into_theta(self) -> None:
         """The same while θ is shown, for the masters that a state saved now must hold; `show_walk` looks again."""
         for segment in self.segments:
-            if segment.low_precision and segment.was_written:
+            if segment.low_precision and self.was_written(segment):
                 segment.adopt(restart=True, shown=segment.theta)
 
     def _remember(self, segments: list[Segment]) -> None:
-        moved = any(segment.param.data_ptr() != segment.pointer for segment in segments)
+        moved = False
         for segment in segments:
-            segment.remember()
+            pointer = segment.param.data_ptr()
+            moved |= pointer != self.pointers[segment.row]
+            self.pointers[segment.row], self.versions[segment.row] = pointer, segment.param._version
         if moved:
             self._rebuild()
 
-    def wrote(self, segments: Iterable[Segment]) -> None:
+    def wrote(self, segments: list[Segment]) -> None:
         """Tells autograd, and the check for other writers, that a kernel wrote these segments' weights."""
         written = [s for s in segments if s.numel]
         for segment in written:
@@ -176,31 +196,35 @@ class Table:
                 segment.param.detach().copy_(segment.staged)
         torch.autograd.graph.increment_version([s.param for s in written])
         for segment in written:
-            segment.version = segment.param._version
+            self.versions[segment.row] = segment.param._version
 
-    def with_gradient(self) -> Iterator[Segment]:
+    def gradient(self, segment: Segment) -> Tensor | None:
+        """This micro-batch's gradient of a segment, dense with its strides; None without one."""
+        return self.copies.get(segment.row, segment.param.grad) if self.addresses[segment.row] else None
+
+    def with_gradient(self) -> list[Segment]:
         """The segments that have a gradient in this micro-batch."""
-        return (s for s in self.segments if s.grad is not None)
+        return [s for s, address in zip(self.segments, self.addresses, strict=True) if address]
 
-    def moving(self) -> Iterator[Segment]:
+    def moving(self) -> list[Segment]:
         """The segments that take part in the outer step: those with a gradient at any time in this cycle."""
-        return (s for s in self.segments if s.touched or s.grad is not None)
+        return [s for s, address in zip(self.segments, self.addresses, strict=True) if address or s.touched]
 
     # One cycle
 
     def finish_inner_step(self) -> None:
-        """After a backend's inner_step: what it wrote is known, gradients are let go."""
-        moved = list(self.with_gradient())
+        """After a backend's inner_step: what it wrote is known, copies of gradients are let go."""
+        moved = self.with_gradient()
         self.wrote(moved)
         self.set_touched([s for s in moved if not s.touched], True)
-        self.drop_gradients()
+        self.copies.clear()
 
     def finish_outer_step(self) -> None:
         """After a backend's outer_step: all parameters hold θ, nothing of the cycle is left."""
-        self.wrote(list(self.moving()))
+        self.wrote(self.moving())
         self.set_touched([s for s in self.segments if s.touched], False)
         self.hide_cycle_buffers()
-        self.drop_gradients()
+        self.copies.clear()
 
     def set_touched(self, segments: list[Segment], touched: bool) -> None:
         """Records whether theta and walk of the segments are valid."""
@@ -208,11 +232,7 @@ class Table:
             segment.touched = touched
         if segments:
             self.rows[:, TOUCHED] = torch.tensor([s.touched for s in self.segments], dtype=torch.int64, device="cpu")
-
-    def drop_gradients(self) -> None:
-        """Forgets this micro-batch's gradients, so that `zero_grad()` frees them."""
-        for segment in self.segments:
-            segment.grad = None
+            self._stale = True
 
     def show_theta(self) -> None:
         """Puts θ into the parameters and the walk aside; `show_walk` undoes it, bit for bit."""
@@ -229,7 +249,7 @@ class Table:
         """Puts the walk back; a parameter that was written meanwhile keeps the value, which is θ now."""
         shown = [s for s in self.segments if s.touched]
         for segment in shown:
-            if segment.was_written:
+            if self.was_written(segment):
                 segment.adopt(restart=True, shown=segment.theta)
             elif not segment.low_precision:
                 _swap(segment.weight, segment.theta)

@@ -182,7 +182,7 @@ class TestBackends:
 
     def test_fused_keyword(self):
         fused, plain = NexusAdamW(make_params((3,)), fused=True), NexusAdamW(make_params((3,)), fused=False)
-        assert [next(iter(o._tables.values())).backend.__name__ for o in (fused, plain)] == [
+        assert [next(iter(o._cycles.values())).backend.__name__ for o in (fused, plain)] == [
             "nexus_fused.cpu",
             "nexus_fused.reference",
         ]

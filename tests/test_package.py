@@ -34,7 +34,7 @@ def test_missing_extension_is_explained(monkeypatch):
     parameter = [torch.nn.Parameter(torch.zeros(3))]
     assert "install a C++ compiler" in str(backends.available()["cpu"])
     optimizer = nexus_fused.NexusAdamW(parameter)
-    assert next(iter(optimizer._tables.values())).backend.__name__ == "nexus_fused.reference"
+    assert next(iter(optimizer._cycles.values())).backend.__name__ == "nexus_fused.reference"
     for options in ({"backend": "cpu"}, {"fused": True}):
         with pytest.raises(RuntimeError, match=r"install a C\+\+ compiler"):
             nexus_fused.NexusAdamW(parameter, **options)

@@ -12,7 +12,7 @@ from conftest import BACKENDS, DTYPES, assert_same
 from torch import nn
 
 from nexus_fused import backends, reference
-from nexus_fused.cycle import Cycle
+from nexus_fused.cycle import Cycle, MicroBatch
 from nexus_fused.flat import make_segment
 from nexus_fused.table import CHUNK_ELEMENTS, COLUMNS, Table
 
@@ -30,11 +30,10 @@ HYPER = {
 }
 
 
-def make_table(name, dtype, sizes, *, offset=0, touched=(), gradients="all", flatten=False, amsgrad=False, bad=None):
+def make_table(dtype, sizes, *, offset=0, touched=(), gradients="all", flatten=False, amsgrad=False, bad=None):
     """A table with random weights, moments, θ and gradients; unwritten memory is NaN. `offset`: of the weights."""
     torch.manual_seed(0)
-    module = backends.resolve(name, None, torch.device("cpu"))
-    table = Table(torch.device("cpu"), dtype, module)
+    table = Table(torch.device("cpu"), dtype)
     segments = []
     for i, size in enumerate(sizes):
         param = nn.Parameter(torch.randn(size + offset, dtype=torch.float64).to(dtype)[offset:])
@@ -63,12 +62,16 @@ def make_table(name, dtype, sizes, *, offset=0, touched=(), gradients="all", fla
                 segment.param.grad[-1] = bad
     table.set_touched([s for i, s in enumerate(table.segments) if i in touched], True)
     table.read_gradients(use=True)
-    table.take_gradients(adopt=True)
+    table.adopt_writes(restart=True)
     return table
 
 
-def make_cycle(**hyper):
-    cycle = Cycle(torch.device("cpu"), 4)
+def backend_of(name):
+    return backends.resolve(name, None, torch.device("cpu"))
+
+
+def make_cycle(name, **hyper):
+    cycle = Cycle(torch.device("cpu"), 4, backend_of(name))
     cycle.grow(1)
     cycle.set_hyper([list({**HYPER, **hyper}.values())])
     return cycle
@@ -80,19 +83,24 @@ def contents(table, cycle):
     for segment in table.segments:
         tensors += [segment.weight.clone(), segment.step.clone()]
         tensors += [segment.buffer(name).clone() for name in sorted(segment.bucket.buffers)]
-    return tensors, [cycle.moves.clone(), cycle.lost_moves.clone(), cycle.displacement_sq.clone()]
+    sums = [cycle.sums, cycle.totals, *(cycle.finished or ())[:1]]
+    return [*tensors, cycle.counts.clone()], [s.clone() for s in sums]
 
 
-def compare(function, name, dtype, *, factor=None, walk_length=0.03, hyper=None, **table):
+def run_function(function, table, cycle, micro_batch):
+    if function == "inner_step":
+        cycle.backend.inner_step([table], cycle, micro_batch)
+    else:
+        cycle.backend.outer_step([table], cycle, micro_batch, 3)
+
+
+def compare(function, name, dtype, *, last_gradient=True, walk_length=0.03, hyper=None, **table):
     """Runs a function of the reference and of `name` on equal tables and compares all they wrote."""
     results = []
     for which in ("reference", name):
-        made, cycle = make_table(which, dtype, **table), make_cycle(**(hyper or {}))
-        cycle.advance(reference.sq_norm(made), 0, None, None)
-        if factor is not None:
-            cycle.factor.fill_(factor)
+        made, cycle = make_table(dtype, **table), make_cycle(which, **(hyper or {}))
         cycle.walk_length.fill_(walk_length)
-        getattr(made.backend, function)(made, cycle)
+        run_function(function, made, cycle, MicroBatch([reference.sq_norm(made)], 2) if last_gradient else None)
         results.append(contents(made, cycle))
     (left, left_sums), (right, right_sums) = results
     if dtype == torch.float64 and function == "outer_step":
@@ -104,14 +112,18 @@ def compare(function, name, dtype, *, factor=None, walk_length=0.03, hyper=None,
     torch.testing.assert_close(left_sums, right_sums, rtol=1e-12, atol=0, equal_nan=True)
 
 
+def sq_norm(name, table):
+    return backend_of(name).sq_norm(table).sum()
+
+
 @pytest.mark.parametrize("name", FUSED)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 class TestParity:
     @pytest.mark.parametrize("size", SIZES)
     @pytest.mark.parametrize("offset", [0, 1, 3])
     def test_sizes_and_alignments(self, name, dtype, size, offset):
-        made = make_table(name, dtype, [size, 5, size], offset=offset)
-        torch.testing.assert_close(made.backend.sq_norm(made), reference.sq_norm(made), rtol=1e-12, atol=0)
+        made = make_table(dtype, [size, 5, size], offset=offset)
+        torch.testing.assert_close(sq_norm(name, made), reference.sq_norm(made), rtol=1e-12, atol=0)
         for function in ("inner_step", "outer_step"):
             for touched in ((), (0, 1, 2)):
                 compare(function, name, dtype, sizes=[size, 5, size], offset=offset, touched=touched)
@@ -124,14 +136,12 @@ class TestParity:
             compare(function, name, dtype, sizes=sizes)
 
     def test_nothing_but_empty(self, name, dtype):
-        made = make_table(name, dtype, [0, 0])
-        assert made.backend.sq_norm(made) == 0
+        assert sq_norm(name, make_table(dtype, [0, 0])) == 0
         compare("outer_step", name, dtype, sizes=[0, 0])
 
     @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
     def test_skipped_step(self, name, dtype, bad):
-        made = make_table(name, dtype, [40, 9], bad=bad)
-        assert not made.backend.sq_norm(made).isfinite()
+        assert not sq_norm(name, make_table(dtype, [40, 9], bad=bad)).isfinite()
         for function in ("inner_step", "outer_step"):
             for touched in ((), (0,), (0, 1)):
                 compare(function, name, dtype, sizes=[40, 9], touched=touched, bad=bad)
@@ -159,20 +169,22 @@ class TestParity:
             compare(function, name, dtype, sizes=[50, 60, 70, 80], touched=(0, 1), gradients=(1, 2))
 
     def test_no_last_gradient(self, name, dtype):
-        compare("outer_step", name, dtype, sizes=[50, 60], touched=(0, 1), gradients=(), factor=0)
+        compare("outer_step", name, dtype, sizes=[50, 60], touched=(0, 1), gradients=(), last_gradient=False)
 
     def test_group_that_never_walked(self, name, dtype):
-        compare("outer_step", name, dtype, sizes=[50, 60], touched=(0, 1), walk_length=0)
+        for bad in (None, float("nan")):
+            kwargs = {"touched": (0, 1), "bad": bad, "last_gradient": bad is not None}
+            compare("outer_step", name, dtype, sizes=[50, 60], walk_length=0, **kwargs)
 
     @pytest.mark.parametrize("scale", [1e-38, 1e-25, 1e25, 1e37])
     def test_range_of_the_norm(self, name, dtype, scale):
         if dtype == torch.float16:
             scale = {1e-38: 6e-8, 1e-25: 1e-5, 1e25: 1e3, 1e37: 5e4}[scale]
-        table = make_table(name, dtype, [1000])
-        table.segments[0].grad.fill_(scale)
-        exact = table.segments[0].grad[0].double() ** 2 * 1000
-        assert table.backend.sq_norm(table).item() == pytest.approx(exact.item(), rel=1e-12)
-        assert table.backend.sq_norm(table) > 0
+        table = make_table(dtype, [1000])
+        table.segments[0].param.grad.fill_(scale)
+        exact = table.segments[0].param.grad[0].double() ** 2 * 1000
+        assert sq_norm(name, table).item() == pytest.approx(exact.item(), rel=1e-12)
+        assert sq_norm(name, table) > 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -186,14 +198,13 @@ def test_instruction_sets_and_threads_agree(dtype):
             for n in (1, 2, 3, 7):
                 extension.set_instruction_set(isa)
                 torch.set_num_threads(n)
-                table, cycle = make_table("cpu", dtype, [50, 70000, 1, 33000]), make_cycle()
-                sq_norm = table.backend.sq_norm(table)
-                cycle.advance(sq_norm, 0, None, None)
-                table.backend.inner_step(table, cycle)
+                table, cycle = make_table(dtype, [50, 70000, 1, 33000]), make_cycle("cpu")
+                norms = cycle.backend.sq_norm(table)
+                run_function("inner_step", table, cycle, MicroBatch([norms], 0))
                 table.set_touched(table.segments, True)
-                table.backend.outer_step(table, cycle)
+                run_function("outer_step", table, cycle, MicroBatch([norms], 1))
                 tensors, sums = contents(table, cycle)
-                results.append([sq_norm, *tensors, *sums])
+                results.append([norms, *tensors, *sums])
     finally:
         extension.set_instruction_set(best)
         torch.set_num_threads(threads)
@@ -208,12 +219,12 @@ def test_every_rounding_is_pytorchs(storage):
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     exact = bits.view(storage).float()
     points = torch.cat([exact, torch.nextafter(exact, torch.tensor(torch.inf)), (exact + exact.roll(1)) / 2])
-    table = make_table("cpu", storage, [len(points)])
-    segment, cycle = table.segments[0], make_cycle(normalize=0, lr=0, weight_decay=0)
+    table = make_table(storage, [len(points)])
+    segment, cycle = table.segments[0], make_cycle("cpu", normalize=0, lr=0, weight_decay=0)
     # θ is stored as it is when lr and weight decay are 0: a pure rounding into the parameter.
     segment.theta.copy_(points)
     cycle.walk_length.fill_(1)
-    table.backend.outer_step(table, cycle)
+    run_function("outer_step", table, cycle, None)
     rounded = points.to(storage)
     assert torch.equal(segment.weight.isnan(), rounded.isnan())
     keep = ~rounded.isnan()
