@@ -3,28 +3,44 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from types import ModuleType
 
 import torch
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 
-_REINSTALL = (
-    "install a C++ compiler (for example g++) and then nexus_fused again: pip install --force-reinstall nexus_fused"
-)
+# The module a backend cannot do without, and how to get it.
+_NEEDS = {
+    "cpu": (
+        "nexus_fused._C",
+        "install a C++ compiler (such as g++) and then this package again: pip install --force-reinstall nexus_fused",
+    ),
+    "triton": ("triton", "pip install triton"),
+}
 
 
 def available() -> dict[str, str | None]:
     """Every backend's name with None where it runs on this machine, else the reason why not and the remedy."""
-    reasons: dict[str, str | None] = {"reference": None}
+    cpu, gpu = torch.device("cpu"), torch.accelerator.current_accelerator(check_available=True)
+    if gpu is not None:
+        gpu = torch.device(gpu.type, torch.accelerator.current_device_index())
+    return {name: why_not(name, cpu if name == "cpu" else gpu or cpu) for name in NAMES}
+
+
+def why_not(name: str, device: torch.device) -> str | None:
+    """None where the backend can update tensors on `device`, else the reason why not and the remedy."""
+    if name == "reference":
+        return None
+    if name == "cuda":
+        return "this version of nexus_fused has no CUDA kernels yet: use backend='triton'"
+    needed, remedy = _NEEDS[name]
     try:
-        importlib.import_module("nexus_fused._C")
-        reasons["cpu"] = None
+        importlib.import_module(needed)
     except ImportError as error:
-        reasons["cpu"] = f"the compiled extension nexus_fused._C cannot be imported ({error}): {_REINSTALL}"
-    reasons["triton"] = "this version of nexus_fused has no Triton kernels yet; backend='reference' runs on a GPU"
-    reasons["cuda"] = "this version of nexus_fused has no CUDA kernels yet; backend='reference' runs on a GPU"
-    return reasons
+        return f"{needed} cannot be imported ({error}): {remedy}"
+    reason: str | None = importlib.import_module(f"nexus_fused.{name}").why_not_on(device)
+    return reason
 
 
 def check_choice(backend: str | None, fused: bool | None) -> None:
@@ -44,22 +60,30 @@ def resolve(backend: str | None, fused: bool | None, device: torch.device) -> Mo
     """
     if fused is False or backend == "reference":
         return importlib.import_module("nexus_fused.reference")
-    name = backend or ("cpu" if device.type == "cpu" else "triton")
-    reason = available()[name]
-    if name == "cpu" and device.type != "cpu":
-        reason = f"its kernels run on CPU tensors and a parameter is on {device}: use backend=None or 'reference'"
+    name = backend or _best(device)
+    reason = why_not(name, device)
     if reason is None:
         return importlib.import_module(f"nexus_fused.{name}")
     if backend is not None:
-        raise RuntimeError(f"backend={backend!r} cannot run: {reason}")
+        runs = [other for other in (_best(device), "reference") if why_not(other, device) is None]
+        raise RuntimeError(f"backend={backend!r} cannot run: {reason}. On {device}, backend={runs[0]!r} would run")
     if fused:
         raise RuntimeError(f"fused=True, but no fused backend runs on {device}: {reason}")
+    warnings.warn(
+        f"NexusAdamW runs its reference on {device}, which is several times slower than a fused backend: {reason}",
+        stacklevel=2,
+    )
     return importlib.import_module("nexus_fused.reference")
+
+
+def _best(device: torch.device) -> str:
+    """The fastest backend for a device, whether or not this machine has it."""
+    return "cpu" if device.type == "cpu" else "triton"
 
 
 def instruction_set() -> str:
     """The instruction set the CPU kernels use here, those they could use, and whether they have threads."""
-    if available()["cpu"] is not None:
+    if why_not("cpu", torch.device("cpu")) is not None:
         return "none (no compiled kernels)"
     extension = importlib.import_module("nexus_fused._C")
     threads = "OpenMP" if extension.OPENMP else "built without OpenMP: one thread"

@@ -21,7 +21,7 @@ COLUMNS = (
     "weight", "grad", "theta", "walk", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step",
     "length", "group", "touched", "chunk",
 )  # fmt: skip
-GRAD, TOUCHED = COLUMNS.index("grad"), COLUMNS.index("touched")  # those that change from step to step
+GRAD, TOUCHED, CHUNK = (COLUMNS.index(name) for name in ("grad", "touched", "chunk"))
 
 CHUNK_ELEMENTS = 16384  # one partial sum each: fixes the order of summation, whatever the number of threads
 
@@ -43,8 +43,9 @@ class Table:
         self.rows = torch.empty(0, len(COLUMNS), dtype=torch.int64, device="cpu")
         self.chunks = 0
         self.partials = torch.empty(0, dtype=torch.float64, device=device)
-        self._stale = True  # `rows` has something that the device has not
-        self._on_device: tuple[Tensor, Tensor]  # rows, and each chunk's row
+        self._touched = 0  # how many segments are
+        self._stale = self._stale_touched = True  # `rows` has addresses, or who is touched, that the device has not
+        self._on_device: tuple[Tensor, Tensor, Tensor]
 
     def extend(self, segments: list[Segment], *, flatten: bool) -> None:
         """Gives the segments (all of one group) zero state, and moves their weights into flat memory if allowed."""
@@ -104,18 +105,37 @@ class Table:
         self.rows = torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, len(COLUMNS))
         self.partials = torch.empty(self.chunks, dtype=torch.float64, device=self.device)
         row_of_chunk = torch.repeat_interleave(torch.arange(len(rows), dtype=torch.int32), torch.tensor(counts))
-        self._on_device = torch.empty_like(self.rows, device=self.device), row_of_chunk.to(self.device)
+        groups = torch.tensor([s.group for s in self.segments])
+        first_rows = torch.searchsorted(groups, torch.arange(self.segments[-1].group + 2 if rows else 1))
+        first_chunks = torch.cat([self.rows[:, CHUNK], torch.tensor([self.chunks])])[first_rows]
+        starts = torch.stack([first_rows, first_chunks], dim=1)
+        self._on_device = (
+            torch.empty_like(self.rows, device=self.device),
+            row_of_chunk.to(self.device),
+            starts.to(self.device),
+        )
         self._stale = True
 
-    def on_device(self) -> tuple[Tensor, Tensor]:
-        """`rows` [n, 12] int64 and the row of each chunk [chunks] int32, in the device's memory.
+    def on_device(self) -> tuple[Tensor, Tensor, Tensor, int]:
+        """What kernels on a GPU read: `rows` [n, 12], the row of each chunk [chunks], the first row and first chunk of
+        each group and of the end [groups + 1, 2], in the device's memory, and `touch`.
 
-        Copied there only if an address or who takes part changed, through pinned memory and without waiting.
+        touch: 0 no parameter is touched, 1 just those with a gradient are, 2 the rows tell. Rows are copied only if an
+        address changed (or who is touched, with 2), through pinned memory and without waiting.
         """
-        if self._stale:
+        touched = self.rows[:, TOUCHED]
+        if not self._touched:
+            touch = 0
+        elif (self._touched == len(self.segments) and 0 not in self.addresses) or torch.equal(
+            touched, (self.rows[:, GRAD] != 0).long()
+        ):
+            touch = 1
+        else:
+            touch = 2
+        if self._stale or (touch == 2 and self._stale_touched):
             upload(self.rows, self._on_device[0])
-            self._stale = False
-        return self._on_device
+            self._stale = self._stale_touched = False
+        return *self._on_device, touch
 
     # One micro-batch
 
@@ -231,8 +251,9 @@ class Table:
         for segment in segments:
             segment.touched = touched
         if segments:
-            self.rows[:, TOUCHED] = torch.tensor([s.touched for s in self.segments], dtype=torch.int64, device="cpu")
-            self._stale = True
+            flags = [s.touched for s in self.segments]
+            self.rows[:, TOUCHED] = torch.tensor(flags, dtype=torch.int64, device="cpu")
+            self._touched, self._stale_touched = sum(flags), True
 
     def show_theta(self) -> None:
         """Puts θ into the parameters and the walk aside; `show_walk` undoes it, bit for bit."""

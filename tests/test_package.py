@@ -33,11 +33,19 @@ def test_missing_extension_is_explained(monkeypatch):
     monkeypatch.setitem(sys.modules, "nexus_fused._C", None)
     parameter = [torch.nn.Parameter(torch.zeros(3))]
     assert "install a C++ compiler" in str(backends.available()["cpu"])
-    optimizer = nexus_fused.NexusAdamW(parameter)
+    with pytest.warns(UserWarning, match=r"runs its reference on cpu.*install a C\+\+ compiler"):
+        optimizer = nexus_fused.NexusAdamW(parameter)
     assert next(iter(optimizer._cycles.values())).backend.__name__ == "nexus_fused.reference"
     for options in ({"backend": "cpu"}, {"fused": True}):
         with pytest.raises(RuntimeError, match=r"install a C\+\+ compiler"):
             nexus_fused.NexusAdamW(parameter, **options)
+
+
+def test_missing_triton_is_explained(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert "pip install triton" in str(backends.available()["triton"])
+    with pytest.raises(RuntimeError, match=r"pip install triton.* backend='cpu' would run"):
+        nexus_fused.NexusAdamW([torch.nn.Parameter(torch.zeros(3))], backend="triton")
 
 
 def test_one_openmp_runtime():

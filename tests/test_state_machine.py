@@ -16,6 +16,7 @@ from nexus_fused import NexusAdamW
 class Machine(RuleBasedStateMachine):
     """The optimizer under test with flat memory, the reference without: bit for bit equal after every rule."""
 
+    backend = next(name for name in BACKENDS if name != "reference")
     saved = Bundle("saved")
 
     @initialize(
@@ -28,7 +29,7 @@ class Machine(RuleBasedStateMachine):
         self.params = [make_params((3, 2), (4,), (0,), dtype=dtype) for _ in range(2)]
         options = {"lr": 1e-2, "inner_lr": 0.05, "inner_steps": inner_steps, "amsgrad": amsgrad}
         self.optimizers = [
-            NexusAdamW(self.params[0], backend=BACKENDS[-1], **options),
+            NexusAdamW(self.params[0], backend=self.backend, **options),
             NexusAdamW(self.params[1], backend="reference", flatten=False, **options),
         ]
         self.position = 0
@@ -127,5 +128,14 @@ class Machine(RuleBasedStateMachine):
         assert all(p.isfinite().all() for p in self.params[0])
 
 
+class TritonMachine(Machine):
+    """The same for the Triton kernels, with fewer histories: the interpreter is slow."""
+
+    backend = "triton"
+
+
 TestMachine = Machine.TestCase
 TestMachine.settings = settings(max_examples=150, stateful_step_count=30, deadline=None, derandomize=True)
+if "triton" in BACKENDS:
+    TestTritonMachine = TritonMachine.TestCase
+    TestTritonMachine.settings = settings(TestMachine.settings, max_examples=20)

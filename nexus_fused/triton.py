@@ -1,0 +1,69 @@
+"""The Triton backend: starts the kernels of triton_kernels/ on the current stream of the tables' device.
+
+The three functions are those of reference.py, where they are defined. Nothing returns to the host. An inner step of one
+table is 3 launches (norm, scalars, step), an outer step 4 (and sums).
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+
+import torch
+import triton
+from torch import Tensor
+
+from .cycle import Cycle, MicroBatch
+from .table import Table
+from .triton_kernels import inner_step as _inner_step
+from .triton_kernels import outer_step as _outer_step
+from .triton_kernels import scalars as _scalars
+from .triton_kernels import sq_norm as _sq_norm
+
+# Whether TRITON_INTERPRET=1 was set when the kernels were imported: they run on CPU tensors then, and only there.
+INTERPRETED = not isinstance(_sq_norm.sq_norm_kernel, triton.JITFunction)
+
+
+@functools.cache
+def why_not_on(device: torch.device) -> str | None:
+    """None where the kernels can update tensors on `device`, else why not. Compiles and starts the smallest kernel."""
+    if INTERPRETED:
+        return (
+            None if device.type == "cpu" else "TRITON_INTERPRET=1 is set, so its kernels run on CPU tensors: unset it"
+        )
+    if not torch.accelerator.is_available():
+        return "its kernels run on a GPU and PyTorch sees none (torch.accelerator.is_available() is False)"
+    if device.type not in ("cuda", "xpu"):
+        return f"its kernels run on a GPU and a parameter is on {device}: move the model before the optimizer is built"
+    cycle = Cycle(device, 1, sys.modules[__name__])
+    cycle.grow(1)
+    try:
+        with torch.accelerator.device_index(device.index):
+            _scalars.advance(cycle, None, ends_cycle=False)
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def sq_norm(table: Table) -> Tensor:
+    """‖g‖² over the table's gradients, as a partial sum per chunk: [chunks], float64."""
+    with torch.accelerator.device_index(table.device.index):
+        partials: Tensor = _sq_norm.sq_norm(table)
+        return partials
+
+
+def inner_step(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch) -> None:
+    """w ← w − γ·g/n. Moves 12 bytes per element, the first time in a cycle 16 (float32) or 12 (below)."""
+    with torch.accelerator.device_index(cycle.device.index):
+        _scalars.advance(cycle, micro_batch, ends_cycle=False)
+        for table in tables:
+            _inner_step.inner_step(table, cycle)
+
+
+def outer_step(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch | None, taken: int) -> None:
+    """Last inner step, displacement, AdamW and w ← θ in one pass. Moves 32 bytes per element."""
+    with torch.accelerator.device_index(cycle.device.index):
+        _scalars.advance(cycle, micro_batch, ends_cycle=True)
+        for table in tables:
+            _outer_step.outer_step(table, cycle)
+        _scalars.finish(tables, cycle, taken)

@@ -1,0 +1,118 @@
+"""Compiles every Triton kernel ahead of time, as the launchers start it, for a target; no GPU is needed.
+
+python tests/compile_kernels.py cuda:90 [--write]: prints JSON, {kernel and constants: figures}. `--write` puts the
+register counts into tests/registers.json, which test_triton_compile.py compares with.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import triton
+from torch import nn
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import nexus_fused
+from nexus_fused import triton as backend
+from nexus_fused.cycle import MicroBatch
+from nexus_fused.triton_kernels import inner_step, outer_step, scalars, sq_norm
+
+TABLE = Path(__file__).with_name("registers.json")
+TYPES = {torch.float64: "*fp64", torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32"}
+
+
+def launches():
+    """What the launchers would start, for all dtypes and options: (kernel, arguments, constants), each once."""
+    found = {}
+
+    def record(kernel, programs, *args, **constants):
+        types = [TYPES[a.dtype] if isinstance(a, torch.Tensor) else a if a is None else "i32" for a in args]
+        found[kernel.__name__, str(types), str(constants)] = kernel, types, constants
+
+    for module in (sq_norm, inner_step, outer_step, scalars):
+        module.launch = record
+    scale = torch.ones(1)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        for amsgrad in (False, True):
+            params = [nn.Parameter(torch.ones(8, dtype=dtype)), nn.Parameter(torch.ones(8, dtype=torch.float64))]
+            optimizer = nexus_fused.NexusAdamW(params, amsgrad=amsgrad, backend="reference")
+            (cycle,), tables = optimizer._cycles.values(), list(optimizer._tables.values())
+            sq_norms = [backend.sq_norm(table) for table in tables]
+            backend.inner_step(tables, cycle, MicroBatch(sq_norms, 0))
+            for factors in ((None, None), (scale, scale), (None, scale)):
+                backend.outer_step(tables, cycle, MicroBatch(sq_norms, 0, *factors), 1)
+            backend.outer_step(tables, cycle, None, 1)
+    return found.values()
+
+
+def compile_kernel(kernel, types, constants, target):
+    """The compiled kernel; pointers are multiples of 16 bytes, as PyTorch's allocators give them."""
+    options = {"num_warps": constants["num_warps"], "enable_fp_fusion": False}
+    constants = {name: value for name, value in constants.items() if name != "num_warps"}
+    given = dict(zip(kernel.arg_names, types, strict=False))
+    constants |= {name: None for name, type_ in given.items() if type_ is None}
+    signature = {name: "constexpr" if name in constants else given[name] for name in kernel.arg_names}
+    index = {name: (i,) for i, name in enumerate(kernel.arg_names)}
+    attributes = {index[n]: [["tt.divisibility", 16]] for n, t in signature.items() if t.startswith("*")}
+    source = ASTSource(kernel, signature, {index[name]: value for name, value in constants.items()}, attributes)
+    return triton.compile(source, target=target, options=options)
+
+
+def nvidia_figures(ptx, arch):
+    """From PTX: 16-byte accesses and contracted products; from ptxas, which comes with Triton: registers, spills."""
+    folder = Path(triton.__file__).parent / "backends/nvidia/bin"
+    name = "ptxas-blackwell" if arch >= 100 and (folder / "ptxas-blackwell").exists() else "ptxas"
+    gpu = re.search(r"\.target (\w+)", ptx).group(1)
+    report = subprocess.run(
+        [folder / name, "-v", "--fmad=false", "--gpu-name", gpu, "-", "-o", "/dev/null"],
+        input=ptx, capture_output=True, text=True, check=True,
+    ).stderr  # fmt: skip
+    return {
+        "registers": int(re.search(r"Used (\d+) registers", report).group(1)),
+        "spilled": sum(map(int, re.findall(r"(\d+) bytes spill", report))),
+        "loads": len(re.findall(r"ld\.global[.\w]*\.(?:v4\.b32|v2\.b64)", ptx)),
+        "stores": len(re.findall(r"st\.global[.\w]*\.(?:v4\.b32|v2\.b64)", ptx)),
+        "contracted": len(re.findall(r"fma\.rn\.f32", ptx)),
+    }
+
+
+def amd_figures(assembly):
+    """The same from AMD's assembly."""
+    return {
+        "registers": int(re.search(r"\.vgpr_count:\s*(\d+)", assembly).group(1)),
+        "spilled": sum(map(int, re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", assembly))),
+        "loads": len(re.findall(r"global_load_dwordx4", assembly)),
+        "stores": len(re.findall(r"global_store_dwordx4", assembly)),
+    }
+
+
+def figures(target_name):
+    """{kernel and constants: figures} for "cuda:90" or "hip:gfx942"."""
+    platform, _, arch = target_name.partition(":")
+    target = GPUTarget(platform, int(arch), 32) if platform == "cuda" else GPUTarget(platform, arch, 64)
+    made = {}
+    for kernel, types, constants in launches():
+        compiled = compile_kernel(kernel, types, constants, target)
+        shown = [f"{name}={value}" for name, value in constants.items()] + ["no scale"] * types.count(None)
+        assembly = compiled.asm
+        key = f"{kernel.__name__} {' '.join(shown)}"
+        made[key] = (
+            nvidia_figures(assembly["ptx"], int(arch)) if platform == "cuda" else amd_figures(assembly["amdgcn"])
+        )
+    return made
+
+
+if __name__ == "__main__":
+    made = figures(sys.argv[1])
+    if "--write" in sys.argv:
+        table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+        registers = {key: value["registers"] for key, value in made.items()}
+        table.setdefault(triton.__version__, {})[sys.argv[1]] = registers
+        TABLE.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+    print(json.dumps(made, indent=1))

@@ -1,0 +1,100 @@
+"""w ← w − γ·g/n, first and middle inner step."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..cycle import Cycle
+from ..table import Table
+from .elements import (
+    GRAD,
+    GROUP,
+    THETA,
+    TOUCHED,
+    WALK,
+    WEIGHT,
+    chunk_of,
+    constants_of,
+    is_touched,
+    launch,
+    load,
+    power_and_rest,
+    store,
+)
+
+
+@triton.jit
+def _move(
+    addresses, scale, taken, first, offsets, end, counts,
+    STORAGE: tl.constexpr, STATE: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """One block; returns `counts` with each lane's moves in the lower, lost moves in the upper 16 bits."""
+    source, g, theta, walk, weight = addresses
+    power, rest = scale
+    w = load(source, offsets, end, STATE, ALIGNED, MASKED)
+    gradient = tl.where(taken, load(g, offsets, end, STORAGE, ALIGNED, MASKED), 0.0)  # a skipped one may hold NaN
+    step = (gradient * power) * rest
+    w_next = w - step
+    if STORAGE == STATE:
+        if first:
+            store(theta, offsets, end, w, STATE, ALIGNED, MASKED)
+    else:
+        store(weight, offsets, end, w_next, STORAGE, ALIGNED, MASKED)
+    store(walk, offsets, end, w_next, STATE, ALIGNED, MASKED)
+    moved = step != 0
+    return counts + moved.to(tl.int32) + ((moved & (w_next == w)).to(tl.int32) << 16)
+
+
+@triton.jit
+def _move_chunk(
+    addresses, scale, taken, first, begin, end,
+    STORAGE: tl.constexpr, STATE: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    counts = tl.zeros([BLOCK], tl.int32)
+    lanes = tl.arange(0, BLOCK)
+    full = begin + (end - begin) // BLOCK * BLOCK
+    for start in range(begin, full, BLOCK):
+        offsets = start + lanes
+        counts = _move(addresses, scale, taken, first, offsets, end, counts, STORAGE, STATE, ALIGNED, False)
+    if full < end:
+        counts = _move(addresses, scale, taken, first, full + lanes, end, counts, STORAGE, STATE, False, True)
+    return tl.sum(counts)
+
+
+@triton.jit(do_not_specialize=["touch"])
+def inner_step_kernel(
+    rows, row_of_chunk, factor, counts, touch,
+    STORAGE: tl.constexpr, STATE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """w ← w − γ·g/n, and θ ← w before the first move of a cycle; factor: ±γ/n per group, 0 where nothing moves.
+
+    Bytes per element, float32: reads w g, writes w (12), the first time also θ (16). Below: reads walk (the first time
+    θ) and g, writes walk and the weight (12). Counts are integers, whose atomic sum does not depend on an order.
+    Source: Algorithm 3 of arXiv 2604.09258.
+    """
+    row, begin, end = chunk_of(rows, row_of_chunk)
+    g, theta, walk, weight = tl.load(row + GRAD), tl.load(row + THETA), tl.load(row + WALK), tl.load(row + WEIGHT)
+    first = is_touched(tl.load(row + TOUCHED), g, touch) == 0
+    factor_of_group = tl.load(factor + tl.load(row + GROUP))
+    taken = factor_of_group != 0
+    if (g != 0) & (taken | first):
+        if STORAGE == STATE:
+            source = walk
+        else:
+            source = tl.where(first, theta, walk)
+        addresses = (source, g, theta, walk, weight)
+        scale = power_and_rest(factor_of_group, STATE)
+        if (g | theta | walk | weight) % 16 == 0:
+            made = _move_chunk(addresses, scale, taken, first, begin, end, STORAGE, STATE, BLOCK, True)
+        else:
+            made = _move_chunk(addresses, scale, taken, first, begin, end, STORAGE, STATE, BLOCK, False)
+        tl.atomic_add(counts, (made & 0xFFFF).to(tl.int64), sem="relaxed")
+        tl.atomic_add(counts + 1, (made >> 16).to(tl.int64), sem="relaxed")
+
+
+def inner_step(table: Table, cycle: Cycle) -> None:
+    """Starts the kernel, after `scalars.advance`."""
+    rows, row_of_chunk, _, touch = table.on_device()
+    constants = constants_of(table.dtype, block=1024)
+    launch(inner_step_kernel, table.chunks, rows, row_of_chunk, cycle.factor, cycle.counts, touch, **constants)

@@ -1,0 +1,190 @@
+"""Last inner step, displacement, AdamW and w ← θ, fused."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..cycle import BETA1, BETA2, EPS, HYPER, LR, NORMALIZE, WEIGHT_DECAY, Cycle
+from ..table import Table
+from .elements import (
+    EXP_AVG,
+    EXP_AVG_SQ,
+    GRAD,
+    GROUP,
+    MAX_EXP_AVG_SQ,
+    STEP,
+    THETA,
+    TOUCHED,
+    WALK,
+    WEIGHT,
+    chunk_of,
+    constants_of,
+    is_touched,
+    launch,
+    load,
+    power_and_rest,
+    store,
+)
+
+_LR, _BETA1, _BETA2, _EPS, _WEIGHT_DECAY, _NORMALIZE = (
+    tl.constexpr(column) for column in (LR, BETA1, BETA2, EPS, WEIGHT_DECAY, NORMALIZE)
+)
+_N_HYPER = tl.constexpr(len(HYPER))
+
+
+@triton.jit
+def _divide(a, b):
+    """a / b, correctly rounded."""
+    if a.dtype == tl.float64:
+        return a / b
+    else:
+        return tl.div_rn(a, b)
+
+
+@triton.jit
+def _sqrt(x):
+    """√x, correctly rounded."""
+    if x.dtype == tl.float64:
+        return tl.sqrt(x)
+    else:
+        return tl.sqrt_rn(x)
+
+
+@triton.jit
+def _scalars(hyper, group, step, gamma, STATE: tl.constexpr):
+    """What one update of a group's parameters needs: computed in float64, rounded to STATE as PyTorch does."""
+    of_group = hyper + group * _N_HYPER
+    lr, eps, weight_decay = tl.load(of_group + _LR), tl.load(of_group + _EPS), tl.load(of_group + _WEIGHT_DECAY)
+    beta1, beta2 = tl.load(of_group + _BETA1), tl.load(of_group + _BETA2)
+    # βᵗ to a unit or two of float64; β = 0 has no logarithm, and 1e-300 gives the same corrections.
+    bias_correction1 = 1 - tl.exp2(step * tl.log2(tl.maximum(beta1, 1e-300)))
+    bias_correction2 = 1 - tl.exp2(step * tl.log2(tl.maximum(beta2, 1e-300)))
+    inv_gamma = tl.where(tl.load(of_group + _NORMALIZE) != 0, 1 / gamma, 1.0)
+    return (
+        inv_gamma.to(STATE),
+        (1 - lr * weight_decay).to(STATE),
+        beta1.to(STATE),
+        (1 - beta1).to(STATE),
+        1 - beta1 < 0.5,
+        beta2.to(STATE),
+        (1 - beta2).to(STATE),
+        (-(lr / bias_correction1)).to(STATE),
+        (1 / tl.sqrt(bias_correction2)).to(STATE),
+        eps.to(STATE),
+    )
+
+
+@triton.jit
+def _update(
+    addresses, scale, scalars, with_gradient, offsets, end, total,
+    STORAGE: tl.constexpr, STATE: tl.constexpr, AMSGRAD: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """One block; returns `total` with each lane's D² added, float64."""
+    theta_source, walk_source, g, exp_avg, exp_avg_sq, max_exp_avg_sq, theta, weight = addresses
+    power, rest = scale
+    inv_gamma, decay, beta1, one_minus_beta1, from_start, beta2, one_minus_beta2, neg_step_size, inv_root, eps = scalars
+    old = load(theta_source, offsets, end, STATE, ALIGNED, MASKED)
+    walk = load(walk_source, offsets, end, STATE, ALIGNED, MASKED)
+    gradient = tl.where(with_gradient, load(g, offsets, end, STORAGE, ALIGNED, MASKED), 0.0)
+    m = load(exp_avg, offsets, end, STATE, ALIGNED, MASKED)
+    v = load(exp_avg_sq, offsets, end, STATE, ALIGNED, MASKED)
+
+    D = (old - walk) + (gradient * power) * rest
+    wide = D.to(tl.float64)
+    total += wide * wide
+    G = D * inv_gamma
+    change = G - m
+    m = tl.where(from_start, m + one_minus_beta1 * change, G - beta1 * change)
+    v = beta2 * v + (one_minus_beta2 * G) * G
+    store(exp_avg, offsets, end, m, STATE, ALIGNED, MASKED)
+    store(exp_avg_sq, offsets, end, v, STATE, ALIGNED, MASKED)
+    if AMSGRAD:
+        if max_exp_avg_sq != 0:
+            maximum = load(max_exp_avg_sq, offsets, end, STATE, ALIGNED, MASKED)
+            # As torch.maximum: NaN wins.
+            v = tl.where((maximum > v) | (maximum != maximum), maximum, v)
+            store(max_exp_avg_sq, offsets, end, v, STATE, ALIGNED, MASKED)
+    denom = _sqrt(v) * inv_root + eps
+    new = old * decay + _divide(neg_step_size * m, denom)
+    store(theta, offsets, end, new, STATE, ALIGNED, MASKED)
+    if STORAGE != STATE:
+        store(weight, offsets, end, new, STORAGE, ALIGNED, MASKED)
+    return total
+
+
+@triton.jit
+def _update_chunk(
+    addresses, scale, scalars, with_gradient, begin, end,
+    STORAGE: tl.constexpr, STATE: tl.constexpr, AMSGRAD: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    total = tl.zeros([BLOCK], tl.float64)
+    lanes = tl.arange(0, BLOCK)
+    full = begin + (end - begin) // BLOCK * BLOCK
+    for start in range(begin, full, BLOCK):
+        total = _update(
+            addresses, scale, scalars, with_gradient, start + lanes, end, total,
+            STORAGE, STATE, AMSGRAD, ALIGNED, False,
+        )  # fmt: skip
+    if full < end:
+        total = _update(
+            addresses, scale, scalars, with_gradient, full + lanes, end, total,
+            STORAGE, STATE, AMSGRAD, False, True,
+        )  # fmt: skip
+    return tl.sum(total)
+
+
+@triton.jit(do_not_specialize=["touch"])
+def outer_step_kernel(
+    rows, row_of_chunk, hyper, factor, walk_length, partials, touch,
+    STORAGE: tl.constexpr, STATE: tl.constexpr, AMSGRAD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """D = (θ − w) + γ·g/n;  G = D/Γ;  θ ← AdamW(θ, G);  w ← θ.  partials[chunk] = Σ D², float64.
+
+    Bytes per element, float32: reads θ w g m v, writes w m v (32). Below: reads θ walk g m v, writes θ m v and the
+    weight (32). AMSGRAD: some group has maxima (8 more where it does).
+    Source: Algorithm 3 of arXiv 2604.09258; AdamW: arXiv 1711.05101 in torch.optim's order of operations.
+    """
+    row, begin, end = chunk_of(rows, row_of_chunk)
+    g, theta, walk, weight = tl.load(row + GRAD), tl.load(row + THETA), tl.load(row + WALK), tl.load(row + WEIGHT)
+    touched = is_touched(tl.load(row + TOUCHED), g, touch)
+    group = tl.load(row + GROUP)
+    gamma = tl.load(walk_length + group)
+    total = tl.zeros([], tl.float64)
+    if (touched | (g != 0)) & (gamma > 0):
+        exp_avg, exp_avg_sq = tl.load(row + EXP_AVG), tl.load(row + EXP_AVG_SQ)
+        max_exp_avg_sq = tl.load(row + MAX_EXP_AVG_SQ)
+        # Where the parameter did not move, D is θ − θ; where it has no last gradient, what is read for it goes unused.
+        if STORAGE == STATE:
+            theta_source = tl.where(touched, theta, walk)
+            theta = walk
+        else:
+            theta_source = theta
+        walk_source = tl.where(touched, walk, theta_source)
+        factor_of_group = tl.load(factor + group)
+        with_gradient = (g != 0) & (factor_of_group != 0)
+        g = tl.where(g != 0, g, theta_source)
+        addresses = (theta_source, walk_source, g, exp_avg, exp_avg_sq, max_exp_avg_sq, theta, weight)
+        scale = power_and_rest(factor_of_group, STATE)
+        step = tl.load(tl.load(row + STEP).to(tl.pointer_type(tl.float32))).to(tl.float64) + 1
+        scalars = _scalars(hyper, group, step, gamma, STATE)
+        if (g | theta_source | walk_source | theta | weight | exp_avg | exp_avg_sq | max_exp_avg_sq) % 16 == 0:
+            total = _update_chunk(
+                addresses, scale, scalars, with_gradient, begin, end, STORAGE, STATE, AMSGRAD, BLOCK, True
+            )
+        else:
+            total = _update_chunk(
+                addresses, scale, scalars, with_gradient, begin, end, STORAGE, STATE, AMSGRAD, BLOCK, False
+            )
+    tl.store(partials + tl.program_id(0), total)
+
+
+def outer_step(table: Table, cycle: Cycle) -> None:
+    """Starts the kernel, after `scalars.advance`; `step` advances in `scalars.finish`."""
+    rows, row_of_chunk, _, touch = table.on_device()
+    amsgrad = any(bucket.amsgrad for bucket in table.buckets)
+    constants = {**constants_of(table.dtype, block=1024), "AMSGRAD": amsgrad}
+    launch(
+        outer_step_kernel, table.chunks,
+        rows, row_of_chunk, cycle.hyper, cycle.factor, cycle.walk_length, table.partials, touch, **constants,
+    )  # fmt: skip

@@ -1,0 +1,48 @@
+"""‖g‖², first stage: a partial sum for each chunk. The second stage is in scalars.py."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..table import Table
+from .elements import GRAD, chunk_of, constants_of, launch, load
+
+
+@triton.jit
+def _sum_of_squares(g, begin, end, STORAGE: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
+    total = tl.zeros([BLOCK], tl.float64)
+    full = begin + (end - begin) // BLOCK * BLOCK
+    for start in range(begin, full, BLOCK):
+        values = load(g, start + tl.arange(0, BLOCK), end, STORAGE, ALIGNED, False).to(tl.float64)
+        total += values * values
+    if full < end:
+        values = load(g, full + tl.arange(0, BLOCK), end, STORAGE, False, True).to(tl.float64)
+        total += values * values
+    return tl.sum(total)
+
+
+@triton.jit
+def sq_norm_kernel(rows, row_of_chunk, partials, STORAGE: tl.constexpr, STATE: tl.constexpr, BLOCK: tl.constexpr):
+    """partials[chunk] = Σ g² in float64, 0 without a gradient.
+
+    Bytes per element: reads g (float32: 4, below: 2).
+    """
+    row, begin, end = chunk_of(rows, row_of_chunk)
+    g = tl.load(row + GRAD)
+    total = tl.zeros([], tl.float64)
+    if g != 0:
+        if g % 16 == 0:
+            total = _sum_of_squares(g, begin, end, STORAGE, BLOCK, True)
+        else:
+            total = _sum_of_squares(g, begin, end, STORAGE, BLOCK, False)
+    tl.store(partials + tl.program_id(0), total)
+
+
+def sq_norm(table: Table) -> Tensor:
+    """Starts the kernel; returns the partial sums [chunks], float64."""
+    rows, row_of_chunk, _, _ = table.on_device()
+    constants = constants_of(table.dtype, block=2048)
+    launch(sq_norm_kernel, table.chunks, rows, row_of_chunk, table.partials, **constants)
+    return table.partials
