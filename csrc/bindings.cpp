@@ -9,6 +9,7 @@
 
 #define NEXUS_ISA baseline
 #include "cpu.h"
+#include "look.h"
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -109,6 +110,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("instruction_sets", &instruction_sets, "Those that were built and run on this processor, best first.");
   m.def("instruction_set", [] { return kernels->name; }, "The one in use.");
   m.def("set_instruction_set", &set_instruction_set, "For tests: results must be the same with each.");
+  define_look(m);
   m.attr("SEGMENT_BYTES") = sizeof(Segment);
   m.attr("HYPER_BYTES") = sizeof(Hyper);
   m.attr("CHUNK_ELEMENTS") = kChunk;

@@ -242,7 +242,7 @@ class NexusAdamW(Optimizer):
         for table in self._tables.values():
             table.read_gradients(use=gradients)
         for table in self._tables.values():
-            table.adopt_writes(restart=not self._just_loaded)
+            table.adopt_writes(restart=not self._just_loaded, look=False)
         self._just_loaded = False
         self._follow_amsgrad()
         if any(isinstance(value, Tensor) for row in rows for value in row) or rows != self._rows:

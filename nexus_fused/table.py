@@ -7,6 +7,7 @@ kernel is started once for a table, not once for a parameter.
 
 from __future__ import annotations
 
+import contextlib
 from array import array
 
 import torch
@@ -26,6 +27,14 @@ GRAD, TOUCHED, CHUNK = (COLUMNS.index(name) for name in ("grad", "touched", "chu
 CHUNK_ELEMENTS = 16384  # one partial sum each: fixes the order of summation, whatever the number of threads
 
 
+_look, _take_versions = None, None
+with contextlib.suppress(ImportError):
+    from . import _C
+
+    if _C.prepare_to_look(Tensor, torch.nn.Parameter):
+        _look, _take_versions = _C.look, _C.take_versions
+
+
 class Table:
     """All segments of one device and dtype, of all groups, and the flat buffers behind them.
 
@@ -43,7 +52,10 @@ class Table:
         self.rows = torch.empty(0, len(COLUMNS), dtype=torch.int64, device="cpu")
         self.chunks = 0
         self.partials = torch.empty(0, dtype=torch.float64, device=device)
+        self._staged: list[Segment] = []  # those whose parameters have gaps
+        self._suspects: list[int] = []  # rows that others may have written
         self._touched = 0  # how many segments are
+        self._shows_cycle_buffers = False
         self._stale = self._stale_touched = True  # `rows` has addresses, or who is touched, that the device has not
         self._on_device: tuple[Tensor, Tensor, Tensor]
 
@@ -69,6 +81,8 @@ class Table:
         # In the groups' order, whenever a parameter came: the norm is summed in that order, also after a resume.
         self.segments = sorted(self.segments + segments, key=lambda s: (s.group, s.index))
         self.params = [s.param for s in self.segments]
+        self._staged = [s for s in self.segments if s.staged is not None]
+        self._shows_cycle_buffers = False  # not all of them
         for row, segment in enumerate(self.segments):
             segment.row = row
         self.addresses = array("q", bytes(8 * len(self.segments)))
@@ -140,34 +154,48 @@ class Table:
     # One micro-batch
 
     def read_gradients(self, *, use: bool) -> None:
-        """Looks at every parameter and, with `use`, its gradient; modifies nothing but what it remembers of gradients.
+        """Looks at every parameter and, with `use`, its gradient; modifies nothing but what it remembers of them.
 
         Raises RuntimeError for a gradient that does not fit its parameter, or a parameter that was converted.
         """
-        device, strided = self.device, torch.strided
+        self.copies.clear()
         addresses = array("q", bytes(8 * len(self.segments)))
-        for row, (segment, pointer) in enumerate(zip(self.segments, self.pointers, strict=True)):
-            param = segment.param
-            grad = param.grad if use else None
-            if param.data_ptr() != pointer and self._was_converted(segment):
-                raise RuntimeError(
-                    f"{segment.where} was {self.dtype} on {device} with strides {segment.param_strides} when the "
-                    f"optimizer was built and is now {tuple(param.shape)} {param.dtype} on {param.device} with strides "
-                    f"{param.stride()}: convert or move the model (model.half(), model.to(...)) first and build the "
-                    "optimizer after it"
-                )
-            if grad is not None:
-                fits = grad.layout is strided and grad.shape == segment.shape
-                if not fits or grad.dtype is not param.dtype or grad.device != device:
-                    raise RuntimeError(_misfit(segment, grad))
-                if grad.stride() != segment.strides or grad.is_neg() or grad.is_conj():
-                    dense = torch.empty_strided(segment.shape, segment.strides, dtype=grad.dtype, device=device)
-                    self.copies[row] = grad = dense.copy_(grad.detach())
-                addresses[row] = grad.data_ptr() or -1  # an empty gradient is one all the same, without memory
+        unusual, self._suspects = self._look(addresses, use)
+        for row in unusual:
+            self._read_gradient(self.segments[row], addresses, use)
         if addresses != self.addresses:
             self.addresses = addresses
             self.rows[:, GRAD] = torch.frombuffer(addresses, dtype=torch.int64)
             self._stale = True
+
+    def _look(self, addresses: array[int], use: bool) -> tuple[list[int], list[int]]:
+        """Fills in the addresses of gradients that lie as their parameters do; returns the rows that need another look
+        at the gradient, and those that may have been written by others."""
+        if _look is None:
+            everything = list(range(len(self.segments)))
+            return everything, everything
+        buffers = (values.buffer_info()[0] for values in (addresses, self.pointers, self.versions))
+        return _look(self.params, self.rows.data_ptr(), use, *buffers)
+
+    def _read_gradient(self, segment: Segment, addresses: array[int], use: bool) -> None:
+        param, row = segment.param, segment.row
+        if param.data_ptr() != self.pointers[row] and self._was_converted(segment):
+            raise RuntimeError(
+                f"{segment.where} was {self.dtype} on {self.device} with strides {segment.param_strides} when the "
+                f"optimizer was built and is now {tuple(param.shape)} {param.dtype} on {param.device} with strides "
+                f"{param.stride()}: convert or move the model (model.half(), model.to(...)) first and build the "
+                "optimizer after it"
+            )
+        grad = param.grad if use else None
+        if grad is None:
+            return
+        fits = grad.layout is torch.strided and grad.shape == segment.shape
+        if not fits or grad.dtype is not param.dtype or grad.device != self.device:
+            raise RuntimeError(_misfit(segment, grad))
+        if grad.stride() != segment.strides or grad.is_neg() or grad.is_conj():
+            dense = torch.empty_strided(segment.shape, segment.strides, dtype=grad.dtype, device=self.device)
+            self.copies[row] = grad = dense.copy_(grad.detach())
+        addresses[row] = grad.data_ptr() or -1  # an empty gradient is one all the same, without memory
 
     def _was_converted(self, segment: Segment) -> bool:
         param = segment.param
@@ -183,12 +211,16 @@ class Table:
         param, row = segment.param, segment.row
         return param._version != self.versions[row] or param.data_ptr() != self.pointers[row]
 
-    def adopt_writes(self, *, restart: bool) -> None:
+    def adopt_writes(self, *, restart: bool, look: bool = True) -> None:
         """Takes over what others wrote into the parameters since the last look; see `Segment.adopt`.
 
         `restart=False`: values written since the last step are the walk that belongs to a state just loaded.
+        `look=False`: `read_gradients` has just looked.
         """
-        written = [s for s in self.segments if self.was_written(s) and not self._was_converted(s)]
+        if look:
+            _, self._suspects = self._look(self.addresses, use=False)
+        suspects = [self.segments[row] for row in self._suspects]
+        written = [s for s in suspects if self.was_written(s) and not self._was_converted(s)]
         for segment in written:
             segment.adopt(restart=restart)
         self._remember(written)
@@ -210,13 +242,16 @@ class Table:
 
     def wrote(self, segments: list[Segment]) -> None:
         """Tells autograd, and the check for other writers, that a kernel wrote these segments' weights."""
-        written = [s for s in segments if s.numel]
-        for segment in written:
-            if segment.staged is not None:
-                segment.param.detach().copy_(segment.staged)
-        torch.autograd.graph.increment_version([s.param for s in written])
-        for segment in written:
-            self.versions[segment.row] = segment.param._version
+        for segment in self._staged:
+            if segment in segments:
+                segment.param.detach().copy_(segment.staged)  # type: ignore[arg-type]
+        if segments is self.segments and _take_versions is not None:
+            torch.autograd.graph.increment_version(self.params)
+            _take_versions(self.params, self.versions.buffer_info()[0])
+        else:
+            torch.autograd.graph.increment_version([s.param for s in segments])
+            for segment in segments:
+                self.versions[segment.row] = segment.param._version
 
     def gradient(self, segment: Segment) -> Tensor | None:
         """This micro-batch's gradient of a segment, dense with its strides; None without one."""
@@ -224,10 +259,14 @@ class Table:
 
     def with_gradient(self) -> list[Segment]:
         """The segments that have a gradient in this micro-batch."""
+        if 0 not in self.addresses:
+            return self.segments
         return [s for s, address in zip(self.segments, self.addresses, strict=True) if address]
 
     def moving(self) -> list[Segment]:
         """The segments that take part in the outer step: those with a gradient at any time in this cycle."""
+        if self._touched == len(self.segments) or 0 not in self.addresses:
+            return self.segments
         return [s for s, address in zip(self.segments, self.addresses, strict=True) if address or s.touched]
 
     # One cycle
@@ -236,7 +275,8 @@ class Table:
         """After a backend's inner_step: what it wrote is known, copies of gradients are let go."""
         moved = self.with_gradient()
         self.wrote(moved)
-        self.set_touched([s for s in moved if not s.touched], True)
+        if self._touched < len(self.segments):
+            self.set_touched([s for s in moved if not s.touched], True)
         self.copies.clear()
 
     def finish_outer_step(self) -> None:
@@ -288,6 +328,9 @@ class Table:
 
     def ensure_cycle_buffers(self) -> None:
         """Allocates anchors (below float32: walks) where they are missing and shows them in the state."""
+        if self._shows_cycle_buffers:
+            return
+        self._shows_cycle_buffers = True
         missing = [b.ensure("walk" if self.dtype != b.state_dtype else "anchor") for b in self.buckets]
         if any(missing):
             self._rebuild()
@@ -303,6 +346,7 @@ class Table:
 
     def hide_cycle_buffers(self) -> None:
         """Removes anchors and walks from the state; the memory stays ours for the next cycle."""
+        self._shows_cycle_buffers = False
         for segment in self.segments:
             segment.state.pop(segment.cycle_key, None)
 

@@ -30,13 +30,18 @@ HYPER = {
 }
 
 
-def make_table(dtype, sizes, *, offset=0, touched=(), gradients="all", flatten=False, amsgrad=False, bad=None):
+CPU = torch.device("cpu")
+
+
+def make_table(
+    dtype, sizes, *, offset=0, touched=(), gradients="all", flatten=False, amsgrad=False, bad=None, device=CPU
+):
     """A table with random weights, moments, θ and gradients; unwritten memory is NaN. `offset`: of the weights."""
     torch.manual_seed(0)
-    table = Table(torch.device("cpu"), dtype)
+    table = Table(device, dtype)
     segments = []
     for i, size in enumerate(sizes):
-        param = nn.Parameter(torch.randn(size + offset, dtype=torch.float64).to(dtype)[offset:])
+        param = nn.Parameter(torch.randn(size + offset, dtype=torch.float64).to(device, dtype)[offset:])
         segments.append(make_segment(param, group=0, index=i, state={}))
     table.extend(segments, flatten=flatten)
     table.set_amsgrad(0, amsgrad)
@@ -52,12 +57,12 @@ def make_table(dtype, sizes, *, offset=0, touched=(), gradients="all", flatten=F
                 segment.buffer(name).copy_(torch.rand(segment.numel) * 1e-2)
         if i in touched:
             if segment.low_precision:
-                segment.walk.copy_(segment.theta + 0.01 * torch.randn(segment.numel))
+                segment.walk.copy_(segment.theta + 0.01 * torch.randn(segment.numel).to(device))
                 segment.weight.copy_(segment.walk)
             else:
-                segment.theta.copy_(segment.walk + 0.01 * torch.randn(segment.numel))
+                segment.theta.copy_(segment.walk + 0.01 * torch.randn(segment.numel).to(device))
         if gradients == "all" or i in gradients:
-            segment.param.grad = torch.randn(segment.numel + offset, dtype=torch.float64).to(dtype)[offset:]
+            segment.param.grad = torch.randn(segment.numel + offset, dtype=torch.float64).to(device, dtype)[offset:]
             if bad is not None and segment.numel:
                 segment.param.grad[-1] = bad
     table.set_touched([s for i, s in enumerate(table.segments) if i in touched], True)
@@ -66,12 +71,12 @@ def make_table(dtype, sizes, *, offset=0, touched=(), gradients="all", flatten=F
     return table
 
 
-def backend_of(name):
-    return backends.resolve(name, None, torch.device("cpu"))
+def backend_of(name, device=CPU):
+    return backends.resolve(name, None, device)
 
 
-def make_cycle(name, **hyper):
-    cycle = Cycle(torch.device("cpu"), 4, backend_of(name))
+def make_cycle(name, device=CPU, **hyper):
+    cycle = Cycle(device, 4, backend_of(name, device))
     cycle.grow(1)
     cycle.set_hyper([list({**HYPER, **hyper}.values())])
     return cycle
@@ -94,11 +99,11 @@ def run_function(function, table, cycle, micro_batch):
         cycle.backend.outer_step([table], cycle, micro_batch, 3)
 
 
-def compare(function, name, dtype, *, last_gradient=True, walk_length=0.03, hyper=None, **table):
+def compare(function, name, dtype, *, last_gradient=True, walk_length=0.03, hyper=None, device=CPU, **table):
     """Runs a function of the reference and of `name` on equal tables and compares all they wrote."""
     results = []
     for which in ("reference", name):
-        made, cycle = make_table(dtype, **table), make_cycle(which, **(hyper or {}))
+        made, cycle = make_table(dtype, device=device, **table), make_cycle(which, device, **(hyper or {}))
         cycle.walk_length.fill_(walk_length)
         run_function(function, made, cycle, MicroBatch([reference.sq_norm(made)], 2) if last_gradient else None)
         results.append(contents(made, cycle))
@@ -113,7 +118,7 @@ def compare(function, name, dtype, *, last_gradient=True, walk_length=0.03, hype
 
 
 def sq_norm(name, table):
-    return backend_of(name).sq_norm(table).sum()
+    return backend_of(name, table.device).sq_norm(table).sum()
 
 
 @pytest.mark.parametrize("name", FUSED)

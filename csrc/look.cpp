@@ -1,0 +1,138 @@
+// Looks at parameters and their gradients: addresses, versions and whether a gradient lies as its parameter does.
+//
+// From Python that is ten attribute reads per parameter and step. Here tensors are read through the table of C functions
+// that DLPack has every framework publish (`__dlpack_c_exchange_api__`), whose layout is fixed, and attributes through
+// the C functions behind them; still nothing of torch is included. Whatever is out of the ordinary is left to Python.
+
+#include "look.h"
+
+#include "nexus_math.h"
+
+namespace py = pybind11;
+
+namespace {
+
+// DLPack 1.x, as its specification lays it out.
+struct DLTensor {
+  void* data;
+  int32_t device_type, device_id, ndim;
+  uint8_t code, bits;
+  uint16_t lanes;
+  int64_t *shape, *strides;
+  uint64_t byte_offset;
+};
+
+struct DLPackExchangeAPI {
+  uint32_t major, minor;
+  void *previous, *allocator, *managed_from_object, *managed_to_object;
+  int (*tensor_from_object)(void* object, DLTensor* out);
+};
+
+constexpr uint8_t kComplex = 5;  // DLDataTypeCode
+
+PyTypeObject *tensor_type, *parameter_type;
+const DLPackExchangeAPI* api;
+PyGetSetDef *grad_attribute, *version_attribute;
+PyCFunction is_neg;
+
+PyGetSetDef* attribute(const py::object& type, const char* name) {
+  const py::object found = type.attr(name);
+  return Py_IS_TYPE(found.ptr(), &PyGetSetDescr_Type) ? reinterpret_cast<PyGetSetDescrObject*>(found.ptr())->d_getset
+                                                      : nullptr;
+}
+
+// Whether look() works with this PyTorch; it must have been called once, before.
+bool prepare_to_look(const py::object& tensor, const py::object& parameter) {
+  const py::object method = tensor.attr("is_neg");
+  if (!py::hasattr(tensor, "__dlpack_c_exchange_api__") || !Py_IS_TYPE(method.ptr(), &PyMethodDescr_Type)) return false;
+  const PyMethodDef* definition = reinterpret_cast<PyMethodDescrObject*>(method.ptr())->d_method;
+  const py::object capsule = tensor.attr("__dlpack_c_exchange_api__");
+  api = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  if (!api) throw py::error_already_set();
+  tensor_type = reinterpret_cast<PyTypeObject*>(tensor.ptr());
+  parameter_type = reinterpret_cast<PyTypeObject*>(parameter.ptr());
+  grad_attribute = attribute(tensor, "grad");
+  version_attribute = attribute(tensor, "_version");
+  is_neg = definition->ml_flags == METH_NOARGS ? definition->ml_meth : nullptr;
+  return api->major == 1 && api->tensor_from_object && grad_attribute && version_attribute && is_neg;
+}
+
+py::object get(PyObject* object, const PyGetSetDef* attribute) {
+  PyObject* value = attribute->get(object, attribute->closure);
+  if (!value) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(value);
+}
+
+int64_t version_of(PyObject* tensor) { return PyLong_AsLongLong(get(tensor, version_attribute).ptr()); }
+
+bool read(PyObject* object, DLTensor& out) {
+  if (!Py_IS_TYPE(object, tensor_type) && !Py_IS_TYPE(object, parameter_type)) return false;
+  if (api->tensor_from_object(object, &out) == 0) return true;
+  PyErr_Clear();  // sparse, for example
+  return false;
+}
+
+int64_t address(const DLTensor& t) { return reinterpret_cast<int64_t>(t.data) + int64_t(t.byte_offset); }
+
+// Whether two tensors are of one dtype and device, and element i of one belongs to element i of the other in memory.
+bool alike(const DLTensor& a, const DLTensor& b, int64_t length) {
+  if (a.device_type != b.device_type || a.device_id != b.device_id || a.ndim != b.ndim) return false;
+  if (a.code != b.code || a.bits != b.bits || a.code == kComplex) return false;
+  int64_t numel = 1;
+  for (int d = 0; d < a.ndim; ++d) {
+    if (a.shape[d] != b.shape[d] || (a.shape[d] > 1 && a.strides[d] != b.strides[d])) return false;
+    numel *= a.shape[d];
+  }
+  return numel == length;
+}
+
+bool negated(PyObject* tensor) {
+  const py::object answer = py::reinterpret_steal<py::object>(is_neg(tensor, nullptr));
+  if (!answer) throw py::error_already_set();
+  return answer.ptr() == Py_True;
+}
+
+template <class T>
+T* pointer(int64_t address) {
+  return reinterpret_cast<T*>(static_cast<intptr_t>(address));
+}
+
+// Fills addresses[i] with the address of parameter i's gradient: 0 without one, -1 for one without elements. Returns the
+// indices of parameters that Python must look at itself, and of those written since pointers and versions were taken.
+py::tuple look(const py::list& params, int64_t rows, bool use, int64_t addresses, int64_t pointers, int64_t versions) {
+  py::list unusual, written;
+  const auto* segments = pointer<const nexus::Segment>(rows);
+  const Py_ssize_t n = PyList_GET_SIZE(params.ptr());
+  for (Py_ssize_t i = 0; i < n; ++i) {
+    PyObject* param = PyList_GET_ITEM(params.ptr(), i);
+    DLTensor own, gradient;
+    if (!read(param, own) || address(own) != segments[i].weight) {
+      unusual.append(i);
+      written.append(i);  // perhaps: Python compares again
+      continue;
+    }
+    if (address(own) != pointer<int64_t>(pointers)[i] || version_of(param) != pointer<int64_t>(versions)[i])
+      written.append(i);
+    if (!use) continue;
+    const py::object grad = get(param, grad_attribute);
+    if (grad.is_none()) continue;
+    if (read(grad.ptr(), gradient) && alike(gradient, own, segments[i].length) && !negated(grad.ptr()))
+      pointer<int64_t>(addresses)[i] = segments[i].length ? address(gradient) : -1;
+    else
+      unusual.append(i);
+  }
+  return py::make_tuple(unusual, written);
+}
+
+void take_versions(const py::list& params, int64_t versions) {
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.ptr()); ++i)
+    pointer<int64_t>(versions)[i] = version_of(PyList_GET_ITEM(params.ptr(), i));
+}
+
+}  // namespace
+
+void define_look(py::module_& m) {
+  m.def("prepare_to_look", &prepare_to_look);
+  m.def("look", &look);
+  m.def("take_versions", &take_versions);
+}

@@ -1,0 +1,152 @@
+"""The extension's quick look at parameters and gradients sees what Python sees, whatever lies there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import build, run, values
+from torch import nn
+
+from nexus_fused import NexusAdamW
+from nexus_fused import table as tables
+
+pytestmark = pytest.mark.skipif(
+    tables._look is None, reason="no compiled extension, or a PyTorch without DLPack's C API"
+)
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def _neg_view():
+    z = torch.randn(6, 4, dtype=torch.complex64)
+    assert z.conj().imag.is_neg()
+    return z.conj().imag
+
+
+GRADIENTS = {
+    "none": lambda: None,
+    "plain": lambda: torch.randn(6, 4),
+    "other strides": lambda: torch.randn(4, 6).t(),
+    "with gaps": lambda: torch.randn(6, 8)[:, ::2],
+    "expanded": lambda: torch.randn(1, 4).expand(6, 4),
+    "offset": lambda: torch.randn(25)[1:].view(6, 4),
+    "negated": _neg_view,
+    "subclass": lambda: torch.randn(6, 4).as_subclass(Subclass),
+    "parameter": lambda: nn.Parameter(torch.randn(6, 4)),
+    "sparse": lambda: torch.randn(6, 4).to_sparse(),
+}
+
+
+def look(monkeypatch, compiled, table):
+    """What a table's first gradient is to kernels, or the error's text, with or without the extension."""
+    if not compiled:
+        monkeypatch.setattr(tables, "_look", None)
+        monkeypatch.setattr(tables, "_take_versions", None)
+    try:
+        table.read_gradients(use=True)
+        address = table.addresses[0]
+        gradient = table.gradient(table.segments[0])
+        same_memory = gradient is not None and address == (gradient.data_ptr() or -1)
+        return address == 0, same_memory, None if gradient is None else gradient.clone().resolve_neg()
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        monkeypatch.undo()
+
+
+def both(monkeypatch, optimizer):
+    (table,) = optimizer._tables.values()
+    return [look(monkeypatch, compiled, table) for compiled in (True, False)]
+
+
+def assert_alike(seen):
+    if isinstance(seen[1], str):
+        assert seen[0] == seen[1]
+    else:
+        assert seen[0][:2] == seen[1][:2]
+        torch.testing.assert_close(seen[0][2], seen[1][2], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", GRADIENTS)
+def test_gradients(monkeypatch, kind):
+    (param,), optimizer = build((6, 4))
+    param.grad = GRADIENTS[kind]()
+    seen = both(monkeypatch, optimizer)
+    assert_alike(seen)
+    if kind in ("other strides", "with gaps", "expanded", "negated"):  # copied: the address is not the gradient's own
+        torch.testing.assert_close(seen[0][2], param.grad.resolve_neg().clone(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0), (1, 5), (5, 1, 1)])
+def test_shapes(monkeypatch, shape):
+    """Scalars, nothing, and dimensions of size 1, whose strides mean nothing."""
+    (param,), optimizer = build(shape)
+    param.grad = torch.randn(shape)
+    assert_alike(both(monkeypatch, optimizer))
+    if shape == (1, 5):
+        param.grad = torch.randn(5).as_strided((1, 5), (77, 1))
+        assert_alike(both(monkeypatch, optimizer))
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.bfloat16])
+def test_dtypes(monkeypatch, dtype):
+    (param,), optimizer = build((6, 4), dtype=dtype)
+    param.grad = torch.randn(6, 4, dtype=dtype)
+    assert_alike(both(monkeypatch, optimizer))
+    if dtype.is_complex:
+        param.grad = torch.randn(6, 4, dtype=dtype).conj()
+        assert_alike(both(monkeypatch, optimizer))
+
+
+@pytest.mark.parametrize("grown", [torch.randn(3, 4), torch.randn(4, 6), torch.randn(6, 4, 1)])
+def test_gradient_replaced_inside(monkeypatch, grown):
+    (param,), optimizer = build((6, 4))
+    param.grad = torch.randn(6, 4)
+    param.grad.data = grown
+    seen = both(monkeypatch, optimizer)
+    assert isinstance(seen[0], str)
+    assert "has shape" in seen[0]
+    assert_alike(seen)
+
+
+def test_parameter_that_shrank_in_place(monkeypatch):
+    """Same address, fewer elements, with a gradient as small: kernels must not read beyond it."""
+    (param,), optimizer = build((6, 4))
+    param.data = param.data[:3]
+    param.grad = torch.randn(3, 4)
+    seen = both(monkeypatch, optimizer)
+    assert isinstance(seen[0], str)
+    assert_alike(seen)
+
+
+def test_parameter_with_gaps_and_replaced_storage(monkeypatch):
+    params = [nn.Parameter(torch.randn(6, 8)[:, ::2]), nn.Parameter(torch.randn(6, 4))]
+    optimizer = NexusAdamW(params)
+    for p in params:
+        p.grad = torch.randn(6, 4)
+    params[1].data = params[1].detach().clone()
+    (table,) = optimizer._tables.values()
+    compiled = table._look(table.addresses, True)
+    monkeypatch.setattr(tables, "_look", None)
+    written = [s.row for s in table.segments if table.was_written(s)]
+    assert set(written) <= set(compiled[1])
+    assert compiled[0] == [0, 1]
+
+
+def test_whole_runs_agree(monkeypatch, backend):
+    """With and without the extension's look: bit for bit."""
+    results = []
+    for compiled in (True, False):
+        if not compiled:
+            monkeypatch.setattr(tables, "_look", None)
+            monkeypatch.setattr(tables, "_take_versions", None)
+        params, optimizer = build((6, 4), (5,), (0,), backend=backend)
+        run(optimizer, params, 5)
+        with torch.no_grad():
+            params[0].mul_(0.5)
+        run(optimizer, params, 6, first_seed=5)
+        results.append(values(params))
+    for left, right in zip(*results, strict=True):
+        torch.testing.assert_close(left, right, rtol=0, atol=0)
