@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import platform
 
 import torch
@@ -11,9 +12,12 @@ from . import __version__, backends
 
 def main() -> None:
     """Prints versions, devices, threads, instruction set and the backends of this machine."""
+    with_triton = importlib.util.find_spec("triton") is not None
+    triton = importlib.import_module("triton").__version__ if with_triton else "none"
     cuda = f"{torch.cuda.get_device_name()} (CUDA {torch.version.cuda})" if torch.cuda.is_available() else "none"
     print(f"nexus_fused  {__version__}")
     print(f"torch        {torch.__version__}")
+    print(f"triton       {triton}")
     print(f"python       {platform.python_version()} on {platform.system()} {platform.machine()}")
     print(f"GPU          {cuda}")
     print(f"threads      {torch.get_num_threads()} (torch.set_num_threads)")
@@ -21,9 +25,9 @@ def main() -> None:
     print("\nbackends, as NexusAdamW(backend=...) takes them:")
     for name, reason in backends.available().items():
         print(f"  {name:10} {'available' if reason is None else 'missing: ' + reason}")
-    for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
-        chosen = backends.resolve(None, None, torch.device(device)).__name__.rpartition(".")[2]
-        print(f"\nbackend=None on {device}: {chosen}")
+    gpu = ["cuda"] if torch.cuda.is_available() else []
+    for device in map(torch.device, ["cpu", *gpu]):
+        print(f"\nbackend=None on {device}: {backends.chosen(device)}")
 
 
 if __name__ == "__main__":

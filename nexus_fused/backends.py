@@ -65,8 +65,9 @@ def resolve(backend: str | None, fused: bool | None, device: torch.device) -> Mo
     if reason is None:
         return importlib.import_module(f"nexus_fused.{name}")
     if backend is not None:
-        runs = [other for other in (_best(device), "reference") if why_not(other, device) is None]
-        raise RuntimeError(f"backend={backend!r} cannot run: {reason}. On {device}, backend={runs[0]!r} would run")
+        raise RuntimeError(
+            f"backend={backend!r} cannot run: {reason}. On {device}, backend={chosen(device)!r} would run"
+        )
     if fused:
         raise RuntimeError(f"fused=True, but no fused backend runs on {device}: {reason}")
     warnings.warn(
@@ -74,6 +75,11 @@ def resolve(backend: str | None, fused: bool | None, device: torch.device) -> Mo
         stacklevel=2,
     )
     return importlib.import_module("nexus_fused.reference")
+
+
+def chosen(device: torch.device) -> str:
+    """What `backend=None` takes on a device."""
+    return next(name for name in (_best(device), "reference") if why_not(name, device) is None)
 
 
 def _best(device: torch.device) -> str:

@@ -97,22 +97,22 @@ class Cycle:
 
     def load_group_data(self, group: int, data: dict[str, Any], *, running: bool) -> None:
         """Copies what `group_data` gave, perhaps in another process: the totals and, of a running cycle, its sums."""
-        self.skipped_inner_steps.copy_(torch.as_tensor(data["skipped_inner_steps"]))
-        self.skipped_outer_steps.copy_(torch.as_tensor(data["skipped_outer_steps"]))
+        self.skipped_inner_steps.copy_(torch.as_tensor(data["skipped_inner_steps"], device=self.device))
+        self.skipped_outer_steps.copy_(torch.as_tensor(data["skipped_outer_steps"], device=self.device))
         if running:
             self.walk_length[group] = data["walk_length"]
             self.walk_sq_length[group] = data["walk_sq_length"]
             for live, norm in zip(self.grad_norms, data["grad_norms"], strict=True):
-                live.copy_(torch.as_tensor(norm))
+                live.copy_(torch.as_tensor(norm, device=self.device))
 
     def set_hyper(self, rows: list[list[float | Tensor]]) -> None:
         """Brings the groups' hyperparameters, one row of HYPER each, to the device without waiting for it."""
-        if any(isinstance(value, Tensor) for row in rows for value in row):
-            values = [torch.as_tensor(value, dtype=torch.float64) for row in rows for value in row]
-            on_device = [v.to(self.device, non_blocking=True).view(()) for v in values]
-            self.hyper.copy_(torch.stack(on_device).view(len(rows), -1))
-        else:
-            upload(torch.tensor(rows, dtype=torch.float64, device="cpu"), self.hyper)
+        numbers = [[0.0 if isinstance(value, Tensor) else value for value in row] for row in rows]
+        upload(torch.tensor(numbers, dtype=torch.float64, device="cpu"), self.hyper)
+        for target, row in zip(self.hyper, rows, strict=True):
+            for column, value in enumerate(row):
+                if isinstance(value, Tensor):
+                    target[column].copy_(value, non_blocking=self.device.type != "cpu")
 
     def advance(self, micro_batch: MicroBatch | None) -> None:
         """Decides about an inner step from the squared norm of all gradients, and counts its length.

@@ -95,10 +95,11 @@ def group_row(group: dict[str, Any], index: int, steps: int) -> list[float | Ten
     ]
     if group["inner_lr_follows_lr"]:
         base_lr = number(group.get("max_lr", group["base_lr"]), f"base_lr {where}", low=0)
-        if isinstance(lr, Tensor) or isinstance(base_lr, Tensor):
-            base = torch.as_tensor(base_lr, dtype=torch.float64)
-            ratio = torch.where(base == 0, 1.0, torch.as_tensor(lr).double() / base).clamp(min=INNER_LR_FLOOR)
+        if isinstance(base_lr, Tensor):
+            ratio = torch.where(base_lr == 0, 1.0, lr / base_lr.double()).clamp(min=INNER_LR_FLOOR)
             return [inner_lr * ratio, *row]
+        if isinstance(lr, Tensor):
+            return [inner_lr * (lr.double() / base_lr).clamp(min=INNER_LR_FLOOR) if base_lr else inner_lr, *row]
         return [inner_lr * (max(lr / base_lr, INNER_LR_FLOOR) if base_lr else 1.0), *row]
     return [inner_lr, *row]
 

@@ -203,18 +203,20 @@ class NexusAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._look(gradients=True)
+        last = self._position + 1 == self._inner_steps
+        if not last:
+            for table in self._tables.values():
+                table.ensure_cycle_buffers()
         micro_batch = MicroBatch(
             [cycle.backend.sq_norm(table) for cycle, tables in self._work for table in tables],
             self._position,
             getattr(self, "grad_scale", None),
             getattr(self, "found_inf", None),
         )
-        if self._position + 1 == self._inner_steps:
+        if last:
             self._finish_cycle(micro_batch)
         else:
             for cycle, tables in self._work:
-                for table in tables:
-                    table.ensure_cycle_buffers()
                 cycle.backend.inner_step(tables, cycle, micro_batch)
                 for table in tables:
                     table.finish_inner_step()

@@ -57,7 +57,7 @@ class Table:
         self._touched = 0  # how many segments are
         self._shows_cycle_buffers = False
         self._stale = self._stale_touched = True  # `rows` has addresses, or who is touched, that the device has not
-        self._on_device: tuple[Tensor, Tensor, Tensor]
+        self._on_device: tuple[Tensor, ...] = ()
 
     def extend(self, segments: list[Segment], *, flatten: bool) -> None:
         """Gives the segments (all of one group) zero state, and moves their weights into flat memory if allowed."""
@@ -118,16 +118,16 @@ class Table:
             self.chunks += count
         self.rows = torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, len(COLUMNS))
         self.partials = torch.empty(self.chunks, dtype=torch.float64, device=self.device)
-        row_of_chunk = torch.repeat_interleave(torch.arange(len(rows), dtype=torch.int32), torch.tensor(counts))
-        groups = torch.tensor([s.group for s in self.segments])
-        first_rows = torch.searchsorted(groups, torch.arange(self.segments[-1].group + 2 if rows else 1))
-        first_chunks = torch.cat([self.rows[:, CHUNK], torch.tensor([self.chunks])])[first_rows]
-        starts = torch.stack([first_rows, first_chunks], dim=1)
-        self._on_device = (
-            torch.empty_like(self.rows, device=self.device),
-            row_of_chunk.to(self.device),
-            starts.to(self.device),
-        )
+        with torch.device("cpu"):  # whatever the default device is
+            row_of_chunk = torch.repeat_interleave(torch.arange(len(rows), dtype=torch.int32), torch.tensor(counts))
+            groups = torch.tensor([s.group for s in self.segments], dtype=torch.int64)
+            first_rows = torch.searchsorted(groups, torch.arange(self.segments[-1].group + 2 if rows else 1))
+            first_chunks = torch.cat([self.rows[:, CHUNK], torch.tensor([self.chunks])])[first_rows]
+            starts = torch.stack([first_rows, first_chunks], dim=1)
+        parts = self.rows, row_of_chunk, starts
+        self._on_device = tuple(torch.empty_like(part, device=self.device) for part in parts)
+        upload(row_of_chunk, self._on_device[1])
+        upload(starts, self._on_device[2])
         self._stale = True
 
     def on_device(self) -> tuple[Tensor, Tensor, Tensor, int]:
@@ -149,7 +149,8 @@ class Table:
         if self._stale or (touch == 2 and self._stale_touched):
             upload(self.rows, self._on_device[0])
             self._stale = self._stale_touched = False
-        return *self._on_device, touch
+        rows, row_of_chunk, starts = self._on_device
+        return rows, row_of_chunk, starts, touch
 
     # One micro-batch
 

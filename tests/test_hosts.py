@@ -252,3 +252,23 @@ def test_all_frozen(backend):
         optimizer.step()
     optimizer.load_state_dict(optimizer.state_dict())
     assert optimizer.cycle_position == 1
+
+
+def test_default_device(backend):
+    """Nothing of ours lands on a default device that the parameters are not on; meta would lose it at once."""
+    results = []
+    gradients = [make_params((5, 3), (7,), seed=seed) for seed in range(6)]
+    for device in ("cpu", "meta"):
+        params, late = make_params((5, 3), (7,)), make_params((3,))
+        with torch.device(device):
+            optimizer = NexusAdamW(params, lr=torch.tensor(1e-2, device="cpu"), inner_lr=0.05, backend=backend)
+            for micro_batch in gradients:
+                for p, g in zip(params, micro_batch, strict=True):
+                    p.grad = g.detach().clone()
+                optimizer.step()
+            optimizer.add_param_group({"params": late})
+            optimizer.load_state_dict(optimizer.state_dict())
+            optimizer.outer_step()
+            assert optimizer.metrics()["grad_norms"]
+        results.append(values(params))
+    assert_same(*results)

@@ -44,23 +44,27 @@ def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
 
 
 def constants_of(dtype: torch.dtype, *, block: int) -> dict[str, Any]:
-    """STORAGE (of weight and gradient), STATE (of everything else) and BLOCK of a table's kernels.
-
-    block: elements that a program works on at a time; half as many of float64, which takes two registers each.
-    """
+    """STORAGE (of weight and gradient), STATE (of everything else), BLOCK (elements that a program works on at a time)
+    and num_warps of a table's kernels: twice the threads for float64, whose elements take two registers each."""
     wide = dtype == torch.float64
-    state, elements = (tl.float64, block // 2) if wide else (tl.float32, block)
-    return {"STORAGE": STORAGE[dtype], "STATE": state, "BLOCK": elements, "num_warps": 4}
+    state, num_warps = (tl.float64, 8) if wide else (tl.float32, 4)
+    return {"STORAGE": STORAGE[dtype], "STATE": state, "BLOCK": block, "num_warps": num_warps}
 
 
 @triton.jit
 def chunk_of(rows, row_of_chunk):
-    """This program's row, and the elements [begin, end) of its segment."""
+    """This program's row, the first element of its chunk (int64) and the number of elements (int32)."""
     chunk = tl.program_id(0).to(tl.int64)
     row = rows + tl.load(row_of_chunk + chunk).to(tl.int64) * N_COLUMNS
     begin = (chunk - tl.load(row + FIRST_CHUNK)) * CHUNK
-    end = tl.minimum(begin + CHUNK, tl.load(row + LENGTH))
-    return row, begin, end
+    return row, begin, tl.minimum(tl.load(row + LENGTH) - begin, CHUNK).to(tl.int32)
+
+
+@triton.jit
+def address_of(row, COLUMN: tl.constexpr, begin, DTYPE: tl.constexpr):
+    """Address of element `begin` in a column's memory; 0 where the row has none."""
+    address = tl.load(row + COLUMN)
+    return tl.where(address != 0, address + begin * (DTYPE.primitive_bitwidth // 8), 0)
 
 
 @triton.jit
@@ -81,15 +85,15 @@ def _pointers(address, offsets, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def load(address, offsets, end, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr):
-    """Elements at `offsets` as float32 (float64 for float64); zeros from `end` on.
+def load(address, offsets, n, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr):
+    """Elements at `offsets` as float32 (float64 for float64); zeros from `n` on.
 
     ALIGNED promises that `address` is a multiple of 16, and lets the compiler load 16 bytes at a time. It could not
     under a mask that depends on a length: only the last block of a chunk is MASKED.
     """
     pointers = _pointers(address, offsets, DTYPE, ALIGNED)
     if MASKED:
-        values = tl.load(pointers, mask=offsets < end, other=0)
+        values = tl.load(pointers, mask=offsets < n, other=0)
     else:
         values = tl.load(pointers)
     if DTYPE == tl.bfloat16:
@@ -101,7 +105,7 @@ def load(address, offsets, end, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, MASK
 
 
 @triton.jit
-def store(address, offsets, end, values, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr):
+def store(address, offsets, n, values, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr):
     """Writes `values`, rounded to nearest, ties to even; see `load`."""
     pointers = _pointers(address, offsets, DTYPE, ALIGNED)
     if DTYPE == tl.bfloat16:
@@ -112,7 +116,7 @@ def store(address, offsets, end, values, DTYPE: tl.constexpr, ALIGNED: tl.conste
     else:
         values = values.to(DTYPE)
     if MASKED:
-        tl.store(pointers, values, mask=offsets < end)
+        tl.store(pointers, values, mask=offsets < n)
     else:
         tl.store(pointers, values)
 

@@ -14,6 +14,7 @@ from .elements import (
     TOUCHED,
     WALK,
     WEIGHT,
+    address_of,
     chunk_of,
     constants_of,
     is_touched,
@@ -26,39 +27,39 @@ from .elements import (
 
 @triton.jit
 def _move(
-    addresses, scale, taken, first, offsets, end, counts,
+    addresses, scale, taken, first, offsets, n, counts,
     STORAGE: tl.constexpr, STATE: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One block; returns `counts` with each lane's moves in the lower, lost moves in the upper 16 bits."""
     source, g, theta, walk, weight = addresses
     power, rest = scale
-    w = load(source, offsets, end, STATE, ALIGNED, MASKED)
-    gradient = tl.where(taken, load(g, offsets, end, STORAGE, ALIGNED, MASKED), 0.0)  # a skipped one may hold NaN
+    w = load(source, offsets, n, STATE, ALIGNED, MASKED)
+    gradient = tl.where(taken, load(g, offsets, n, STORAGE, ALIGNED, MASKED), 0.0)  # a skipped one may hold NaN
     step = (gradient * power) * rest
     w_next = w - step
     if STORAGE == STATE:
         if first:
-            store(theta, offsets, end, w, STATE, ALIGNED, MASKED)
+            store(theta, offsets, n, w, STATE, ALIGNED, MASKED)
     else:
-        store(weight, offsets, end, w_next, STORAGE, ALIGNED, MASKED)
-    store(walk, offsets, end, w_next, STATE, ALIGNED, MASKED)
+        store(weight, offsets, n, w_next, STORAGE, ALIGNED, MASKED)
+    store(walk, offsets, n, w_next, STATE, ALIGNED, MASKED)
     moved = step != 0
     return counts + moved.to(tl.int32) + ((moved & (w_next == w)).to(tl.int32) << 16)
 
 
 @triton.jit
 def _move_chunk(
-    addresses, scale, taken, first, begin, end,
+    addresses, scale, taken, first, n,
     STORAGE: tl.constexpr, STATE: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     counts = tl.zeros([BLOCK], tl.int32)
     lanes = tl.arange(0, BLOCK)
-    full = begin + (end - begin) // BLOCK * BLOCK
-    for start in range(begin, full, BLOCK):
+    full = n // BLOCK * BLOCK
+    for start in range(0, full, BLOCK):
         offsets = start + lanes
-        counts = _move(addresses, scale, taken, first, offsets, end, counts, STORAGE, STATE, ALIGNED, False)
-    if full < end:
-        counts = _move(addresses, scale, taken, first, full + lanes, end, counts, STORAGE, STATE, False, True)
+        counts = _move(addresses, scale, taken, first, offsets, n, counts, STORAGE, STATE, ALIGNED, False)
+    if full < n:
+        counts = _move(addresses, scale, taken, first, full + lanes, n, counts, STORAGE, STATE, False, True)
     return tl.sum(counts)
 
 
@@ -73,8 +74,9 @@ def inner_step_kernel(
     θ) and g, writes walk and the weight (12). Counts are integers, whose atomic sum does not depend on an order.
     Source: Algorithm 3 of arXiv 2604.09258.
     """
-    row, begin, end = chunk_of(rows, row_of_chunk)
-    g, theta, walk, weight = tl.load(row + GRAD), tl.load(row + THETA), tl.load(row + WALK), tl.load(row + WEIGHT)
+    row, begin, n = chunk_of(rows, row_of_chunk)
+    g, weight = address_of(row, GRAD, begin, STORAGE), address_of(row, WEIGHT, begin, STORAGE)
+    theta, walk = address_of(row, THETA, begin, STATE), address_of(row, WALK, begin, STATE)
     first = is_touched(tl.load(row + TOUCHED), g, touch) == 0
     factor_of_group = tl.load(factor + tl.load(row + GROUP))
     taken = factor_of_group != 0
@@ -86,9 +88,9 @@ def inner_step_kernel(
         addresses = (source, g, theta, walk, weight)
         scale = power_and_rest(factor_of_group, STATE)
         if (g | theta | walk | weight) % 16 == 0:
-            made = _move_chunk(addresses, scale, taken, first, begin, end, STORAGE, STATE, BLOCK, True)
+            made = _move_chunk(addresses, scale, taken, first, n, STORAGE, STATE, BLOCK, True)
         else:
-            made = _move_chunk(addresses, scale, taken, first, begin, end, STORAGE, STATE, BLOCK, False)
+            made = _move_chunk(addresses, scale, taken, first, n, STORAGE, STATE, BLOCK, False)
         tl.atomic_add(counts, (made & 0xFFFF).to(tl.int64), sem="relaxed")
         tl.atomic_add(counts + 1, (made >> 16).to(tl.int64), sem="relaxed")
 

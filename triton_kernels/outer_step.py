@@ -18,6 +18,7 @@ from .elements import (
     TOUCHED,
     WALK,
     WEIGHT,
+    address_of,
     chunk_of,
     constants_of,
     is_touched,
@@ -77,18 +78,18 @@ def _scalars(hyper, group, step, gamma, STATE: tl.constexpr):
 
 @triton.jit
 def _update(
-    addresses, scale, scalars, with_gradient, offsets, end, total,
+    addresses, scale, scalars, with_gradient, offsets, n, total,
     STORAGE: tl.constexpr, STATE: tl.constexpr, AMSGRAD: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One block; returns `total` with each lane's D² added, float64."""
     theta_source, walk_source, g, exp_avg, exp_avg_sq, max_exp_avg_sq, theta, weight = addresses
     power, rest = scale
     inv_gamma, decay, beta1, one_minus_beta1, from_start, beta2, one_minus_beta2, neg_step_size, inv_root, eps = scalars
-    old = load(theta_source, offsets, end, STATE, ALIGNED, MASKED)
-    walk = load(walk_source, offsets, end, STATE, ALIGNED, MASKED)
-    gradient = tl.where(with_gradient, load(g, offsets, end, STORAGE, ALIGNED, MASKED), 0.0)
-    m = load(exp_avg, offsets, end, STATE, ALIGNED, MASKED)
-    v = load(exp_avg_sq, offsets, end, STATE, ALIGNED, MASKED)
+    old = load(theta_source, offsets, n, STATE, ALIGNED, MASKED)
+    walk = load(walk_source, offsets, n, STATE, ALIGNED, MASKED)
+    gradient = tl.where(with_gradient, load(g, offsets, n, STORAGE, ALIGNED, MASKED), 0.0)
+    m = load(exp_avg, offsets, n, STATE, ALIGNED, MASKED)
+    v = load(exp_avg_sq, offsets, n, STATE, ALIGNED, MASKED)
 
     D = (old - walk) + (gradient * power) * rest
     wide = D.to(tl.float64)
@@ -97,38 +98,38 @@ def _update(
     change = G - m
     m = tl.where(from_start, m + one_minus_beta1 * change, G - beta1 * change)
     v = beta2 * v + (one_minus_beta2 * G) * G
-    store(exp_avg, offsets, end, m, STATE, ALIGNED, MASKED)
-    store(exp_avg_sq, offsets, end, v, STATE, ALIGNED, MASKED)
+    store(exp_avg, offsets, n, m, STATE, ALIGNED, MASKED)
+    store(exp_avg_sq, offsets, n, v, STATE, ALIGNED, MASKED)
     if AMSGRAD:
         if max_exp_avg_sq != 0:
-            maximum = load(max_exp_avg_sq, offsets, end, STATE, ALIGNED, MASKED)
+            maximum = load(max_exp_avg_sq, offsets, n, STATE, ALIGNED, MASKED)
             # As torch.maximum: NaN wins.
             v = tl.where((maximum > v) | (maximum != maximum), maximum, v)
-            store(max_exp_avg_sq, offsets, end, v, STATE, ALIGNED, MASKED)
+            store(max_exp_avg_sq, offsets, n, v, STATE, ALIGNED, MASKED)
     denom = _sqrt(v) * inv_root + eps
     new = old * decay + _divide(neg_step_size * m, denom)
-    store(theta, offsets, end, new, STATE, ALIGNED, MASKED)
+    store(theta, offsets, n, new, STATE, ALIGNED, MASKED)
     if STORAGE != STATE:
-        store(weight, offsets, end, new, STORAGE, ALIGNED, MASKED)
+        store(weight, offsets, n, new, STORAGE, ALIGNED, MASKED)
     return total
 
 
 @triton.jit
 def _update_chunk(
-    addresses, scale, scalars, with_gradient, begin, end,
+    addresses, scale, scalars, with_gradient, n,
     STORAGE: tl.constexpr, STATE: tl.constexpr, AMSGRAD: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     total = tl.zeros([BLOCK], tl.float64)
     lanes = tl.arange(0, BLOCK)
-    full = begin + (end - begin) // BLOCK * BLOCK
-    for start in range(begin, full, BLOCK):
+    full = n // BLOCK * BLOCK
+    for start in range(0, full, BLOCK):
         total = _update(
-            addresses, scale, scalars, with_gradient, start + lanes, end, total,
+            addresses, scale, scalars, with_gradient, start + lanes, n, total,
             STORAGE, STATE, AMSGRAD, ALIGNED, False,
         )  # fmt: skip
-    if full < end:
+    if full < n:
         total = _update(
-            addresses, scale, scalars, with_gradient, full + lanes, end, total,
+            addresses, scale, scalars, with_gradient, full + lanes, n, total,
             STORAGE, STATE, AMSGRAD, False, True,
         )  # fmt: skip
     return tl.sum(total)
@@ -145,15 +146,17 @@ def outer_step_kernel(
     weight (32). AMSGRAD: some group has maxima (8 more where it does).
     Source: Algorithm 3 of arXiv 2604.09258; AdamW: arXiv 1711.05101 in torch.optim's order of operations.
     """
-    row, begin, end = chunk_of(rows, row_of_chunk)
-    g, theta, walk, weight = tl.load(row + GRAD), tl.load(row + THETA), tl.load(row + WALK), tl.load(row + WEIGHT)
+    row, begin, n = chunk_of(rows, row_of_chunk)
+    g, weight = address_of(row, GRAD, begin, STORAGE), address_of(row, WEIGHT, begin, STORAGE)
+    theta, walk = address_of(row, THETA, begin, STATE), address_of(row, WALK, begin, STATE)
     touched = is_touched(tl.load(row + TOUCHED), g, touch)
     group = tl.load(row + GROUP)
     gamma = tl.load(walk_length + group)
     total = tl.zeros([], tl.float64)
     if (touched | (g != 0)) & (gamma > 0):
-        exp_avg, exp_avg_sq = tl.load(row + EXP_AVG), tl.load(row + EXP_AVG_SQ)
-        max_exp_avg_sq = tl.load(row + MAX_EXP_AVG_SQ)
+        exp_avg = address_of(row, EXP_AVG, begin, STATE)
+        exp_avg_sq = address_of(row, EXP_AVG_SQ, begin, STATE)
+        max_exp_avg_sq = address_of(row, MAX_EXP_AVG_SQ, begin, STATE)
         # Where the parameter did not move, D is θ − θ; where it has no last gradient, what is read for it goes unused.
         if STORAGE == STATE:
             theta_source = tl.where(touched, theta, walk)
@@ -169,13 +172,9 @@ def outer_step_kernel(
         step = tl.load(tl.load(row + STEP).to(tl.pointer_type(tl.float32))).to(tl.float64) + 1
         scalars = _scalars(hyper, group, step, gamma, STATE)
         if (g | theta_source | walk_source | theta | weight | exp_avg | exp_avg_sq | max_exp_avg_sq) % 16 == 0:
-            total = _update_chunk(
-                addresses, scale, scalars, with_gradient, begin, end, STORAGE, STATE, AMSGRAD, BLOCK, True
-            )
+            total = _update_chunk(addresses, scale, scalars, with_gradient, n, STORAGE, STATE, AMSGRAD, BLOCK, True)
         else:
-            total = _update_chunk(
-                addresses, scale, scalars, with_gradient, begin, end, STORAGE, STATE, AMSGRAD, BLOCK, False
-            )
+            total = _update_chunk(addresses, scale, scalars, with_gradient, n, STORAGE, STATE, AMSGRAD, BLOCK, False)
     tl.store(partials + tl.program_id(0), total)
 
 

@@ -7,18 +7,18 @@ import triton.language as tl
 from torch import Tensor
 
 from ..table import Table
-from .elements import GRAD, chunk_of, constants_of, launch, load
+from .elements import GRAD, address_of, chunk_of, constants_of, launch, load
 
 
 @triton.jit
-def _sum_of_squares(g, begin, end, STORAGE: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
+def _sum_of_squares(g, n, STORAGE: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
     total = tl.zeros([BLOCK], tl.float64)
-    full = begin + (end - begin) // BLOCK * BLOCK
-    for start in range(begin, full, BLOCK):
-        values = load(g, start + tl.arange(0, BLOCK), end, STORAGE, ALIGNED, False).to(tl.float64)
+    full = n // BLOCK * BLOCK
+    for start in range(0, full, BLOCK):
+        values = load(g, start + tl.arange(0, BLOCK), n, STORAGE, ALIGNED, False).to(tl.float64)
         total += values * values
-    if full < end:
-        values = load(g, full + tl.arange(0, BLOCK), end, STORAGE, False, True).to(tl.float64)
+    if full < n:
+        values = load(g, full + tl.arange(0, BLOCK), n, STORAGE, False, True).to(tl.float64)
         total += values * values
     return tl.sum(total)
 
@@ -29,14 +29,14 @@ def sq_norm_kernel(rows, row_of_chunk, partials, STORAGE: tl.constexpr, STATE: t
 
     Bytes per element: reads g (float32: 4, below: 2).
     """
-    row, begin, end = chunk_of(rows, row_of_chunk)
-    g = tl.load(row + GRAD)
+    row, begin, n = chunk_of(rows, row_of_chunk)
+    g = address_of(row, GRAD, begin, STORAGE)
     total = tl.zeros([], tl.float64)
     if g != 0:
         if g % 16 == 0:
-            total = _sum_of_squares(g, begin, end, STORAGE, BLOCK, True)
+            total = _sum_of_squares(g, n, STORAGE, BLOCK, True)
         else:
-            total = _sum_of_squares(g, begin, end, STORAGE, BLOCK, False)
+            total = _sum_of_squares(g, n, STORAGE, BLOCK, False)
     tl.store(partials + tl.program_id(0), total)
 
 
