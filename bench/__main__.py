@@ -11,7 +11,6 @@ import json
 import platform
 import statistics
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,27 +20,22 @@ from tqdm import tqdm
 
 import nexus_fused
 
-from .contenders import GPT2_50M, MANY_SMALL, Contender, check_parity, cycles, kernels, steps_on_small
+from .contenders import (
+    GPT2_50M,
+    MANY_SMALL,
+    Contender,
+    check_parity,
+    cycles,
+    kernels,
+    ratio,
+    steps_on_small,
+    time_in_turn,
+    triad,
+)
 
 
-def time_in_turn(contenders: list[Contender], rounds: int, title: str) -> dict[str, list[float]]:
-    """Seconds of each contender in each round; two rounds of warm-up are not counted."""
-    seconds: dict[str, list[float]] = {c.name: [] for c in contenders}
-    for i in tqdm(range(rounds + 2), desc=title, leave=False):
-        for contender in contenders:
-            if contender.rounds is not None and i >= contender.rounds + 2:
-                continue
-            start = time.perf_counter()
-            contender.run()
-            if i >= 2:
-                seconds[contender.name].append(time.perf_counter() - start)
-    return seconds
-
-
-def ratio(over: list[float], under: list[float]) -> dict[str, float]:
-    """Median and quartiles of the paired ratios."""
-    low, median, high = statistics.quantiles([a / b for a, b in zip(over, under, strict=False)], n=4)
-    return {"median": median, "quartile1": low, "quartile3": high}
+def timed(contenders: list[Contender], rounds: int, title: str) -> dict[str, list[float]]:
+    return time_in_turn(contenders, rounds, progress=lambda steps: tqdm(steps, desc=title, leave=False))
 
 
 def rows(contenders: list[Contender], seconds: dict[str, list[float]], numel: int) -> list[dict[str, Any]]:
@@ -65,8 +59,8 @@ def sections(rounds: int) -> Iterator[tuple[str, list[dict[str, Any]], dict[str,
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
         check_parity(GPT2_50M, dtype)
-        contenders = cycles(GPT2_50M, dtype)
-        seconds = time_in_turn(contenders, rounds, f"{name} cycle")
+        contenders = [*cycles(GPT2_50M, dtype), triad(numel)]
+        seconds = timed(contenders, rounds, f"{name} cycle")
         ours, adamw = (seconds[c.name] for c in contenders[:2])
         figures = {f"{name}: whole cycle / AdamW's cycle": ratio(ours, adamw)}
         if dtype == torch.float32:
@@ -75,13 +69,13 @@ def sections(rounds: int) -> Iterator[tuple[str, list[dict[str, Any]], dict[str,
             figures["float32: bandwidth by 88 bytes per parameter / triad's"] = ratio(per_byte, ours)
         yield f"one cycle, K = 4, {numel / 1e6:.1f}M parameters, {name}", rows(contenders, seconds, numel), figures
         del contenders
-        contenders = kernels(GPT2_50M, dtype)
-        seconds = time_in_turn(contenders, rounds, f"{name} kernels")
+        contenders = [*kernels(GPT2_50M, dtype), triad(numel)]
+        seconds = timed(contenders, rounds, f"{name} kernels")
         yield f"kernels, {numel / 1e6:.1f}M parameters, {name}", rows(contenders, seconds, numel), {}
         del contenders
     check_parity(MANY_SMALL, torch.float32)
     contenders = steps_on_small()
-    seconds = time_in_turn(contenders, rounds, "2,000 parameters")
+    seconds = timed(contenders, rounds, "2,000 parameters")
     figures = {"step() on 2,000 parameters of 64 / AdamW's fused step": ratio(*seconds.values())}
     yield "2,000 parameters of 64 elements, float32", rows(contenders, seconds, 128_000), figures
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -103,7 +105,7 @@ class NexusAdamW(Optimizer):
         self._rows: list[list[float | Tensor]] = []
         self._just_loaded = False
         self._outer: list[dict[str, Any]] | None = None  # inside outer_weights(): the groups' data of the walk
-        self._members: list[list[int]] = []  # ids of each group's parameters, as registered
+        self._members: list[list[Tensor]] = []  # each group's parameters, as registered
 
     # Parameters
 
@@ -160,7 +162,7 @@ class NexusAdamW(Optimizer):
             self._cycles.setdefault(device, Cycle(device, self._inner_steps, backend)).backend = backend
         self._cycles = {device: self._cycles[device] for device in tables}
         self._work = [(self._cycles[device], members) for device, members in tables.items()]
-        self._members = [list(map(id, group["params"])) for group in self.param_groups]
+        self._members = [list(group["params"]) for group in self.param_groups]
         for cycle in self._cycles.values():
             cycle.grow(len(self.param_groups))
         self._rows = []
@@ -254,9 +256,11 @@ class NexusAdamW(Optimizer):
 
     def _check_members(self) -> None:
         """Whether groups and state still hold what was registered; whatever came otherwise would never be stepped."""
-        members = [list(map(id, group["params"])) for group in self.param_groups]
-        if members != self._members:
-            index = next(i for i in range(len(members) + 1) if members[i : i + 1] != self._members[i : i + 1])
+        groups = [group["params"] for group in self.param_groups]
+        pairs = zip_longest(groups, self._members, fillvalue=())
+        same = [len(now) == len(then) and all(map(operator.is_, now, then)) for now, then in pairs]
+        if not all(same):
+            index = same.index(False)
             raise RuntimeError(
                 f"the parameters of group {index} were exchanged, added or removed behind the optimizer's back: add "
                 "groups with add_param_group(), or build a new optimizer and load this one's state into it"

@@ -277,13 +277,13 @@ class Table:
         moved = self.with_gradient()
         self.wrote(moved)
         if self._touched < len(self.segments):
-            self.set_touched([s for s in moved if not s.touched], True)
+            self.set_touched([s for s in moved if not s.touched] if self._touched else moved, True)
         self.copies.clear()
 
     def finish_outer_step(self) -> None:
         """After a backend's outer_step: all parameters hold θ, nothing of the cycle is left."""
         self.wrote(self.moving())
-        self.set_touched([s for s in self.segments if s.touched], False)
+        self.set_touched(self.segments, False)
         self.hide_cycle_buffers()
         self.copies.clear()
 
@@ -291,10 +291,12 @@ class Table:
         """Records whether theta and walk of the segments are valid."""
         for segment in segments:
             segment.touched = touched
-        if segments:
-            flags = [s.touched for s in self.segments]
-            self.rows[:, TOUCHED] = torch.tensor(flags, dtype=torch.int64, device="cpu")
-            self._touched, self._stale_touched = sum(flags), True
+        if len(segments) == len(self.segments):
+            self.rows[:, TOUCHED] = touched
+        elif segments:
+            self.rows[[s.row for s in segments], TOUCHED] = int(touched)
+        self._touched = int(self.rows[:, TOUCHED].sum())
+        self._stale_touched |= bool(segments)
 
     def show_theta(self) -> None:
         """Puts θ into the parameters and the walk aside; `show_walk` undoes it, bit for bit."""
