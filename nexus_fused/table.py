@@ -51,7 +51,8 @@ class Table:
         self.copies: dict[int, Tensor] = {}  # row: this micro-batch's gradient, where it had other strides
         self.rows = torch.empty(0, len(COLUMNS), dtype=torch.int64, device="cpu")
         self.chunks = 0
-        self.partials = torch.empty(0, dtype=torch.float64, device=device)
+        self.partials: Tensor  # Σg² of each chunk, float64
+        self.displacement_sq: Tensor  # ΣD² of each chunk
         self._staged: list[Segment] = []  # those whose parameters have gaps
         self._suspects: list[int] = []  # rows that others may have written
         self._touched = 0  # how many segments are
@@ -118,6 +119,7 @@ class Table:
             self.chunks += count
         self.rows = torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, len(COLUMNS))
         self.partials = torch.empty(self.chunks, dtype=torch.float64, device=self.device)
+        self.displacement_sq = torch.empty_like(self.partials)  # of its own: other devices may still read the norm's
         with torch.device("cpu"):  # whatever the default device is
             row_of_chunk = torch.repeat_interleave(torch.arange(len(rows), dtype=torch.int32), torch.tensor(counts))
             groups = torch.tensor([s.group for s in self.segments], dtype=torch.int64)

@@ -24,9 +24,8 @@ from .triton_kernels import sq_norm as _sq_norm
 INTERPRETED = not isinstance(_sq_norm.sq_norm_kernel, triton.JITFunction)
 
 
-@functools.cache
 def why_not_on(device: torch.device) -> str | None:
-    """None where the kernels can update tensors on `device`, else why not. Compiles and starts the smallest kernel."""
+    """None where the kernels can update tensors on `device`, else why not."""
     if INTERPRETED:
         return (
             None if device.type == "cpu" else "TRITON_INTERPRET=1 is set, so its kernels run on CPU tensors: unset it"
@@ -35,14 +34,20 @@ def why_not_on(device: torch.device) -> str | None:
         return "its kernels run on a GPU and PyTorch sees none (torch.accelerator.is_available() is False)"
     if device.type not in ("cuda", "xpu"):
         return f"its kernels run on a GPU and a parameter is on {device}: move the model before the optimizer is built"
-    cycle = Cycle(device, 1, sys.modules[__name__])
-    cycle.grow(1)
     try:
-        with torch.accelerator.device_index(device.index):
-            _scalars.advance(cycle, None, ends_cycle=False)
+        _try_out(device)
     except RuntimeError as error:
         return str(error)
     return None
+
+
+@functools.cache  # of successes: an error is tried again
+def _try_out(device: torch.device) -> None:
+    """Compiles and starts the smallest kernel. RuntimeError if that fails."""
+    cycle = Cycle(device, 1, sys.modules[__name__])
+    cycle.grow(1)
+    with torch.accelerator.device_index(device.index):
+        _scalars.advance(cycle, None, ends_cycle=False)
 
 
 def sq_norm(table: Table) -> Tensor:

@@ -185,5 +185,5 @@ def outer_step(table: Table, cycle: Cycle) -> None:
     constants = {**constants_of(table.dtype, block=1024), "AMSGRAD": amsgrad}
     launch(
         outer_step_kernel, table.chunks,
-        rows, row_of_chunk, cycle.hyper, cycle.factor, cycle.walk_length, table.partials, touch, **constants,
+        rows, row_of_chunk, cycle.hyper, cycle.factor, cycle.walk_length, table.displacement_sq, touch, **constants,
     )  # fmt: skip

@@ -1,0 +1,70 @@
+"""bench.gpu runs through without a GPU, in Triton's interpreter, and publishes nothing without parity."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parent.parent
+XML = """<testsuites><testsuite>
+<testcase classname="tests.test_gpu.TestKernelParity" name="test_a[float32]"/>
+<testcase classname="tests.test_gpu.TestKernelParity" name="test_a[float64]">{of_parity}</testcase>
+<testcase classname="tests.test_gpu" name="test_b"><failure message="no">no</failure></testcase>
+<testcase classname="tests.test_gpu" name="test_c"><skipped message="needs two GPUs"/></testcase>
+</testsuite></testsuites>"""
+
+
+def bench(out, *options):
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "bench.gpu", "--device", "cpu", "--quick", "--compile-limit", "0", "--out", out]
+    done = subprocess.run([*command, *options], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert out.exists(), done.stderr
+    return done.returncode, json.loads(out.read_text())
+
+
+def test_figures(tmp_path):
+    report = tmp_path / "tests.xml"
+    report.write_text(XML.format(of_parity=""))
+    status, result = bench(tmp_path / "folder" / "gpu.json", "--tests", report)
+    assert (status, result["errors"]) == (0, {})
+    assert {"device", "driver", "cuda", "torch", "triton", "python", "commit", "rounds"} <= result.keys()
+    assert result["tests"] == {
+        "passed": 2,
+        "failed": 1,
+        "skipped": 1,
+        "failures": ["tests.test_gpu::test_b"],
+        "skips": {"needs two GPUs": 1},
+        "parity": True,
+    }
+    assert result["parity"] == {"torch.float32": True, "torch.bfloat16": True}
+    figures = result["figures"]
+    for part, count in (
+        ("bandwidth / copy's", 8),
+        ("whole cycle / AdamW's cycle", 1),
+        ("foreach Nexus / ours", 4),
+        ("kernels that step() starts", 2),
+        ("host time of step()", 2),
+    ):
+        found = [figure for name, figure in figures.items() if part in name]
+        assert len(found) == count
+        for figure in found:
+            if figure["median"] is None:  # no GPU to count kernels on, and torch.compile is not tried
+                assert figure["reason"]
+            else:
+                assert figure["quartile1"] <= figure["median"] <= figure["quartile3"]
+    assert sum("goal" in figure and "met" in figure for figure in figures.values()) == len(figures) - 2
+
+
+def test_no_figures_without_parity(tmp_path):
+    report = tmp_path / "tests.xml"
+    report.write_text(XML.format(of_parity="<failure/>"))
+    status, result = bench(tmp_path / "gpu.json", "--tests", report)
+    assert (status, result["figures"], result["tests"]["failed"]) == (1, {}, 2)
+    assert "parity" in result["errors"]["figures"]

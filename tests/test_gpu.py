@@ -1,0 +1,491 @@
+"""What only a GPU shows of the Triton backend: `pytest -m gpu`. Needs torch, triton and pytest, nothing else.
+
+Function by function the kernels equal reference.py on the same device bit for bit. Only these roundings may differ:
+sums of float64 (norms, ‖D‖²) are taken in another order, and βᵗ is exp2(t·log2 β) where PyTorch takes a power, which
+is a few units of float64 in 1 − βᵗ for each 1/(1 − β). float32 scalars hide both, so whole runs below float64 are
+compared bit for bit too (fixed seeds; a scalar that falls on the border of two float32 values is one in 10⁷).
+In float64 they show: see `close_in_float64`.
+"""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import DTYPES, assert_same
+from test_parity import SIZES, compare, contents, make_cycle, make_table, run_function, sq_norm
+from torch import nn
+
+import nexus_fused.table
+from nexus_fused import NexusAdamW, reference
+from nexus_fused.cycle import MicroBatch
+
+if not torch.cuda.is_available():
+    pytest.skip("torch sees no CUDA device", allow_module_level=True)
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("default"),  # of whatever torch the machine with the GPU has
+]
+
+CUDA = torch.device("cuda", 0)
+SHAPES = [(300, 257), (129,), (0, 4), (1,), (64, 33), (40000,)]
+BETA_UNITS = 1e-14  # what 20 units of float64 in 1 − βᵗ do to an update of length 1
+
+
+def fresh_gradient(p, generator):
+    """A new random gradient, the same on every device and, rounded, for every dtype."""
+    return torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.device, p.dtype)
+
+
+def build(dtypes, device=CUDA, backend="triton", **options):
+    """Parameters of SHAPES for each dtype in three groups, and their optimizer with K = 4."""
+    generator = torch.Generator().manual_seed(0)
+    params = [
+        nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype))
+        for dtype in dtypes
+        for shape in SHAPES
+    ]
+    groups = [
+        {"params": params[0::3]},
+        {"params": params[1::3], "lr": 3e-3, "weight_decay": 0.1, "betas": (0.8, 0.95)},
+        {"params": params[2::3], "inner_lr": 0.02, "eps": 1e-6, "normalize_displacement": False},
+    ]
+    defaults = {"lr": 1e-2, "betas": (0.9, 0.99), "inner_lr": 0.05, "inner_steps": 4}
+    return params, NexusAdamW(groups, backend=backend, **{**defaults, **options})
+
+
+def contents_of(optimizer):
+    """Weights and state, in order."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    state = [optimizer.state[p] for p in params]
+    return [p.detach().clone() for p in params] + [s[name].clone() for s in state for name in sorted(s)]
+
+
+def train(optimizer, params, steps, *, missing=False, nan_at=()):
+    """Micro-batches with new gradients at new addresses; what is missing differs from step to step."""
+    generator = torch.Generator().manual_seed(1)
+    for step in range(steps):
+        for i, p in enumerate(params):
+            gradient = fresh_gradient(p, generator)
+            if step in nan_at and i == 1:
+                gradient[-1] = float("nan")
+            p.grad = None if missing and (i + step) % 3 == 0 else gradient
+        optimizer.step()
+    optimizer.zero_grad()
+
+
+def close_in_float64(left, right):
+    """Whole runs in float64. A unit of w in D is a large part of it where a gradient is far below the others, and
+    AdamW divides by √v: such an element moves by lr·2⁻⁵³·|w|/|D| differently, 1e-9 for a gradient 1e-6 of the rest."""
+    for a, b in zip(left, right, strict=True):
+        torch.testing.assert_close(a.cpu(), b.cpu(), rtol=1e-8, atol=1e-8)
+
+
+def compare_metrics(left, right):
+    a, b = left.metrics(), right.metrics()
+    for name in ("skipped_inner_steps", "skipped_outer_steps"):
+        assert a[name] == b[name]
+    assert a["lost_fraction"] == pytest.approx(b["lost_fraction"], abs=1e-4)
+    assert a["alignment"] == pytest.approx(b["alignment"], rel=1e-6, abs=1e-9, nan_ok=True)
+    assert a["grad_norms"] == pytest.approx(b["grad_norms"], rel=1e-10, nan_ok=True)
+
+
+# The kernels
+
+
+def test_the_reference_scales_on_a_gpu_as_on_a_cpu():
+    """γ·g/n needs exact powers of two from PyTorch's frexp, ldexp and pow; everything below rests on it."""
+    g = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    for exponent in range(-140, 120, 7):
+        factor = torch.tensor(1.2345678901234567 * 2.0**exponent, dtype=torch.float64)
+        for dtype in (torch.float32, torch.float64):
+            on_cpu = reference.scaled_gradient(g, factor, dtype)
+            assert_same([on_cpu], [reference.scaled_gradient(g.to(CUDA), factor.to(CUDA), dtype).cpu()])
+
+
+def compare_outer_steps_in_float64(**table):
+    """As test_parity.compare, for βᵗ of another rounding."""
+    results = []
+    for backend in ("reference", "triton"):
+        made, cycle = make_table(torch.float64, device=CUDA, **table), make_cycle(backend, device=CUDA)
+        cycle.walk_length.fill_(0.03)
+        run_function("outer_step", made, cycle, MicroBatch([reference.sq_norm(made)], 2))
+        results.append(contents(made, cycle))
+    (left, left_sums), (right, right_sums) = results
+    torch.testing.assert_close(left, right, rtol=BETA_UNITS, atol=BETA_UNITS, equal_nan=True)
+    torch.testing.assert_close(left_sums, right_sums, rtol=1e-12, atol=0, equal_nan=True)
+
+
+def compare_all(dtype, **table):
+    compare("inner_step", "triton", dtype, device=CUDA, **table)
+    if dtype == torch.float64:
+        compare_outer_steps_in_float64(**table)
+    else:
+        compare("outer_step", "triton", dtype, device=CUDA, **table)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+class TestKernelParity:
+    @pytest.mark.parametrize("size", SIZES)
+    @pytest.mark.parametrize("offset", [0, 1, 3])
+    def test_sizes_and_alignments(self, dtype, size, offset):
+        sizes = [size, 5, size]
+        made = make_table(dtype, sizes, offset=offset, device=CUDA)
+        torch.testing.assert_close(sq_norm("triton", made), reference.sq_norm(made), rtol=1e-12, atol=0)
+        for touched in ((), (0, 1, 2), (1,)):
+            compare_all(dtype, sizes=sizes, offset=offset, touched=touched)
+
+    def test_many_chunks(self, dtype):
+        compare_all(dtype, sizes=[1_000_003, 3, 200_000], touched=(0, 2), flatten=True)
+
+    @pytest.mark.parametrize("amsgrad", [False, True])
+    def test_who_takes_part(self, dtype, amsgrad):
+        for touched in ((), (0,), (0, 1), (0, 1, 2, 3)):
+            compare_all(dtype, sizes=[50, 60, 7000, 80], touched=touched, gradients=(1, 2), amsgrad=amsgrad)
+
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+    def test_skipped_step(self, dtype, bad):
+        for touched in ((), (0,), (0, 1)):
+            compare_all(dtype, sizes=[4000, 9], touched=touched, bad=bad)
+
+
+# The optimizer
+
+SETTINGS = [{}, {"amsgrad": True}, {"maximize": True}]
+
+
+class TestOptimizerParity:
+    @pytest.mark.parametrize("options", SETTINGS, ids=str)
+    @pytest.mark.parametrize("dtypes", [[dtype] for dtype in DTYPES] + [DTYPES], ids=str)
+    @pytest.mark.parametrize("irregular", [False, True], ids=["all gradients", "missing and NaN gradients"])
+    def test_reference_on_the_same_device(self, dtypes, options, irregular):
+        """Three and a half cycles; the last is ended early."""
+        results, optimizers = [], []
+        for backend in ("triton", "reference"):
+            params, optimizer = build(dtypes, backend=backend, **options)
+            train(optimizer, params, 14, missing=irregular, nan_at=(1, 7) if irregular else ())
+            optimizer.outer_step()
+            results.append(contents_of(optimizer))
+            optimizers.append(optimizer)
+        compare_metrics(*optimizers)
+        for left, right in zip(*results, strict=True):
+            # One norm over all parameters: with float64 among them the others still see it rounded to float32.
+            (close_in_float64 if left.dtype == torch.float64 else assert_same)([left], [right])
+
+    @pytest.mark.parametrize("options", SETTINGS, ids=str)
+    def test_reference_on_a_cpu(self, options):
+        """In float64, so that no rounding to float32 hides a difference of the formula."""
+        results = []
+        for device, backend in ((CUDA, "triton"), (torch.device("cpu"), "reference")):
+            params, optimizer = build([torch.float64], device, backend, **options)
+            train(optimizer, params, 14, missing=True, nan_at=(4,))
+            optimizer.outer_step()
+            results.append(contents_of(optimizer))
+        close_in_float64(*results)
+
+
+def test_two_runs_give_the_same_bits():
+    results = []
+    for _ in range(2):
+        params, optimizer = build(DTYPES, amsgrad=True)
+        train(optimizer, params, 10, missing=True, nan_at=(2,))
+        results.append(contents_of(optimizer))
+    assert_same(*results)
+
+
+def test_resuming_in_mid_cycle_gives_the_same_bits():
+    straight, optimizer = build(DTYPES)
+    train(optimizer, straight, 6)
+    halves, first = build(DTYPES)
+    train(first, halves, 6)
+    resumed, second = build(DTYPES)
+    with torch.no_grad():
+        for p, q in zip(resumed, halves, strict=True):
+            p.copy_(q)
+    second.load_state_dict(first.state_dict())
+    for params, each in ((straight, optimizer), (resumed, second)):
+        train(each, params, 6)
+    assert_same(contents_of(optimizer), contents_of(second))
+
+
+# The host
+
+
+@pytest.fixture
+def no_synchronization():
+    """Call it: from then on, whatever makes the host wait for the device raises RuntimeError."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.synchronize()
+    yield lambda: torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode(before)
+
+
+@pytest.mark.parametrize("kind", ["float", "tensor", "tensor on the device"])
+def test_the_host_never_waits(no_synchronization, kind):
+    """Whole cycles and outer_step(), with new gradients and a new lr in each step and a loss scale on the device."""
+    lr = 1e-2 if kind == "float" else torch.tensor(1e-2, device="cpu" if kind == "tensor" else CUDA)
+    params, optimizer = build([torch.float32, torch.bfloat16], lr=lr, capturable=kind == "tensor on the device")
+    if kind == "tensor on the device":  # schedulers of some versions read it
+        schedule = lambda: optimizer.param_groups[0]["lr"].mul_(0.9)  # noqa: E731
+    else:
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)).step
+    scale, overflow = torch.full((), 1024.0, device=CUDA), torch.zeros((), device=CUDA)
+    kept = []
+    for step in range(15):
+        if step == 4:  # after one cycle: buffers are there, kernels compiled
+            no_synchronization()
+        for p in params:
+            p.grad = torch.randn(p.shape, dtype=p.dtype, device=CUDA)
+        kept.append([p.grad for p in params])  # so that the next ones lie elsewhere
+        optimizer.grad_scale, optimizer.found_inf = scale, overflow
+        optimizer.step()
+        del optimizer.grad_scale, optimizer.found_inf
+        optimizer.zero_grad()
+        schedule()
+    optimizer.outer_step()
+    torch.cuda.set_sync_debug_mode("default")
+    assert all(p.isfinite().all() for p in params)
+    assert optimizer.metrics()["skipped_inner_steps"] == 0
+
+
+def test_overflow_on_the_device_skips_the_step():
+    params, optimizer = build([torch.float32])
+    train(optimizer, params, 2)
+    before = [p.detach().clone() for p in params]
+    optimizer.found_inf = torch.ones((), device=CUDA)
+    train(optimizer, params, 1)
+    assert_same(before, params)
+    assert optimizer.metrics()["skipped_inner_steps"] == 1
+
+
+def test_addresses_that_change_make_no_difference(monkeypatch):
+    """New memory for each gradient, None before it, or always the same memory; the table is uploaded only when an
+    address changed, and once per step then."""
+    uploads = []
+    upload = nexus_fused.table.upload
+    monkeypatch.setattr(nexus_fused.table, "upload", lambda *args: (uploads.append(1), upload(*args)))
+    results = []
+    for fixed in (True, False):
+        generator = torch.Generator().manual_seed(2)
+        params, optimizer = build([torch.bfloat16])
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        kept = []
+        for step in range(13):
+            for p in params:
+                if fixed:
+                    p.grad.copy_(fresh_gradient(p, generator))
+                else:
+                    p.grad = None
+                    p.grad = fresh_gradient(p, generator)
+                    kept.append(p.grad)
+            uploads.clear()
+            optimizer.step()
+            if step >= 4:
+                assert len(uploads) == (0 if fixed else 1)
+        results.append(contents_of(optimizer))
+    assert_same(*results)
+
+
+def test_launches():
+    """Of kernels, copies not counted: 3 for an inner step and 4 for an outer one, twice that for two dtypes."""
+    counts = {}
+    for dtypes in ([torch.float32], [torch.float32, torch.bfloat16]):
+        params, optimizer = build(dtypes)
+        for p in params:
+            p.grad = torch.randn(p.shape, device=CUDA).to(p.dtype)
+        for _ in range(4):
+            optimizer.step()
+        kernels_of(optimizer.zero_grad)  # a first profile may lose events
+        for p in params:
+            p.grad = torch.randn(p.shape, device=CUDA).to(p.dtype)
+        counts[len(dtypes)] = [kernels_of(optimizer.step) for _ in range(4)]
+    if not any(counts[1]):
+        pytest.skip("torch.profiler sees no kernels here")
+    for n, names in counts.items():
+        assert max(map(len, names[:3])) <= 3 * n, names
+        assert len(names[3]) <= 4 * n, names
+
+
+def kernels_of(function):
+    """bench.gpu's count. The folder is searched only here: in it, nexus_fused would be found instead of what is
+    installed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parent.parent)
+        from bench.gpu import kernel_launches
+    return kernel_launches(function)
+
+
+def test_nothing_is_compiled_twice(monkeypatch):
+    """Hyperparameters, position, number of groups and parameters, sizes, who has a gradient: all at run time."""
+    import triton
+
+    compiled = []
+    params, optimizer = build([torch.float32])
+    train(optimizer, params, 5, missing=True, nan_at=(1,))
+    optimizer.outer_step()
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **kwargs: compiled.append(kwargs["repr"]))
+    for group in optimizer.param_groups:
+        group.update(lr=1.0, inner_lr=1.0, eps=1.0, weight_decay=0.0, betas=(0.5, 0.5), maximize=True)
+    train(optimizer, params, 9, missing=True)
+    for shapes, inner_steps in ([(1,)], 1), ([(16,)] * 40, 2), ([(70_000,), (16384,)], 16), ([(3, 5)] * 7, 17):
+        params = [nn.Parameter(torch.randn(shape, device=CUDA)) for shape in shapes]
+        optimizer = NexusAdamW([{"params": [p]} for p in params], inner_steps=inner_steps, backend="triton")
+        train(optimizer, params, inner_steps)
+        train(optimizer, params, 1)
+        optimizer.outer_step()
+    assert not compiled
+
+
+# Memory, streams, devices
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_more_than_int32_elements(dtype):
+    """A parameter of 2³¹ + 4099 elements moves as a small one made of pieces of it.
+
+    Its gradients are small integers, so that sums of squares are exact in any order; a second small parameter has the
+    few powers of two whose squares make up what the pieces lack, and thus both norms are the same number.
+    """
+    free_memory()
+    if torch.cuda.mem_get_info(CUDA)[0] < 60 * 2**30:
+        pytest.skip("needs 60 GiB of free device memory")
+    n, piece = 2**31 + 4099, 2**26
+    edges = [0, 2**30, 2**31 - 16384, 2**31, n - 3000]
+    ranges = [slice(max(0, edge - 2500), min(n, edge + 3000)) for edge in edges]
+    generator = torch.Generator(CUDA).manual_seed(0)
+    big = torch.empty(n, dtype=dtype, device=CUDA)
+    for start in range(0, n, piece):
+        big[start : start + piece].normal_(generator=generator)
+    small = nn.Parameter(torch.cat([big[r] for r in ranges]))
+    filler = nn.Parameter(torch.zeros(64, dtype=dtype, device=CUDA))
+    big = nn.Parameter(big)
+    options = {"lr": 1e-2, "inner_lr": 1.0, "inner_steps": 2, "weight_decay": 0.1, "backend": "triton"}
+    theirs, ours = NexusAdamW([small, filler], **options), NexusAdamW([big], **options)
+    big.grad = torch.empty_like(big)
+    for _ in range(4):
+        squares = 0
+        for start in range(0, n, piece):
+            part = big.grad[start : start + piece]
+            part.copy_(torch.randint(-3, 4, part.shape, generator=generator, device=CUDA))
+            squares += int(part.float().square().sum(dtype=torch.float64))
+        small.grad = torch.cat([big.grad[r] for r in ranges])
+        lacking = squares - int(small.grad.float().square().sum(dtype=torch.float64))
+        digits = [lacking >> 2 * i & 3 for i in range(21)]  # base 4: squares of powers of two
+        values = [2.0**i for i, digit in enumerate(digits) for _ in range(digit)]
+        assert sum(v * v for v in values) == lacking
+        filler.grad = torch.tensor(values + [0.0] * (64 - len(values)), device=CUDA).to(dtype)
+        theirs.step()
+        ours.step()
+        assert_same([small.detach()], [torch.cat([big.detach()[r] for r in ranges])])
+    assert ours.metrics()["grad_norms"] == theirs.metrics()["grad_norms"]
+    for name in ("exp_avg", "exp_avg_sq", "step"):
+        left, right = theirs.state[small][name], ours.state[big][name]
+        assert_same([left], [right if name == "step" else torch.cat([right[r] for r in ranges])])
+
+
+def free_memory():
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def test_a_stream_with_work_in_flight():
+    """Forward, backward and step on a stream of their own, each gradient late, give the default stream's bits."""
+    results = []
+    side = torch.cuda.Stream(CUDA)
+    for stream in (torch.cuda.default_stream(CUDA), side):
+        params, optimizer = build([torch.float32, torch.bfloat16])
+        inputs = [torch.randn(p.shape, generator=torch.Generator().manual_seed(3)).to(p) for p in params]
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            for step in range(9):
+                if stream is side:
+                    torch.cuda._sleep(20_000_000)  # cycles: about 10 ms
+                # Elementwise, since matrix products may differ between streams.
+                sum((p * x * (step + 1)).sin().float().sum() for p, x in zip(params, inputs, strict=True)).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            results.append(contents_of(optimizer))
+        torch.cuda.synchronize()
+    assert_same(*results)
+
+
+needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+@needs_two
+def test_another_current_device():
+    results = []
+    for current in (0, 1):
+        with torch.cuda.device(current):
+            params, optimizer = build([torch.float32], torch.device("cuda", 1))
+            train(optimizer, params, 9)
+            results.append(contents_of(optimizer))
+    assert_same(*results)
+
+
+@needs_two
+def test_parameters_on_two_devices():
+    """The norm is one over both."""
+    results = []
+    for devices in ((0, 0), (0, 1)):
+        params = [p for d in devices for p in build([torch.float32], torch.device("cuda", d))[0]]
+        params = [nn.Parameter(p.detach()) for p in params]
+        optimizer = NexusAdamW(params, lr=1e-2, inner_lr=0.05, backend="triton")
+        train(optimizer, params, 9)
+        results.append([t.cpu() for t in contents_of(optimizer)])
+    for left, right in zip(*results, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
+
+
+def test_devices_do_not_disturb_each_other():
+    """Two cycles on one device stand for two devices: each takes the norm over both tables, whoever goes first."""
+    results = []
+    for split in (False, True):
+        params, optimizer = build([torch.float32, torch.float64])
+        if split:
+            ((cycle, tables),) = optimizer._work
+            second = type(cycle)(cycle.device, cycle.inner_steps, cycle.backend)
+            second.grow(len(optimizer.param_groups))
+            optimizer._work = [(cycle, tables[:1]), (second, tables[1:])]
+            optimizer._cycles = {cycle.device: cycle, torch.device("meta"): second}
+        train(optimizer, params, 9)
+        results.append(contents_of(optimizer))
+    assert_same(*results)
+
+
+# Which backend runs
+
+
+@pytest.mark.filterwarnings("error::UserWarning:nexus_fused")
+def test_none_means_triton():
+    _, optimizer = build([torch.float32], backend=None)
+    assert [cycle.backend.__name__ for cycle in optimizer._cycles.values()] == ["nexus_fused.triton"]
+
+
+def test_cpu_tensors_are_refused():
+    with pytest.raises(RuntimeError, match=r"its kernels run on a GPU .* backend='(cpu|reference)' would run"):
+        build([torch.float32], torch.device("cpu"))
+
+
+def test_grad_scaler():
+    """torch's own, with a scale that is a power of two and an overflow: as if the gradients were not scaled."""
+    results = []
+    for scaled in (False, True):
+        params, optimizer = build([torch.float32])
+        scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10, enabled=scaled)
+        generator = torch.Generator().manual_seed(4)
+        for step in range(6):
+            loss = sum((p * fresh_gradient(p, generator)).sum() for p in params)
+            scaler.scale(loss).backward()
+            if step == 2:
+                params[1].grad[0] = float("inf")
+            scaler.step(optimizer)
+            scaler.update(2.0**10)
+            optimizer.zero_grad()
+        results.append(contents_of(optimizer))
+        assert optimizer.metrics()["skipped_inner_steps"] == 1
+    assert_same(*results)
