@@ -23,7 +23,7 @@ demo: $(STAMP)
 	$(BIN)/python -m nexus_fused.demo
 
 test: $(STAMP)
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
 
 bench: $(STAMP)
 	$(BIN)/python -m bench

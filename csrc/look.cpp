@@ -48,7 +48,10 @@ bool prepare_to_look(const py::object& tensor, const py::object& parameter) {
   const PyMethodDef* definition = reinterpret_cast<PyMethodDescrObject*>(method.ptr())->d_method;
   const py::object capsule = tensor.attr("__dlpack_c_exchange_api__");
   api = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-  if (!api) throw py::error_already_set();
+  if (!api) {
+    PyErr_Clear();  // no such table under that name
+    return false;
+  }
   tensor_type = reinterpret_cast<PyTypeObject*>(tensor.ptr());
   parameter_type = reinterpret_cast<PyTypeObject*>(parameter.ptr());
   grad_attribute = attribute(tensor, "grad");

@@ -28,8 +28,8 @@ def available() -> dict[str, str | None]:
     return {name: why_not(name, cpu if name == "cpu" else gpu or cpu) for name in NAMES}
 
 
-def why_not(name: str, device: torch.device) -> str | None:
-    """None where the backend can update tensors on `device`, else the reason why not and the remedy."""
+def why_not(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
+    """None where the backend can update tensors of `dtype` on `device`, else the reason why not and the remedy."""
     if name == "reference":
         return None
     if name == "cuda":
@@ -39,7 +39,7 @@ def why_not(name: str, device: torch.device) -> str | None:
         importlib.import_module(needed)
     except ImportError as error:
         return f"{needed} cannot be imported ({error}): {remedy}"
-    reason: str | None = importlib.import_module(f"nexus_fused.{name}").why_not_on(device)
+    reason: str | None = importlib.import_module(f"nexus_fused.{name}").why_not_on(device, dtype)
     return reason
 
 
@@ -53,15 +53,17 @@ def check_choice(backend: str | None, fused: bool | None) -> None:
         raise ValueError(f"backend={backend!r} contradicts fused={fused}: leave one of them None")
 
 
-def resolve(backend: str | None, fused: bool | None, device: torch.device) -> ModuleType:
-    """The backend module for parameters on `device`, under the constructor's `backend` and `fused`.
+def resolve(
+    backend: str | None, fused: bool | None, device: torch.device, dtype: torch.dtype = torch.float32
+) -> ModuleType:
+    """The backend module for parameters of `dtype` on `device`, under the constructor's `backend` and `fused`.
 
     RuntimeError: what was asked for explicitly cannot run here; nothing falls back.
     """
     if fused is False or backend == "reference":
         return importlib.import_module("nexus_fused.reference")
     name = backend or _best(device)
-    reason = why_not(name, device)
+    reason = why_not(name, device, dtype)
     if reason is None:
         return importlib.import_module(f"nexus_fused.{name}")
     if backend is not None:

@@ -54,7 +54,7 @@ class Cycle:
     (NaN differs from itself, which distributed loading refuses).
     totals: skipped_inner_steps, skipped_outer_steps. counts: moves, lost_moves: element moves in this cycle, and those
     that rounding swallowed whole.
-    finished: sums, counts and the number of inner steps of the last finished cycle.
+    finished: sums, with the norms of the inner steps taken only, counts, and their number, of the last finished cycle.
     """
 
     def __init__(self, device: torch.device, inner_steps: int, backend: ModuleType) -> None:
@@ -84,6 +84,13 @@ class Cycle:
             grown = [part for old in of_groups for part in (old, self._zeros(missing))]
             self.sums = torch.cat([*grown, self.grad_norms])
             self._name_parts()
+
+    def follow(self, other: Cycle) -> None:
+        """Starts where the cycle on another device stands; ‖D‖² and counts are each device's own."""
+        n_groups = len(self.factor)
+        self.sums.copy_(other.sums)
+        self.sums[2 * n_groups : 3 * n_groups] = 0
+        self.totals.copy_(other.totals)
 
     def group_data(self, group: int) -> dict[str, Any]:
         """The tensors of this cycle as a parameter group shows them, views of the live values."""
@@ -140,7 +147,7 @@ class Cycle:
     def finish(self, taken: int) -> None:
         """Ends the cycle after `taken` inner steps: keeps its sums as `finished` and starts from zero."""
         self.skipped_outer_steps += (self.walk_length == 0).all()
-        self.finished = self.sums.clone(), self.counts.clone(), taken
+        self.finished = self.sums[: len(self.sums) - self.inner_steps + taken].clone(), self.counts.clone(), taken
         self.reset()
 
     def reset(self) -> None:
@@ -157,20 +164,32 @@ def upload(values: Tensor, target: Tensor) -> None:
         target.copy_(values.pin_memory(), non_blocking=True)
 
 
-def summarize(finished: list[tuple[Tensor, Tensor, int]], inner_steps: int) -> dict[str, Any]:
-    """The figures of one finished cycle from what each device keeps of it (`Cycle.finished`); synchronizes.
+def combine(finished: list[tuple[Tensor, Tensor, int] | None]) -> tuple[Tensor, Tensor, int] | None:
+    """One `Cycle.finished` of all devices', on the CPU; None where no cycle has finished. Synchronizes."""
+    known = [(sums.cpu(), counts.cpu(), taken) for sums, counts, taken in filter(None, finished)]
+    if not known:
+        return None
+    (sums, counts, taken), others = known[0], known[1:]
+    n_groups = (len(sums) - taken) // 3
+    sums = sums.clone()
+    for other in others:
+        sums[2 * n_groups : 3 * n_groups] += other[0][2 * n_groups : 3 * n_groups]
+        counts = counts + other[1]
+    return sums, counts, taken
+
+
+def summarize(finished: tuple[Tensor, Tensor, int] | None) -> dict[str, Any]:
+    """The figures of one finished cycle, from `combine`.
 
     alignment: mean pairwise cosine similarity of the unit gradients taken, each at its own point of the walk:
     (R² − s)/(1 − s) with R² = Σ_groups ‖D‖²/Γ² and s = Σγ²/Γ²; NaN when fewer than two were taken.
     """
-    if not finished:
+    if finished is None:
         return {"alignment": float("nan"), "grad_norms": [], "lost_fraction": 0.0}
-    taken = finished[0][2]
-    sums = [parts[0].cpu() for parts in finished]
-    moves, lost = sum(parts[1].cpu() for parts in finished).tolist()  # type: ignore[union-attr]
-    n_groups = (len(sums[0]) - inner_steps) // 3
-    walk_length, walk_sq_length, _, grad_norms = sums[0].split([n_groups] * 3 + [inner_steps])
-    displacement_sq = torch.stack([s[2 * n_groups : 3 * n_groups] for s in sums]).sum(0)
+    sums, counts, taken = finished
+    n_groups = (len(sums) - taken) // 3
+    walk_length, walk_sq_length, displacement_sq, grad_norms = sums.split([n_groups] * 3 + [taken])
+    moves, lost = counts.tolist()
     moved = walk_length > 0
     alignment = float("nan")
     if moved.any():
@@ -178,5 +197,5 @@ def summarize(finished: list[tuple[Tensor, Tensor, int]], inner_steps: int) -> d
         r_sq = float((displacement_sq[moved] / gamma**2).sum())
         s = float((walk_sq_length[moved] / gamma**2).min())  # of the groups that walked longest
         alignment = (r_sq - s) / (1 - s) if s < 1 else float("nan")
-    norms = [float("nan") if norm < 0 else norm for norm in grad_norms[:taken].tolist()]
+    norms = [float("nan") if norm < 0 else norm for norm in grad_norms.tolist()]
     return {"alignment": alignment, "grad_norms": norms, "lost_fraction": lost / moves if moves else 0.0}

@@ -56,7 +56,7 @@ def owns_its_memory(param: Tensor) -> bool:
     )
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Bucket:
     """Flat buffers of some parameters of one group, device and dtype; each parameter starts at an aligned offset."""
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import backends, checkpoint, hyperparameters, reference
-from .cycle import GROUP_KEYS, Cycle, MicroBatch, summarize
+from .cycle import GROUP_KEYS, Cycle, MicroBatch, combine, summarize
 from .flat import Segment, make_segment, real_dtype
 from .table import Table
 
@@ -136,21 +136,14 @@ class NexusAdamW(Optimizer):
 
     def _register(self, params: list[tuple[int, int, Tensor]], *, flatten: bool) -> None:
         """Gives parameters (group, index, tensor) state and a place in a table; frozen ones wait for a gradient."""
-        live: list[tuple[int, int, Tensor]] = []
-        for entry in params:
-            waits = hyperparameters.is_frozen(entry[2]) and not self.state.get(entry[2])
-            (self._frozen if waits else live).append(entry)
-        found = {p.device: backends.resolve(self._backend, self._fused, p.device) for _, _, p in live}
-        fresh: dict[tuple[int, torch.device, torch.dtype], list[Segment]] = defaultdict(list)
-        for group, index, param in live:
-            key = group, param.device, real_dtype(param.dtype)
-            fresh[key].append(make_segment(param, group=group, index=index, state=self.state[param]))
-        for (group, device, dtype), segments in fresh.items():
-            table = self._tables.setdefault((device, dtype), Table(device, dtype))
-            table.extend(segments, flatten=flatten)
-            table.set_amsgrad(group, self.param_groups[group]["amsgrad"])
-            if self._position > 0:
-                table.ensure_cycle_buffers()
+        waiting = [entry for entry in params if hyperparameters.is_frozen(entry[2]) and not self.state.get(entry[2])]
+        live = [entry for entry in params if entry not in waiting]
+        found = {}
+        for _, _, param in live:
+            dtype = real_dtype(param.dtype)
+            found[param.device] = backends.resolve(self._backend, self._fused, param.device, dtype)
+        self._extend_tables(live, flatten=flatten)
+        self._frozen += waiting
         # The same order, and so the same sum of squares, whenever a dtype or device came.
         self._tables = dict(sorted(self._tables.items(), key=lambda item: str(item[0])))
         tables: dict[torch.device, list[Table]] = defaultdict(list)
@@ -158,14 +151,38 @@ class NexusAdamW(Optimizer):
             tables[table.device].append(table)
         if not tables:  # all frozen so far
             found[torch.device("cpu")], tables[torch.device("cpu")] = reference, []
+        known = list(self._cycles.values())
         for device, backend in found.items():
             self._cycles.setdefault(device, Cycle(device, self._inner_steps, backend)).backend = backend
         self._cycles = {device: self._cycles[device] for device in tables}
         self._work = [(self._cycles[device], members) for device, members in tables.items()]
         self._members = [list(group["params"]) for group in self.param_groups]
-        for cycle in self._cycles.values():
+        for cycle in [*known, *self._cycles.values()]:
             cycle.grow(len(self.param_groups))
+            if known and cycle not in known:
+                cycle.follow(known[0])
         self._rows = []
+
+    def _extend_tables(self, params: list[tuple[int, int, Tensor]], *, flatten: bool) -> None:
+        """Gives parameters state and a row in the table of their device and dtype; all of them or none."""
+        fresh: dict[tuple[int, torch.device, torch.dtype], list[Segment]] = defaultdict(list)
+        for group, index, param in params:
+            key = group, param.device, real_dtype(param.dtype)
+            fresh[key].append(make_segment(param, group=group, index=index, state=self.state[param]))
+        try:
+            for (group, device, dtype), segments in fresh.items():
+                table = self._tables.setdefault((device, dtype), Table(device, dtype))
+                table.extend(segments, flatten=flatten)
+                table.set_amsgrad(group, self.param_groups[group]["amsgrad"])
+                if self._position > 0:
+                    table.ensure_cycle_buffers()
+        except BaseException:  # out of memory, for example
+            for table in self._tables.values():
+                table.forget([segment for segments in fresh.values() for segment in segments])
+            self._tables = {key: table for key, table in self._tables.items() if table.segments}
+            for _, _, param in params:
+                del self.state[param]
+            raise
 
     def _thaw(self) -> None:
         """Gives state to parameters that were frozen and have a gradient now."""
@@ -173,8 +190,8 @@ class NexusAdamW(Optimizer):
         for group, index, param in ready:
             hyperparameters.check_param(param, f"parameter {index} of group {group}")
         if ready:
-            self._frozen = [entry for entry in self._frozen if entry[2].grad is None]
             self._register(ready, flatten=False)
+            self._frozen = [entry for entry in self._frozen if entry not in ready]
             self._show_cycle_data()
 
     def _show_cycle_data(self) -> None:
@@ -240,6 +257,11 @@ class NexusAdamW(Optimizer):
     def _look(self, *, gradients: bool) -> None:
         """Checks everything that may be wrong, then tells tables and cycles what is new."""
         self._check_members()
+        if torch.backends.cuda.is_built() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "step() and outer_step() cannot be captured into a CUDA graph in this version: capture forward and "
+                "backward only, and call the optimizer after the graph's replay"
+            )
         rows = [hyperparameters.group_row(g, i, self._inner_steps) for i, g in enumerate(self.param_groups)]
         if self._frozen and gradients:
             self._thaw()
@@ -355,7 +377,7 @@ class NexusAdamW(Optimizer):
         """
         cycle = next(iter(self._cycles.values()))
         return {
-            **summarize([c.finished for c in self._cycles.values() if c.finished is not None], self._inner_steps),
+            **summarize(combine([cycle.finished for cycle in self._cycles.values()])),
             "skipped_inner_steps": int(cycle.skipped_inner_steps),
             "skipped_outer_steps": int(cycle.skipped_outer_steps),
         }
@@ -485,7 +507,7 @@ class NexusAdamW(Optimizer):
                 table.fill_untouched()
         self._show_cycle_data()
         kept = ("_inner_steps", "_backend", "_fused", "_flatten", "_just_loaded")
-        finished = [cycle.finished for cycle in self._cycles.values()]
+        finished = combine([cycle.finished for cycle in self._cycles.values()])
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}, "_finished": finished}
 
     @torch.no_grad()
@@ -503,5 +525,4 @@ class NexusAdamW(Optimizer):
         self._restore(loaded, {p: entry for p, entry in entries.items() if isinstance(p, Tensor)})
         self.state.update({key: value for key, value in entries.items() if not isinstance(key, Tensor)})
         self._just_loaded = state["_just_loaded"]
-        for cycle, finished in zip(self._cycles.values(), state["_finished"], strict=True):
-            cycle.finished = finished
+        next(iter(self._cycles.values())).finished = state["_finished"]

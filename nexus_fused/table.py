@@ -57,14 +57,16 @@ class Table:
         self._suspects: list[int] = []  # rows that others may have written
         self._touched = 0  # how many segments are
         self._shows_cycle_buffers = False
+        self._outdated = True  # `rows` lacks a segment, a buffer or where a parameter lies now
         self._stale = self._stale_touched = True  # `rows` has addresses, or who is touched, that the device has not
         self._on_device: tuple[Tensor, ...] = ()
 
     def extend(self, segments: list[Segment], *, flatten: bool) -> None:
         """Gives the segments (all of one group) zero state, and moves their weights into flat memory if allowed."""
+        buckets: list[Bucket] = []
         for members, numel in bucketed(segments, STATE_DTYPE[self.dtype].itemsize):
             bucket = Bucket(members[0].group, numel, STATE_DTYPE[self.dtype], self.device)
-            self.buckets.append(bucket)
+            buckets.append(bucket)
             for name in ("exp_avg", "exp_avg_sq") + (("master",) if members[0].low_precision else ()):
                 bucket.ensure(name)
             steps = torch.zeros(len(members), dtype=torch.float32, device=self.device)
@@ -79,8 +81,21 @@ class Table:
                 self._flatten(bucket, members)
         seen = {s: (self.pointers[s.row], self.versions[s.row]) for s in self.segments}
         seen.update((s, (s.param.data_ptr(), s.param._version)) for s in segments)
+        self._enlist(self.segments + segments, self.buckets + buckets, seen)
+
+    def forget(self, segments: list[Segment]) -> None:
+        """Undoes an `extend` that may have failed on its way."""
+        seen = {s: (self.pointers[s.row], self.versions[s.row]) for s in self.segments}
+        kept = [s for s in self.segments if s not in segments]
+        used = [s.bucket for s in kept]
+        with contextlib.suppress(Exception):  # repeated by the next step
+            self._enlist(kept, [bucket for bucket in self.buckets if bucket in used], seen)
+
+    def _enlist(self, segments: list[Segment], buckets: list[Bucket], seen: dict[Segment, tuple[int, int]]) -> None:
+        """Makes these all that the table has. seen: address and version of each parameter when we last looked."""
+        self._outdated = True
         # In the groups' order, whenever a parameter came: the norm is summed in that order, also after a resume.
-        self.segments = sorted(self.segments + segments, key=lambda s: (s.group, s.index))
+        self.segments, self.buckets = sorted(segments, key=lambda s: (s.group, s.index)), buckets
         self.params = [s.param for s in self.segments]
         self._staged = [s for s in self.segments if s.staged is not None]
         self._shows_cycle_buffers = False  # not all of them
@@ -89,7 +104,7 @@ class Table:
         self.addresses = array("q", bytes(8 * len(self.segments)))
         self.copies.clear()
         self.pointers, self.versions = (array("q", [seen[s][i] for s in self.segments]) for i in (0, 1))
-        self._rebuild()
+        self._refresh()
 
     def _flatten(self, bucket: Bucket, members: list[Segment]) -> None:
         movable = [s for s in members if s.staged is None and s.numel and owns_its_memory(s.param)]
@@ -101,11 +116,17 @@ class Table:
             target.copy_(segment.weight)
             segment.param.data = shaped_like(target, segment)
 
-    def _rebuild(self) -> None:
-        """Writes the table anew; needed only when segments or buffers came or a parameter's storage was replaced."""
+    def _refresh(self) -> None:
+        """Writes the table anew if segments or buffers came or a parameter's storage was replaced.
+
+        `_outdated` is set before such a change and cleared when all is done: whatever fails on the way, for lack of
+        memory for example, is repeated by the next step.
+        """
+        if not self._outdated:
+            return
         rows: list[list[int]] = []
         counts = [-(-s.numel // CHUNK_ELEMENTS) for s in self.segments]
-        self.chunks = 0
+        chunks = 0
         for s, grad, count in zip(self.segments, self.addresses, counts, strict=True):
             weight = (s.param if s.staged is None else s.staged).data_ptr()
 
@@ -115,22 +136,23 @@ class Table:
             walk = address("walk") if s.low_precision else weight
             maximum = address("max_exp_avg_sq") if s.bucket.amsgrad else 0
             state = [address(s.theta_name), walk, address("exp_avg"), address("exp_avg_sq"), maximum]
-            rows.append([weight, grad, *state, s.step.data_ptr(), s.numel, s.group, s.touched, self.chunks])
-            self.chunks += count
-        self.rows = torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, len(COLUMNS))
-        self.partials = torch.empty(self.chunks, dtype=torch.float64, device=self.device)
-        self.displacement_sq = torch.empty_like(self.partials)  # of its own: other devices may still read the norm's
+            rows.append([weight, grad, *state, s.step.data_ptr(), s.numel, s.group, s.touched, chunks])
+            chunks += count
         with torch.device("cpu"):  # whatever the default device is
+            self.rows = torch.tensor(rows, dtype=torch.int64).view(-1, len(COLUMNS))
             row_of_chunk = torch.repeat_interleave(torch.arange(len(rows), dtype=torch.int32), torch.tensor(counts))
             groups = torch.tensor([s.group for s in self.segments], dtype=torch.int64)
             first_rows = torch.searchsorted(groups, torch.arange(self.segments[-1].group + 2 if rows else 1))
-            first_chunks = torch.cat([self.rows[:, CHUNK], torch.tensor([self.chunks])])[first_rows]
+            first_chunks = torch.cat([self.rows[:, CHUNK], torch.tensor([chunks])])[first_rows]
             starts = torch.stack([first_rows, first_chunks], dim=1)
         parts = self.rows, row_of_chunk, starts
         self._on_device = tuple(torch.empty_like(part, device=self.device) for part in parts)
         upload(row_of_chunk, self._on_device[1])
         upload(starts, self._on_device[2])
-        self._stale = True
+        self.chunks = chunks
+        self.partials = torch.empty(chunks, dtype=torch.float64, device=self.device)
+        self.displacement_sq = torch.empty_like(self.partials)  # of its own: other devices may still read the norm's
+        self._stale, self._outdated = True, False
 
     def on_device(self) -> tuple[Tensor, Tensor, Tensor, int]:
         """What kernels on a GPU read: `rows` [n, 12], the row of each chunk [chunks], the first row and first chunk of
@@ -161,6 +183,7 @@ class Table:
 
         Raises RuntimeError for a gradient that does not fit its parameter, or a parameter that was converted.
         """
+        self._refresh()
         self.copies.clear()
         addresses = array("q", bytes(8 * len(self.segments)))
         unusual, self._suspects = self._look(addresses, use)
@@ -235,13 +258,11 @@ class Table:
                 segment.adopt(restart=True, shown=segment.theta)
 
     def _remember(self, segments: list[Segment]) -> None:
-        moved = False
         for segment in segments:
             pointer = segment.param.data_ptr()
-            moved |= pointer != self.pointers[segment.row]
+            self._outdated |= pointer != self.pointers[segment.row]
             self.pointers[segment.row], self.versions[segment.row] = pointer, segment.param._version
-        if moved:
-            self._rebuild()
+        self._refresh()
 
     def wrote(self, segments: list[Segment]) -> None:
         """Tells autograd, and the check for other writers, that a kernel wrote these segments' weights."""
@@ -333,16 +354,18 @@ class Table:
 
     def ensure_cycle_buffers(self) -> None:
         """Allocates anchors (below float32: walks) where they are missing and shows them in the state."""
-        if self._shows_cycle_buffers:
+        if self._shows_cycle_buffers and not self._outdated:
             return
-        self._shows_cycle_buffers = True
-        missing = [b.ensure("walk" if self.dtype != b.state_dtype else "anchor") for b in self.buckets]
-        if any(missing):
-            self._rebuild()
+        name = "walk" if self.dtype != STATE_DTYPE[self.dtype] else "anchor"
+        self._outdated |= any(name not in bucket.buffers for bucket in self.buckets)
+        for bucket in self.buckets:
+            bucket.ensure(name)
+        self._refresh()
         for segment in self.segments:
             if segment.cycle_view is None:
                 segment.cycle_view = segment.shaped(segment.cycle_key)
             segment.state[segment.cycle_key] = segment.cycle_view
+        self._shows_cycle_buffers = True
 
     @property
     def shows_cycle_buffers(self) -> bool:
@@ -366,15 +389,15 @@ class Table:
 
     def set_amsgrad(self, group: int, amsgrad: bool) -> None:
         """Switches a group's maxima on, zeros if it never had them, or off; off, they stay in the state."""
-        buckets = [b for b in self.buckets if b.group == group and b.amsgrad != amsgrad]
-        for bucket in buckets:
-            bucket.amsgrad = amsgrad
-            if amsgrad and bucket.ensure("max_exp_avg_sq"):
-                for segment in self.segments:
-                    if segment.bucket is bucket:
-                        segment.state["max_exp_avg_sq"] = segment.shaped("max_exp_avg_sq")
-        if buckets:
-            self._rebuild()
+        for bucket in self.buckets:
+            if bucket.group == group and bucket.amsgrad != amsgrad:
+                self._outdated = True
+                if amsgrad and bucket.ensure("max_exp_avg_sq"):
+                    for segment in self.segments:
+                        if segment.bucket is bucket:
+                            segment.state["max_exp_avg_sq"] = segment.shaped("max_exp_avg_sq")
+                bucket.amsgrad = amsgrad
+        self._refresh()
 
 
 def _swap(a: Tensor, b: Tensor) -> None:

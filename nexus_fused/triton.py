@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 
 from .cycle import Cycle, MicroBatch
+from .flat import make_segment
 from .table import Table
 from .triton_kernels import inner_step as _inner_step
 from .triton_kernels import outer_step as _outer_step
@@ -24,8 +25,8 @@ from .triton_kernels import sq_norm as _sq_norm
 INTERPRETED = not isinstance(_sq_norm.sq_norm_kernel, triton.JITFunction)
 
 
-def why_not_on(device: torch.device) -> str | None:
-    """None where the kernels can update tensors on `device`, else why not."""
+def why_not_on(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None where the kernels can update tensors of `dtype` on `device`, else why not."""
     if INTERPRETED:
         return (
             None if device.type == "cpu" else "TRITON_INTERPRET=1 is set, so its kernels run on CPU tensors: unset it"
@@ -35,19 +36,34 @@ def why_not_on(device: torch.device) -> str | None:
     if device.type not in ("cuda", "xpu"):
         return f"its kernels run on a GPU and a parameter is on {device}: move the model before the optimizer is built"
     try:
-        _try_out(device)
+        _try_out(device, dtype)
     except RuntimeError as error:
         return str(error)
     return None
 
 
 @functools.cache  # of successes: an error is tried again
-def _try_out(device: torch.device) -> None:
-    """Compiles and starts the smallest kernel. RuntimeError if that fails."""
-    cycle = Cycle(device, 1, sys.modules[__name__])
+def _try_out(device: torch.device, dtype: torch.dtype) -> None:
+    """Compiles every kernel for `dtype` and runs two cycles of one small parameter, the second with amsgrad.
+
+    So nothing is left to be compiled, or to fail, in the middle of a step. RuntimeError if something does.
+    """
+    param = torch.ones(8, dtype=dtype, device=device, requires_grad=True)
+    param.grad = torch.ones_like(param)
+    table, cycle = Table(device, dtype), Cycle(device, 2, sys.modules[__name__])
+    table.extend([make_segment(param, group=0, index=0, state={})], flatten=False)
     cycle.grow(1)
-    with torch.accelerator.device_index(device.index):
-        _scalars.advance(cycle, None, ends_cycle=False)
+    cycle.set_hyper([[0.01, 0.01, 0.9, 0.9, 1e-8, 0.0, 1.0, 1.0]])
+    scale = torch.ones((), device=device)
+    for amsgrad in (False, True):
+        table.set_amsgrad(0, amsgrad)
+        table.ensure_cycle_buffers()
+        table.read_gradients(use=True)
+        inner_step([table], cycle, MicroBatch([sq_norm(table)], 0))
+        table.finish_inner_step()
+        outer_step([table], cycle, MicroBatch([sq_norm(table)], 1, scale, scale), 2)
+        table.finish_outer_step()
+    outer_step([table], cycle, None, 0)
 
 
 def sq_norm(table: Table) -> Tensor:

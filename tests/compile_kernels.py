@@ -79,6 +79,7 @@ def nvidia_figures(ptx, arch):
         "loads": len(re.findall(r"ld\.global[.\w]*\.(?:v4\.b32|v2\.b64)", ptx)),
         "stores": len(re.findall(r"st\.global[.\w]*\.(?:v4\.b32|v2\.b64)", ptx)),
         "contracted": len(re.findall(r"fma\.rn\.f32", ptx)),
+        "barriers": len(re.findall(r"bar(?:rier)?\.sync", ptx)),
     }
 
 

@@ -355,3 +355,17 @@ class TestCheckpoints:
 
 def test_every_dtype_is_covered():
     assert set(DTYPES) == {torch.float64, torch.float32, torch.bfloat16, torch.float16}
+
+
+def test_capture_into_a_graph_is_refused(monkeypatch):
+    """A graph would replay addresses and hyperparameters that are no longer true."""
+    params, optimizer = build()
+    run(optimizer, params, 1)
+    before = snapshot(optimizer)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    set_grads(params, 1)
+    for call in (optimizer.step, optimizer.outer_step):
+        with pytest.raises(RuntimeError, match="cannot be captured into a CUDA graph"):
+            call()
+    assert_snapshot(optimizer, before)

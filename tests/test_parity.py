@@ -49,7 +49,8 @@ def make_table(
         bucket.ensure("walk" if bucket.state_dtype != dtype else "anchor")
         (bucket.buffers["walk"] if bucket.state_dtype != dtype else bucket.buffers["anchor"]).fill_(float("nan"))
     table.ensure_cycle_buffers()
-    table._rebuild()
+    table._outdated = True
+    table._refresh()
     for i, segment in enumerate(table.segments):
         segment.step.fill_(i)
         for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):

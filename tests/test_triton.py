@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import BACKENDS, assert_same, build, run, set_grads, values
+from conftest import BACKENDS, DTYPES, assert_same, build, run, set_grads, values
 from test_parity import contents, make_cycle, make_table, run_function
 from torch import nn
 
@@ -188,14 +187,23 @@ def test_a_triton_that_cannot_start_is_explained(monkeypatch):
     from nexus_fused import triton
 
     def fail(*args, **kwargs):
-        raise RuntimeError("Triton could not compile advance_kernel: no C compiler")
+        raise RuntimeError("Triton could not compile outer_step_kernel: no C compiler")
 
     monkeypatch.setattr(triton, "INTERPRETED", False)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    monkeypatch.setattr(torch.accelerator, "device_index", lambda index: contextlib.nullcontext())
-    monkeypatch.setattr(triton._scalars, "advance", fail)
-    monkeypatch.setattr(triton, "Cycle", lambda device, *args: make_cycle("reference"))
-    assert "no C compiler" in triton.why_not_on(torch.device("cuda", 0))
+    monkeypatch.setattr(triton, "_try_out", fail)
+    assert "no C compiler" in triton.why_not_on(torch.device("cuda", 0), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_kernel_is_tried_out(launched, dtype):
+    """So that nothing is compiled, or fails, in the middle of a step; here in the interpreter."""
+    from nexus_fused import triton
+
+    triton._try_out.__wrapped__(torch.device("cpu"), dtype)
+    assert set(launched) == {
+        "sq_norm_kernel", "advance_kernel", "inner_step_kernel", "outer_step_kernel", "finish_kernel",
+    }  # fmt: skip
 
 
 def test_cpu_tensors_are_refused_outside_the_interpreter():

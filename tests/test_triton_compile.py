@@ -50,6 +50,14 @@ class TestCompiled:
         """A contracted multiply-add would not equal the reference. (AMD's assembly has them inside divisions.)"""
         assert not any(f.get("contracted") for f in compiled[target].values())
 
+    def test_barriers_survive(self, compiled, target):
+        """Between reading a cycle's sums and setting them to zero: no test on a CPU would miss them."""
+        if target.startswith("hip"):
+            pytest.skip("counted in PTX")
+        last = [f for key, f in compiled[target].items() if key.startswith("finish_kernel") and "LAST=True" in key]
+        assert last
+        assert all(f["barriers"] >= 3 for f in last)
+
     def test_registers(self, compiled, target):
         """As in registers.json for this Triton: a jump means fewer programs in flight on a multiprocessor."""
         table = json.loads((HERE / "registers.json").read_text())

@@ -135,9 +135,9 @@ def finish(tables: list[Table], cycle: Cycle, taken: int) -> None:
     for table in tables:
         rows, _, starts, touch = table.on_device()
         launch(
-        finish_kernel, len(cycle.factor) + 1,
+            finish_kernel, len(cycle.factor) + 1,
             rows, starts, table.displacement_sq, cycle.sums, cycle.counts, sums, counts,
             len(cycle.factor), len(starts) - 1, cycle.inner_steps, touch,
             FIRST=table is tables[0], LAST=table is tables[-1], BLOCK=1024, num_warps=4,
         )  # fmt: skip
-    cycle.finished = sums, counts, taken
+    cycle.finished = sums[: len(sums) - cycle.inner_steps + taken], counts, taken
