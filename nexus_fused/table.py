@@ -27,12 +27,13 @@ GRAD, TOUCHED, CHUNK = (COLUMNS.index(name) for name in ("grad", "touched", "chu
 CHUNK_ELEMENTS = 16384  # one partial sum each: fixes the order of summation, whatever the number of threads
 
 
-_look, _take_versions = None, None
+# The extension's quick look at parameters and gradients; without it Python looks at each.
+_quick_look, _take_versions = None, None
 with contextlib.suppress(ImportError):
     from . import _C
 
     if _C.prepare_to_look(Tensor, torch.nn.Parameter):
-        _look, _take_versions = _C.look, _C.take_versions
+        _quick_look, _take_versions = _C.look, _C.take_versions
 
 
 class Table:
@@ -197,11 +198,11 @@ class Table:
     def _look(self, addresses: array[int], use: bool) -> tuple[list[int], list[int]]:
         """Fills in the addresses of gradients that lie as their parameters do; returns the rows that need another look
         at the gradient, and those that may have been written by others."""
-        if _look is None:
+        if _quick_look is None or self._outdated:
             everything = list(range(len(self.segments)))
             return everything, everything
         buffers = (values.buffer_info()[0] for values in (addresses, self.pointers, self.versions))
-        return _look(self.params, self.rows.data_ptr(), use, *buffers)
+        return _quick_look(self.params, self.rows.data_ptr(), use, *buffers)
 
     def _read_gradient(self, segment: Segment, addresses: array[int], use: bool) -> None:
         param, row = segment.param, segment.row

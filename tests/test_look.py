@@ -11,7 +11,7 @@ from nexus_fused import NexusAdamW
 from nexus_fused import table as tables
 
 pytestmark = pytest.mark.skipif(
-    tables._look is None, reason="no compiled extension, or a PyTorch without DLPack's C API"
+    tables._quick_look is None, reason="no compiled extension, or a PyTorch without DLPack's C API"
 )
 
 
@@ -42,7 +42,7 @@ GRADIENTS = {
 def look(monkeypatch, compiled, table):
     """What a table's first gradient is to kernels, or the error's text, with or without the extension."""
     if not compiled:
-        monkeypatch.setattr(tables, "_look", None)
+        monkeypatch.setattr(tables, "_quick_look", None)
         monkeypatch.setattr(tables, "_take_versions", None)
     try:
         table.read_gradients(use=True)
@@ -129,7 +129,7 @@ def test_parameter_with_gaps_and_replaced_storage(monkeypatch):
     params[1].data = params[1].detach().clone()
     (table,) = optimizer._tables.values()
     compiled = table._look(table.addresses, True)
-    monkeypatch.setattr(tables, "_look", None)
+    monkeypatch.setattr(tables, "_quick_look", None)
     written = [s.row for s in table.segments if table.was_written(s)]
     assert set(written) <= set(compiled[1])
     assert compiled[0] == [0, 1]
@@ -140,7 +140,7 @@ def test_whole_runs_agree(monkeypatch, backend):
     results = []
     for compiled in (True, False):
         if not compiled:
-            monkeypatch.setattr(tables, "_look", None)
+            monkeypatch.setattr(tables, "_quick_look", None)
             monkeypatch.setattr(tables, "_take_versions", None)
         params, optimizer = build((6, 4), (5,), (0,), backend=backend)
         run(optimizer, params, 5)
