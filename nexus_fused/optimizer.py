@@ -8,6 +8,7 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from itertools import zip_longest
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -136,12 +137,16 @@ class NexusAdamW(Optimizer):
 
     def _register(self, params: list[tuple[int, int, Tensor]], *, flatten: bool) -> None:
         """Gives parameters (group, index, tensor) state and a place in a table; frozen ones wait for a gradient."""
-        waiting = [entry for entry in params if hyperparameters.is_frozen(entry[2]) and not self.state.get(entry[2])]
-        live = [entry for entry in params if entry not in waiting]
-        found = {}
-        for _, _, param in live:
-            dtype = real_dtype(param.dtype)
-            found[param.device] = backends.resolve(self._backend, self._fused, param.device, dtype)
+        live: list[tuple[int, int, Tensor]] = []
+        waiting: list[tuple[int, int, Tensor]] = []
+        for entry in params:
+            waits = hyperparameters.is_frozen(entry[2]) and not self.state.get(entry[2])
+            (waiting if waits else live).append(entry)
+        found: dict[torch.device, ModuleType] = {}
+        for device, dtype in {(p.device, real_dtype(p.dtype)): None for _, _, p in live}:
+            backend = backends.resolve(self._backend, self._fused, device, dtype)
+            if found.get(device) is not reference:  # one for all dtypes of a device
+                found[device] = backend
         self._extend_tables(live, flatten=flatten)
         self._frozen += waiting
         # The same order, and so the same sum of squares, whenever a dtype or device came.
@@ -191,7 +196,7 @@ class NexusAdamW(Optimizer):
             hyperparameters.check_param(param, f"parameter {index} of group {group}")
         if ready:
             self._register(ready, flatten=False)
-            self._frozen = [entry for entry in self._frozen if entry not in ready]
+            self._frozen = [entry for entry in self._frozen if entry[2] not in self.state]
             self._show_cycle_data()
 
     def _show_cycle_data(self) -> None:
