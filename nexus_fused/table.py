@@ -55,6 +55,7 @@ class Table:
         self.partials: Tensor  # Σg² of each chunk, float64
         self.displacement_sq: Tensor  # ΣD² of each chunk
         self._staged: list[Segment] = []  # those whose parameters have gaps
+        self._complete = True  # every segment has a gradient
         self._suspects: list[int] = []  # rows that others may have written
         self._touched = 0  # how many segments are
         self._shows_cycle_buffers = False
@@ -102,7 +103,7 @@ class Table:
         self._shows_cycle_buffers = False  # not all of them
         for row, segment in enumerate(self.segments):
             segment.row = row
-        self.addresses = array("q", bytes(8 * len(self.segments)))
+        self.addresses, self._complete = array("q", bytes(8 * len(self.segments))), not self.segments
         self.copies.clear()
         self.pointers, self.versions = (array("q", [seen[s][i] for s in self.segments]) for i in (0, 1))
         self._refresh()
@@ -165,7 +166,7 @@ class Table:
         touched = self.rows[:, TOUCHED]
         if not self._touched:
             touch = 0
-        elif (self._touched == len(self.segments) and 0 not in self.addresses) or torch.equal(
+        elif (self._touched == len(self.segments) and self._complete) or torch.equal(
             touched, (self.rows[:, GRAD] != 0).long()
         ):
             touch = 1
@@ -191,7 +192,7 @@ class Table:
         for row in unusual:
             self._read_gradient(self.segments[row], addresses, use)
         if addresses != self.addresses:
-            self.addresses = addresses
+            self.addresses, self._complete = addresses, 0 not in addresses
             self.rows[:, GRAD] = torch.frombuffer(addresses, dtype=torch.int64)
             self._stale = True
 
@@ -284,13 +285,13 @@ class Table:
 
     def with_gradient(self) -> list[Segment]:
         """The segments that have a gradient in this micro-batch."""
-        if 0 not in self.addresses:
+        if self._complete:
             return self.segments
         return [s for s, address in zip(self.segments, self.addresses, strict=True) if address]
 
     def moving(self) -> list[Segment]:
         """The segments that take part in the outer step: those with a gradient at any time in this cycle."""
-        if self._touched == len(self.segments) or 0 not in self.addresses:
+        if self._touched == len(self.segments) or self._complete:
             return self.segments
         return [s for s, address in zip(self.segments, self.addresses, strict=True) if address or s.touched]
 
