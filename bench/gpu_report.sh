@@ -70,7 +70,7 @@ tests=$?
 
 section "figures"
 if $on_cpu; then export TRITON_INTERPRET=1; fi
-limited 230 "$python" -m bench.gpu --out "$out" --tests "$scratch/tests.xml" "$@"
+limited 210 "$python" -m bench.gpu --out "$out" --tests "$scratch/tests.xml" "$@"
 figures=$?
 
 section "done: tests $tests, figures $figures, $out"

@@ -44,26 +44,31 @@ def why_not_on(device: torch.device, dtype: torch.dtype) -> str | None:
 
 @functools.cache  # of successes: an error is tried again
 def _try_out(device: torch.device, dtype: torch.dtype) -> None:
-    """Compiles every kernel for `dtype` and runs two cycles of one small parameter, the second with amsgrad.
+    """Compiles every variant of every kernel for `dtype`, by four cycles of two tables of one small parameter each.
 
     So nothing is left to be compiled, or to fail, in the middle of a step. RuntimeError if something does.
     """
-    param = torch.ones(8, dtype=dtype, device=device, requires_grad=True)
-    param.grad = torch.ones_like(param)
-    table, cycle = Table(device, dtype), Cycle(device, 2, sys.modules[__name__])
-    table.extend([make_segment(param, group=0, index=0, state={})], flatten=False)
+    tables, cycle = [Table(device, dtype) for _ in range(2)], Cycle(device, 2, sys.modules[__name__])
+    for table in tables:
+        param = torch.ones(8, dtype=dtype, device=device, requires_grad=True)
+        param.grad = torch.ones_like(param)
+        table.extend([make_segment(param, group=0, index=0, state={})], flatten=False)
     cycle.grow(1)
     cycle.set_hyper([[0.01, 0.01, 0.9, 0.9, 1e-8, 0.0, 1.0, 1.0]])
-    scale = torch.ones((), device=device)
-    for amsgrad in (False, True):
-        table.set_amsgrad(0, amsgrad)
-        table.ensure_cycle_buffers()
-        table.read_gradients(use=True)
-        inner_step([table], cycle, MicroBatch([sq_norm(table)], 0))
-        table.finish_inner_step()
-        outer_step([table], cycle, MicroBatch([sq_norm(table)], 1, scale, scale), 2)
-        table.finish_outer_step()
-    outer_step([table], cycle, None, 0)
+    one = torch.ones((), device=device)
+    for amsgrad, grad_scale, found_inf in (False, None, None), (True, one, one), (False, one, None), (False, None, one):
+        for table in tables:
+            table.set_amsgrad(0, amsgrad)
+            table.ensure_cycle_buffers()
+            table.read_gradients(use=True)
+        sq_norms = [sq_norm(table) for table in tables]
+        inner_step(tables, cycle, MicroBatch(sq_norms, 0))
+        for table in tables:
+            table.finish_inner_step()
+        outer_step(tables, cycle, MicroBatch(sq_norms, 1, grad_scale, found_inf), 2)
+        for table in tables:
+            table.finish_outer_step()
+    outer_step(tables[:1], cycle, None, 0)
 
 
 def sq_norm(table: Table) -> Tensor:
