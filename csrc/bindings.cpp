@@ -60,11 +60,6 @@ const Kernels* best() {
 
 const Kernels* kernels = best();
 
-template <class T>
-T* pointer(int64_t address) {
-  return reinterpret_cast<T*>(static_cast<intptr_t>(address));
-}
-
 double sq_norm(int64_t rows, int64_t n, int64_t chunks, int dtype, int64_t partials, int threads) {
   py::gil_scoped_release released;
   return kernels->sq_norm(pointer<const Segment>(rows), n, chunks, DType(dtype), pointer<double>(partials), threads);

@@ -61,11 +61,6 @@ void stream_fence() {
 #endif
 }
 
-template <class T>
-T* pointer(int64_t address) {
-  return reinterpret_cast<T*>(static_cast<intptr_t>(address));
-}
-
 // Calls body(segment, begin, end, chunk) for every chunk of the table, on several threads.
 template <class Body>
 void for_each_chunk(const Segment* segments, int64_t n, int64_t chunks, int threads, const Body& body) {

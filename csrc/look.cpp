@@ -9,6 +9,7 @@
 #include "nexus_math.h"
 
 namespace py = pybind11;
+using nexus::pointer;
 
 namespace {
 
@@ -93,11 +94,6 @@ bool negated(PyObject* tensor) {
   const py::object answer = py::reinterpret_steal<py::object>(is_neg(tensor, nullptr));
   if (!answer) throw py::error_already_set();
   return answer.ptr() == Py_True;
-}
-
-template <class T>
-T* pointer(int64_t address) {
-  return reinterpret_cast<T*>(static_cast<intptr_t>(address));
 }
 
 // Fills addresses[i] with the address of parameter i's gradient: 0 without one, -1 for one without elements. Returns the

@@ -32,6 +32,11 @@ enum class DType : int { float64 = 0, float32 = 1, bfloat16 = 2, float16 = 3 };
 
 constexpr int64_t kChunk = 16384;  // elements with a partial sum of their own: table.CHUNK_ELEMENTS
 
+template <class T>
+NEXUS_INLINE T* pointer(int64_t address) {
+  return reinterpret_cast<T*>(static_cast<intptr_t>(address));
+}
+
 namespace NEXUS_ISA {
 
 template <class To, class From>

@@ -196,14 +196,30 @@ def test_a_triton_that_cannot_start_is_explained(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_kernel_is_tried_out(launched, dtype):
+def test_every_kernel_is_tried_out(monkeypatch, launched, dtype):
     """So that nothing is compiled, or fails, in the middle of a step; here in the interpreter."""
     from nexus_fused import triton
 
+    variants = set()
+    for module in (outer_step, scalars):
+        counted = module.launch
+
+        def record(kernel, programs, *args, counted=counted, **constants):
+            flags = [constants[name] for name in ("AMSGRAD", "HAS_NORM", "FIRST", "LAST") if name in constants]
+            variants.add((kernel.__name__, *flags, args.count(None) if kernel is scalars.advance_kernel else None))
+            counted(kernel, programs, *args, **constants)
+
+        monkeypatch.setattr(module, "launch", record)
     triton._try_out.__wrapped__(torch.device("cpu"), dtype)
     assert set(launched) == {
         "sq_norm_kernel", "advance_kernel", "inner_step_kernel", "outer_step_kernel", "finish_kernel",
     }  # fmt: skip
+    assert variants == {
+        *(("outer_step_kernel", amsgrad, None) for amsgrad in (False, True)),
+        *(("finish_kernel", *ends, None) for ends in ((True, False), (False, True), (True, True))),
+        *(("advance_kernel", True, missing) for missing in (0, 1, 2)),
+        ("advance_kernel", False, 2),
+    }
 
 
 def test_cpu_tensors_are_refused_outside_the_interpreter():
