@@ -1,7 +1,8 @@
-// The extension nexus_fused._C: addresses, sizes and a thread count in, nothing of torch.
+// The extension nexus_fused._C: addresses, sizes, a thread count or a stream in, nothing of torch.
 //
-// Each function takes the address of table.Table.rows with its numbers of rows and chunks, and the addresses of float64
-// scalars and buffers as cycle.Cycle lays them out. The instruction set is chosen once, when the module is imported.
+// Each CPU function takes the address of table.Table.rows with its numbers of rows and chunks, and the addresses of
+// float64 scalars and buffers as cycle.Cycle lays them out. The instruction set is chosen once, when the module is
+// imported. The CUDA functions are in bindings_cuda.h.
 
 #include <pybind11/pybind11.h>
 
@@ -10,6 +11,9 @@
 #define NEXUS_ISA baseline
 #include "cpu.h"
 #include "look.h"
+#if defined(NEXUS_HAVE_CUDA)
+#include "bindings_cuda.h"
+#endif
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -106,6 +110,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("instruction_set", [] { return kernels->name; }, "The one in use.");
   m.def("set_instruction_set", &set_instruction_set, "For tests: results must be the same with each.");
   define_look(m);
+  m.attr("CUDA_TARGETS") = NEXUS_CUDA_TARGETS;  // architectures, as CMake names them; empty without CUDA kernels
+#if defined(NEXUS_HAVE_CUDA)
+  define_cuda(m);
+#endif
   m.attr("SEGMENT_BYTES") = sizeof(Segment);
   m.attr("HYPER_BYTES") = sizeof(Hyper);
   m.attr("CHUNK_ELEMENTS") = kChunk;

@@ -103,6 +103,7 @@ template <class State>
 struct GradientScale {
   State power, rest;
 
+  GradientScale() = default;
   explicit NEXUS_INLINE GradientScale(double factor) {
     int exponent;
     const double mantissa = frexp(factor, &exponent);
@@ -120,7 +121,7 @@ struct AdamW {
   State decay, beta1, one_minus_beta1, beta2, one_minus_beta2, neg_step_size, inv_bias_correction2_sqrt, eps;
   bool lerp_from_start;
 
-  NEXUS_INLINE AdamW() {}
+  AdamW() = default;
   NEXUS_INLINE AdamW(const Hyper& h, double step)
       : decay(State(1 - h.lr * h.weight_decay)),
         beta1(State(h.beta1)),

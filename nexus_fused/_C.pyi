@@ -4,6 +4,8 @@ OPENMP: int
 CHUNK_ELEMENTS: int
 SEGMENT_BYTES: int
 HYPER_BYTES: int
+CUDA_TARGETS: str  # empty: built without the CUDA kernels and all that follows
+CUDA_MAX_NORMS: int
 
 def sq_norm(rows: int, n: int, chunks: int, dtype: int, partials: int, threads: int, /) -> float: ...
 def inner_step(
@@ -30,3 +32,32 @@ def take_versions(params: list[Tensor], versions: int, /) -> None: ...
 def instruction_sets() -> list[str]: ...
 def instruction_set() -> str: ...
 def set_instruction_set(name: str, /) -> None: ...
+def cuda_why_not(device: int, /) -> str: ...
+def cuda_capture_id(stream: int, /) -> int: ...
+def cuda_sq_norm(
+    table: tuple[int, ...], dtype: int, partials: int, norm: int, arrivals: int, where: tuple[int, ...], /
+) -> None: ...
+def cuda_sum_squares(grad: int, length: int, dtype: int, partials: int, where: tuple[int, ...], /) -> None: ...
+def cuda_add_up(partials: int, chunks: int, norm: int, where: tuple[int, ...], /) -> None: ...
+def cuda_inner_step(
+    table: tuple[int, ...],
+    dtype: int,
+    cycle: tuple[int, ...],
+    norms: list[int],
+    micro_batch: tuple[int, ...],
+    where: tuple[int, ...],
+    /,
+) -> None: ...
+def cuda_outer_step(
+    table: tuple[int, ...],
+    dtype: int,
+    amsgrad: bool,
+    cycle: tuple[int, ...],
+    norms: list[int],
+    micro_batch: tuple[int, ...],
+    taken: int,
+    displacement_sq: int,
+    arrivals: int,
+    where: tuple[int, ...],
+    /,
+) -> None: ...

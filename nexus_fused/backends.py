@@ -11,13 +11,11 @@ import torch
 NAMES = ("reference", "cpu", "triton", "cuda")
 
 # The module a backend cannot do without, and how to get it.
-_NEEDS = {
-    "cpu": (
-        "nexus_fused._C",
-        "install a C++ compiler (such as g++) and then this package again: pip install --force-reinstall nexus_fused",
-    ),
-    "triton": ("triton", "pip install triton"),
-}
+_COMPILED = (
+    "nexus_fused._C",
+    "install a C++ compiler (such as g++) and then this package again: pip install --force-reinstall nexus_fused",
+)
+_NEEDS = {"cpu": _COMPILED, "triton": ("triton", "pip install triton"), "cuda": _COMPILED}
 
 
 def available() -> dict[str, str | None]:
@@ -32,8 +30,6 @@ def why_not(name: str, device: torch.device, dtype: torch.dtype = torch.float32)
     """None where the backend can update tensors of `dtype` on `device`, else the reason why not and the remedy."""
     if name == "reference":
         return None
-    if name == "cuda":
-        return "this version of nexus_fused has no CUDA kernels yet: use backend='triton'"
     needed, remedy = _NEEDS[name]
     try:
         importlib.import_module(needed)
@@ -62,18 +58,19 @@ def resolve(
     """
     if fused is False or backend == "reference":
         return importlib.import_module("nexus_fused.reference")
-    name = backend or _best(device)
-    reason = why_not(name, device, dtype)
-    if reason is None:
-        return importlib.import_module(f"nexus_fused.{name}")
+    reasons = {name: why_not(name, device, dtype) for name in ([backend] if backend else _fused(device))}
+    for name, reason in reasons.items():
+        if reason is None:
+            return importlib.import_module(f"nexus_fused.{name}")
     if backend is not None:
         raise RuntimeError(
-            f"backend={backend!r} cannot run: {reason}. On {device}, backend={chosen(device)!r} would run"
+            f"backend={backend!r} cannot run: {reasons[backend]}. On {device}, backend={chosen(device)!r} would run"
         )
+    explained = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     if fused:
-        raise RuntimeError(f"fused=True, but no fused backend runs on {device}: {reason}")
+        raise RuntimeError(f"fused=True, but no fused backend runs on {device}: {explained}")
     warnings.warn(
-        f"NexusAdamW runs its reference on {device}, which is several times slower than a fused backend: {reason}",
+        f"NexusAdamW runs its reference on {device}, which is several times slower than a fused backend: {explained}",
         stacklevel=2,
     )
     return importlib.import_module("nexus_fused.reference")
@@ -81,12 +78,14 @@ def resolve(
 
 def chosen(device: torch.device) -> str:
     """What `backend=None` takes on a device."""
-    return next(name for name in (_best(device), "reference") if why_not(name, device) is None)
+    return next(name for name in (*_fused(device), "reference") if why_not(name, device) is None)
 
 
-def _best(device: torch.device) -> str:
-    """The fastest backend for a device, whether or not this machine has it."""
-    return "cpu" if device.type == "cpu" else "triton"
+def _fused(device: torch.device) -> list[str]:
+    """The fused backends for a device, the fastest first, whether or not this machine has them."""
+    if device.type == "cpu":
+        return ["cpu"]
+    return ["cuda", "triton"] if device.type == "cuda" else ["triton"]
 
 
 def instruction_set() -> str:

@@ -54,7 +54,8 @@ class Cycle:
     (NaN differs from itself, which distributed loading refuses).
     totals: skipped_inner_steps, skipped_outer_steps. counts: moves, lost_moves: element moves in this cycle, and those
     that rounding swallowed whole.
-    finished: sums, with the norms of the inner steps taken only, counts, and their number, of the last finished cycle.
+    results: memory, its own for each number of groups, that keeps a finished cycle: sums as above; counts and, as the
+    third, its inner steps. finished: `results` once a cycle has finished, before None.
     """
 
     def __init__(self, device: torch.device, inner_steps: int, backend: ModuleType) -> None:
@@ -62,17 +63,18 @@ class Cycle:
         self.hyper = torch.zeros(0, len(HYPER), dtype=torch.float64, device=device)
         self.factor, self.sums, self.totals = self._zeros(0), self._zeros(inner_steps), self._zeros(2)
         self.counts = torch.zeros(2, dtype=torch.int64, device=device)
-        self.finished: tuple[Tensor, Tensor, int] | None = None
-        self._name_parts()
+        self.finished: tuple[Tensor, Tensor] | None = None
+        self._lay_out()
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.float64, device=self.device)
 
-    def _name_parts(self) -> None:
+    def _lay_out(self) -> None:
         parts = self.sums.split([len(self.factor)] * 3 + [self.inner_steps])
         self.walk_length, self.walk_sq_length, self.displacement_sq, self.grad_norms = parts
         self.skipped_inner_steps, self.skipped_outer_steps = self.totals
         self.moves, self.lost_moves = self.counts
+        self.results = torch.zeros_like(self.sums), torch.zeros(3, dtype=torch.int64, device=self.device)
 
     def grow(self, n_groups: int) -> None:
         """Makes room for more groups; those that exist keep their values, a new one starts with Γ = 0."""
@@ -83,7 +85,7 @@ class Cycle:
             of_groups = (self.walk_length, self.walk_sq_length, self.displacement_sq)
             grown = [part for old in of_groups for part in (old, self._zeros(missing))]
             self.sums = torch.cat([*grown, self.grad_norms])
-            self._name_parts()
+            self._lay_out()
 
     def follow(self, other: Cycle) -> None:
         """Starts where the cycle on another device stands; ‖D‖² and counts are each device's own."""
@@ -115,7 +117,11 @@ class Cycle:
     def set_hyper(self, rows: list[list[float | Tensor]]) -> None:
         """Brings the groups' hyperparameters, one row of HYPER each, to the device without waiting for it."""
         numbers = [[0.0 if isinstance(value, Tensor) else value for value in row] for row in rows]
-        upload(torch.tensor(numbers, dtype=torch.float64, device="cpu"), self.hyper)
+        upload(
+            torch.tensor(numbers, dtype=torch.float64, device="cpu"),
+            self.hyper,
+            self.replayed if self.capturing else None,
+        )
         for target, row in zip(self.hyper, rows, strict=True):
             for column, value in enumerate(row):
                 if isinstance(value, Tensor):
@@ -147,7 +153,10 @@ class Cycle:
     def finish(self, taken: int) -> None:
         """Ends the cycle after `taken` inner steps: keeps its sums as `finished` and starts from zero."""
         self.skipped_outer_steps += (self.walk_length == 0).all()
-        self.finished = self.sums[: len(self.sums) - self.inner_steps + taken].clone(), self.counts.clone(), taken
+        sums, counts = self.finished = self.results
+        sums.copy_(self.sums)
+        counts[:2].copy_(self.counts)
+        counts[2].fill_(taken)
         self.reset()
 
     def reset(self) -> None:
@@ -164,21 +173,21 @@ def upload(values: Tensor, target: Tensor) -> None:
         target.copy_(values.pin_memory(), non_blocking=True)
 
 
-def combine(finished: list[tuple[Tensor, Tensor, int] | None]) -> tuple[Tensor, Tensor, int] | None:
+def combine(cycles: list[Cycle]) -> tuple[Tensor, Tensor] | None:
     """One `Cycle.finished` of all devices', on the CPU; None where no cycle has finished. Synchronizes."""
-    known = [(sums.cpu(), counts.cpu(), taken) for sums, counts, taken in filter(None, finished)]
+    known = [(cycle.finished[0].cpu(), cycle.finished[1].cpu()) for cycle in cycles if cycle.finished is not None]
     if not known:
         return None
-    (sums, counts, taken), others = known[0], known[1:]
-    n_groups = (len(sums) - taken) // 3
-    sums = sums.clone()
-    for other in others:
-        sums[2 * n_groups : 3 * n_groups] += other[0][2 * n_groups : 3 * n_groups]
-        counts = counts + other[1]
-    return sums, counts, taken
+    (sums, counts), others = known[0], known[1:]
+    n_groups = (len(sums) - cycles[0].inner_steps) // 3
+    sums, counts = sums.clone(), counts.clone()
+    for other_sums, other_counts in others:
+        sums[2 * n_groups : 3 * n_groups] += other_sums[2 * n_groups : 3 * n_groups]
+        counts[:2] += other_counts[:2]
+    return sums, counts
 
 
-def summarize(finished: tuple[Tensor, Tensor, int] | None) -> dict[str, Any]:
+def summarize(finished: tuple[Tensor, Tensor] | None, inner_steps: int) -> dict[str, Any]:
     """The figures of one finished cycle, from `combine`.
 
     alignment: mean pairwise cosine similarity of the unit gradients taken, each at its own point of the walk:
@@ -186,10 +195,10 @@ def summarize(finished: tuple[Tensor, Tensor, int] | None) -> dict[str, Any]:
     """
     if finished is None:
         return {"alignment": float("nan"), "grad_norms": [], "lost_fraction": 0.0}
-    sums, counts, taken = finished
-    n_groups = (len(sums) - taken) // 3
-    walk_length, walk_sq_length, displacement_sq, grad_norms = sums.split([n_groups] * 3 + [taken])
-    moves, lost = counts.tolist()
+    sums, counts = finished
+    n_groups = (len(sums) - inner_steps) // 3
+    walk_length, walk_sq_length, displacement_sq, grad_norms = sums.split([n_groups] * 3 + [inner_steps])
+    moves, lost, taken = counts.tolist()
     moved = walk_length > 0
     alignment = float("nan")
     if moved.any():
@@ -197,5 +206,5 @@ def summarize(finished: tuple[Tensor, Tensor, int] | None) -> dict[str, Any]:
         r_sq = float((displacement_sq[moved] / gamma**2).sum())
         s = float((walk_sq_length[moved] / gamma**2).min())  # of the groups that walked longest
         alignment = (r_sq - s) / (1 - s) if s < 1 else float("nan")
-    norms = [float("nan") if norm < 0 else norm for norm in grad_norms.tolist()]
+    norms = [float("nan") if norm < 0 else norm for norm in grad_norms[:taken].tolist()]
     return {"alignment": alignment, "grad_norms": norms, "lost_fraction": lost / moves if moves else 0.0}

@@ -382,7 +382,7 @@ class NexusAdamW(Optimizer):
         """
         cycle = next(iter(self._cycles.values()))
         return {
-            **summarize(combine([cycle.finished for cycle in self._cycles.values()])),
+            **summarize(combine(list(self._cycles.values())), self._inner_steps),
             "skipped_inner_steps": int(cycle.skipped_inner_steps),
             "skipped_outer_steps": int(cycle.skipped_outer_steps),
         }
@@ -512,7 +512,7 @@ class NexusAdamW(Optimizer):
                 table.fill_untouched()
         self._show_cycle_data()
         kept = ("_inner_steps", "_backend", "_fused", "_flatten", "_just_loaded")
-        finished = combine([cycle.finished for cycle in self._cycles.values()])
+        finished = combine(list(self._cycles.values()))
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}, "_finished": finished}
 
     @torch.no_grad()

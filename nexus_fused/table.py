@@ -54,6 +54,8 @@ class Table:
         self.chunks = 0
         self.partials: Tensor  # Σg² of each chunk, float64
         self.displacement_sq: Tensor  # ΣD² of each chunk
+        self.sq_norm: Tensor  # Σg² of all chunks, [1], where a kernel adds them up
+        self.arrivals: Tensor  # blocks of a grid that have finished, [1] int32; 0 between launches
         self._staged: list[Segment] = []  # those whose parameters have gaps
         self._complete = True  # every segment has a gradient
         self._suspects: list[int] = []  # rows that others may have written
@@ -154,6 +156,8 @@ class Table:
         self.chunks = chunks
         self.partials = torch.empty(chunks, dtype=torch.float64, device=self.device)
         self.displacement_sq = torch.empty_like(self.partials)  # of its own: other devices may still read the norm's
+        self.sq_norm = torch.zeros(1, dtype=torch.float64, device=self.device)
+        self.arrivals = torch.zeros(1, dtype=torch.int32, device=self.device)
         self._stale, self._outdated = True, False
 
     def on_device(self) -> tuple[Tensor, Tensor, Tensor, int]:

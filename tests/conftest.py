@@ -12,7 +12,12 @@ from torch import nn
 if not torch.cuda.is_available():  # read when nexus_fused imports the kernels: they then run on CPU tensors
     os.environ["TRITON_INTERPRET"] = "1"
 
+import cuda_on_cpu
+
 from nexus_fused import NexusAdamW, backends
+
+if not torch.cuda.is_available() and backends.why_not("cpu", torch.device("cpu")) is None:
+    cuda_on_cpu.install()
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 COMPLEX = [torch.complex64, torch.complex128]

@@ -59,9 +59,9 @@ def advance_kernel(
         tl.store(totals + 1, tl.load(totals + 1) + tl.where(tl.sum(walked) == 0, 1.0, 0.0))
 
 
-@triton.jit(do_not_specialize=["n_groups", "known_groups", "inner_steps", "touch"])
+@triton.jit(do_not_specialize=["n_groups", "known_groups", "inner_steps", "taken", "touch"])
 def finish_kernel(
-    rows, starts, partials, sums, counts, finished, finished_counts, n_groups, known_groups, inner_steps, touch,
+    rows, starts, partials, sums, counts, finished, finished_counts, n_groups, known_groups, inner_steps, taken, touch,
     FIRST: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Ends a cycle; one program for each group and one for the rest.
@@ -112,6 +112,7 @@ def finish_kernel(
         tl.debug_barrier()
         tl.store(finished_counts, moves)
         tl.store(finished_counts + 1, lost_moves)
+        tl.store(finished_counts + 2, taken.to(tl.int64))
         tl.store(counts, tl.zeros([], tl.int64))
         tl.store(counts + 1, tl.zeros([], tl.int64))
 
@@ -131,13 +132,13 @@ def advance(cycle: Cycle, micro_batch: MicroBatch | None, *, ends_cycle: bool) -
 
 def finish(tables: list[Table], cycle: Cycle, taken: int) -> None:
     """Ends the cycle of all tables of a device, whose outer steps have been started."""
-    sums, counts = torch.empty_like(cycle.sums), torch.empty_like(cycle.counts)
+    sums, counts = cycle.results
     for table in tables:
         rows, _, starts, touch = table.on_device()
         launch(
             finish_kernel, len(cycle.factor) + 1,
             rows, starts, table.displacement_sq, cycle.sums, cycle.counts, sums, counts,
-            len(cycle.factor), len(starts) - 1, cycle.inner_steps, touch,
+            len(cycle.factor), len(starts) - 1, cycle.inner_steps, taken, touch,
             FIRST=table is tables[0], LAST=table is tables[-1], BLOCK=1024, num_warps=4,
         )  # fmt: skip
-    cycle.finished = sums[: len(sums) - cycle.inner_steps + taken], counts, taken
+    cycle.finished = cycle.results

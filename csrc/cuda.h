@@ -1,0 +1,64 @@
+// The CUDA kernels as the host sees them. Addresses are the device's; `stream` is a CUstream. Launches are asynchronous;
+// one that fails throws std::runtime_error with the kernel's name and the device.
+#pragma once
+
+#include <string>
+
+#include "nexus_math.h"
+
+namespace nexus::cuda {
+
+constexpr int kMaxNorms = 8;  // tables of one optimizer that a MicroBatch can bring
+
+// table.Table as its kernels read it. row_of_chunk [chunks]; starts [groups + 1][2]: first row and first chunk of each
+// group and of the end; touch: see Table.on_device.
+struct Table {
+  const Segment* rows;
+  const int32_t* row_of_chunk;
+  const int64_t* starts;
+  int64_t groups, chunks, touch;
+};
+
+// cycle.Cycle: `sums` and `counts` of the running cycle, and the memory that keeps them when it is finished.
+struct Cycle {
+  const Hyper* hyper;
+  double *sums, *totals;
+  int64_t* counts;
+  double* finished_sums;
+  int64_t* finished_counts;
+  int64_t groups, inner_steps;
+};
+
+// cycle.MicroBatch: ‖g‖² is the sum of n_norms numbers, in their order; none: there is no last gradient.
+struct MicroBatch {
+  const double* norms[kMaxNorms];
+  int64_t n_norms, position;
+  const float *grad_scale, *found_inf;
+};
+
+// What a launch goes to. first, last: whether the table is the first or last one of its device.
+struct Where {
+  int device;
+  void* stream;
+  bool first, last;
+};
+
+// Empty if the kernels run on a device, else why not and what to do.
+std::string why_not(int device);
+
+// Number of the graph capture that a stream is in; 0: none.
+uint64_t capture_id(void* stream);
+
+// sq_norm, partials [chunks]; arrivals: one zero, and zero again afterwards.
+void sq_norm(const Table& table, DType dtype, double* partials, double* sq_norm, uint32_t* arrivals, const Where& where);
+// The partial sums of one gradient's chunks alone, and the sum of all partial sums; bit for bit those of `sq_norm`.
+void sum_squares(const void* grad, int64_t length, DType dtype, double* partials, const Where& where);
+void add_up(const double* partials, int64_t chunks, double* sq_norm, const Where& where);
+
+void inner_step(const Table& table, DType dtype, const Cycle& cycle, const MicroBatch& micro_batch, const Where& where);
+
+// displacement_sq [chunks]; taken: inner steps of this cycle.
+void outer_step(const Table& table, DType dtype, bool amsgrad, const Cycle& cycle, const MicroBatch& micro_batch,
+                int64_t taken, double* displacement_sq, uint32_t* arrivals, const Where& where);
+
+}  // namespace nexus::cuda
