@@ -64,6 +64,7 @@ class Cycle:
         self.factor, self.sums, self.totals = self._zeros(0), self._zeros(inner_steps), self._zeros(2)
         self.counts = torch.zeros(2, dtype=torch.int64, device=device)
         self.finished: tuple[Tensor, Tensor] | None = None
+        self.capturing, self.replayed = False, Replayed()  # into a CUDA graph
         self._lay_out()
 
     def _zeros(self, *shape: int) -> Tensor:
@@ -165,9 +166,38 @@ class Cycle:
         self.counts.zero_()
 
 
-def upload(values: Tensor, target: Tensor) -> None:
-    """Copies a CPU tensor that nobody else holds to `target`'s device, without waiting, on its current stream."""
-    if target.device.type == "cpu":
+class Replayed:
+    """Host memory that the copies of captured steps read at every replay: written once, never reused, never freed.
+
+    `prepare` pins memory outside of a capture, where that is allowed; a capture that finds none left takes memory that
+    is not pinned, which only makes its replays slower.
+    """
+
+    def __init__(self) -> None:
+        self._prepared: list[Tensor] = []
+        self._in_use: list[Tensor] = []
+
+    def prepare(self, like: Tensor, count: int) -> None:
+        """Has pinned memory ready for `count` copies of a CPU tensor."""
+        self._prepared = [memory for memory in self._prepared if memory.shape == like.shape]
+        for _ in range(count - len(self._prepared)):
+            self._prepared.append(torch.empty_like(like, pin_memory=True))
+
+    def keep(self, values: Tensor) -> Tensor:
+        """A copy of `values` that stays."""
+        source = self._prepared.pop() if self._prepared else torch.empty_like(values)
+        self._in_use.append(source.copy_(values))
+        return source
+
+
+def upload(values: Tensor, target: Tensor, replayed: Replayed | None = None) -> None:
+    """Copies a CPU tensor that nobody else holds to `target`'s device, without waiting, on its current stream.
+
+    replayed: given while the stream is captured, it keeps the values for the replays.
+    """
+    if replayed is not None:
+        target.copy_(replayed.keep(values), non_blocking=True)
+    elif target.device.type == "cpu":
         target.copy_(values)
     else:  # the allocator of pinned memory keeps it until the copy is done
         target.copy_(values.pin_memory(), non_blocking=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import backends, checkpoint, hyperparameters, reference
+from . import backends, capture, checkpoint, hyperparameters, reference
 from .cycle import GROUP_KEYS, Cycle, MicroBatch, combine, summarize
 from .flat import Segment, make_segment, real_dtype
 from .table import Table
@@ -107,6 +107,9 @@ class NexusAdamW(Optimizer):
         self._just_loaded = False
         self._outer: list[dict[str, Any]] | None = None  # inside outer_weights(): the groups' data of the walk
         self._members: list[list[Tensor]] = []  # each group's parameters, as registered
+        self._capture: int | None = None  # the capture into a CUDA graph in which the running cycle began
+        self._was_captured = False  # at any time
+        self._warm = False  # a cycle was finished since parameters came
 
     # Parameters
 
@@ -162,6 +165,7 @@ class NexusAdamW(Optimizer):
         self._cycles = {device: self._cycles[device] for device in tables}
         self._work = [(self._cycles[device], members) for device, members in tables.items()]
         self._members = [list(group["params"]) for group in self.param_groups]
+        self._warm = False
         for cycle in [*known, *self._cycles.values()]:
             cycle.grow(len(self.param_groups))
             if known and cycle not in known:
@@ -262,11 +266,7 @@ class NexusAdamW(Optimizer):
     def _look(self, *, gradients: bool) -> None:
         """Checks everything that may be wrong, then tells tables and cycles what is new."""
         self._check_members()
-        if torch.backends.cuda.is_built() and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "step() and outer_step() cannot be captured into a CUDA graph in this version: capture forward and "
-                "backward only, and call the optimizer after the graph's replay"
-            )
+        self._follow_capture()
         rows = [hyperparameters.group_row(g, i, self._inner_steps) for i, g in enumerate(self.param_groups)]
         if self._frozen and gradients:
             self._thaw()
@@ -276,10 +276,63 @@ class NexusAdamW(Optimizer):
             table.adopt_writes(restart=not self._just_loaded, look=False)
         self._just_loaded = False
         self._follow_amsgrad()
-        if any(isinstance(value, Tensor) for row in rows for value in row) or rows != self._rows:
+        if self._was_captured or any(isinstance(value, Tensor) for row in rows for value in row) or rows != self._rows:
             for cycle in self._cycles.values():
                 cycle.set_hyper(rows)
             self._rows = rows
+
+    def _follow_capture(self) -> None:
+        """Checks that a capture into a CUDA graph begins and ends at a boundary, and prepares for its replays.
+
+        Each captured step has gradient addresses and hyperparameters of its own, which every replay copies to the
+        device again. The host sees no replay: once steps were captured, others copy theirs again too.
+        """
+        current = capture.capture_id([cycle.device for cycle, _ in self._work])
+        if self._position > 0 and current != self._capture:
+            self._refuse_to_cut_a_cycle()
+        if current is not None:
+            self._check_capture()
+        for cycle, tables in self._work:
+            cycle.capturing = current is not None
+            for table in tables:
+                table.capturing = current is not None
+                if table.capturing or self._was_captured:
+                    table.distrust_device()
+                elif cycle.device.type == "cuda" and any(group["capturable"] for group in self.param_groups):
+                    table.replayed.prepare(table.rows, self._inner_steps)
+                    cycle.replayed.prepare(torch.empty(cycle.hyper.shape, dtype=torch.float64), self._inner_steps)
+        self._capture = current
+        self._was_captured |= current is not None
+
+    def _refuse_to_cut_a_cycle(self) -> None:
+        """Raises for a capture that does not begin or end at a boundary."""
+        taken = f"{self._position} of {self._inner_steps} inner steps"
+        if self._capture is None:
+            raise RuntimeError(
+                f"step() is being captured into a CUDA graph in mid-cycle, after {taken}: begin the capture at a "
+                "boundary (optimizer.at_boundary), if need be after outer_step()"
+            )
+        for table in self._tables.values():
+            table.set_touched(table.segments, False)
+            table.hide_cycle_buffers()
+        self._set_position(0)
+        self._show_cycle_data()
+        raise RuntimeError(
+            f"a capture into a CUDA graph ended in mid-cycle, after {taken}: capture all steps of a cycle in one "
+            "graph, and do not replay this one. What was captured has not run: the optimizer is where the cycle began"
+        )
+
+    def _check_capture(self) -> None:
+        """Raises for what a CUDA graph could not replay."""
+        capture.check_hyperparameters(self.param_groups)
+        amsgrad = [(b.amsgrad, self.param_groups[b.group]["amsgrad"]) for t in self._tables.values() for b in t.buckets]
+        thawing = any(param.grad is not None for _, _, param in self._frozen)
+        if not self._warm or thawing or any(now != wanted for now, wanted in amsgrad):
+            raise RuntimeError(
+                "step() is being captured into a CUDA graph, but memory would have to be allocated for it: run at "
+                f"least one whole cycle ({self._inner_steps} steps) before the capture, and after adding or unfreezing "
+                "parameters or changing amsgrad"
+            )
 
     def _check_members(self) -> None:
         """Whether groups and state still hold what was registered; whatever came otherwise would never be stepped."""
@@ -318,6 +371,7 @@ class NexusAdamW(Optimizer):
             for table in tables:
                 table.finish_outer_step()
         self._set_position(0)
+        self._warm = True
 
     def _set_position(self, position: int) -> None:
         self._position = position

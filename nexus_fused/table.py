@@ -13,7 +13,7 @@ from array import array
 import torch
 from torch import Tensor
 
-from .cycle import upload
+from .cycle import Replayed, upload
 from .flat import STATE_DTYPE, Bucket, Segment, bucketed, owns_its_memory, real_dtype, shaped_like
 
 # The columns of a table, all int64: addresses in bytes, `length` in real elements, `chunk` the number of the segment's
@@ -64,6 +64,7 @@ class Table:
         self._outdated = True  # `rows` lacks a segment, a buffer or where a parameter lies now
         self._stale = self._stale_touched = True  # `rows` has addresses, or who is touched, that the device has not
         self._on_device: tuple[Tensor, ...] = ()
+        self.capturing, self.replayed = False, Replayed()  # into a CUDA graph
 
     def extend(self, segments: list[Segment], *, flatten: bool) -> None:
         """Gives the segments (all of one group) zero state, and moves their weights into flat memory if allowed."""
@@ -124,10 +125,15 @@ class Table:
         """Writes the table anew if segments or buffers came or a parameter's storage was replaced.
 
         `_outdated` is set before such a change and cleared when all is done: whatever fails on the way, for lack of
-        memory for example, is repeated by the next step.
+        memory for example, is repeated by the next step. RuntimeError while steps are captured into a CUDA graph.
         """
         if not self._outdated:
             return
+        if self.capturing:
+            raise RuntimeError(
+                f"the memory of parameters on {self.device} was exchanged just before or while step() was captured "
+                "into a CUDA graph: run one whole cycle before the capture"
+            )
         rows: list[list[int]] = []
         counts = [-(-s.numel // CHUNK_ELEMENTS) for s in self.segments]
         chunks = 0
@@ -177,10 +183,14 @@ class Table:
         else:
             touch = 2
         if self._stale or (touch == 2 and self._stale_touched):
-            upload(self.rows, self._on_device[0])
+            upload(self.rows, self._on_device[0], self.replayed if self.capturing else None)
             self._stale = self._stale_touched = False
         rows, row_of_chunk, starts = self._on_device
         return rows, row_of_chunk, starts, touch
+
+    def distrust_device(self) -> None:
+        """Has the rows copied again: replays of captured steps may have put others there, or will."""
+        self._stale = True
 
     # One micro-batch
 

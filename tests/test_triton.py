@@ -8,14 +8,10 @@ import sys
 
 import pytest
 import torch
-from conftest import BACKENDS, DTYPES, assert_same, build, run, set_grads, values
-from test_parity import contents, make_cycle, make_table, run_function
+from conftest import BACKENDS, DTYPES, build, run
 from torch import nn
 
-from nexus_fused import NexusAdamW, hyperparameters
-from nexus_fused import table as tables
-from nexus_fused.cycle import MicroBatch
-from nexus_fused.table import CHUNK_ELEMENTS, COLUMNS
+from nexus_fused import NexusAdamW
 
 if "triton" not in BACKENDS:
     pytest.skip("needs Triton in its interpreter", allow_module_level=True)
@@ -37,19 +33,6 @@ def launched(monkeypatch):
     return names
 
 
-@pytest.fixture
-def uploads(monkeypatch):
-    """What was copied to the device: the shape of each copy of rows."""
-    copied = []
-
-    def count(tensor, target):
-        copied.extend([tuple(tensor.shape)] * (tensor.shape[-1] == len(COLUMNS)))
-        target.copy_(tensor)
-
-    monkeypatch.setattr(tables, "upload", count)
-    return copied
-
-
 def test_launches(launched):
     """3 for an inner step and 4 for an outer one, for each (device, dtype)."""
     params, optimizer = build((5, 3), (7,), backend="triton", inner_steps=3)
@@ -61,114 +44,6 @@ def test_launches(launched):
     optimizer = NexusAdamW(both, backend="triton", inner_steps=3)
     run(optimizer, both, 3)
     assert len(launched) == 2 * 5 + 7
-
-
-def test_table_is_uploaded_only_when_an_address_changes(uploads):
-    params, optimizer = build((5, 3), (7,), (9,), backend="triton", inner_steps=3)
-    unused = params.pop()  # has no gradient, ever
-    assert unused.grad is None
-    set_grads(params, 0)
-    optimizer.step()
-    assert uploads == [(3, len(COLUMNS))]
-    for _ in range(8):
-        optimizer.step()
-    assert len(uploads) == 1
-    kept = [p.grad for p in params]
-    for step in range(2, 8):
-        kept.append(params[0].grad)
-        params[0].grad = params[0].grad.clone()
-        optimizer.step()
-        assert len(uploads) == step
-    params[1].grad = None  # does not move on, but has moved: who is touched must be told
-    optimizer.step()
-    assert len(uploads) == 8
-
-
-def test_hyperparameters_are_uploaded_only_when_they_change(monkeypatch):
-    copied = []
-    monkeypatch.setattr("nexus_fused.cycle.upload", lambda tensor, target: (copied.append(1), target.copy_(tensor)))
-    params, optimizer = build((5, 3), backend="triton")
-    run(optimizer, params, 5)
-    assert len(copied) == 1
-    optimizer.param_groups[0]["lr"] *= 0.5
-    run(optimizer, params, 2)
-    assert len(copied) == 2
-
-
-def test_hyperparameters_on_a_device(monkeypatch):
-    """Learning rates that lie on a device, here played by CPU tensors that are not read, give the same bits."""
-    read = hyperparameters.number
-    results = []
-    for on_device in (False, True):
-        if on_device:  # as a tensor elsewhere: not read
-            monkeypatch.setattr(
-                hyperparameters,
-                "number",
-                lambda value, name, **limits: value if name.startswith("lr ") else read(value, name, **limits),
-            )
-        params, optimizer = build((5, 3), backend="triton", lr=torch.tensor(0.02, dtype=torch.float64))
-        for step in range(8):
-            optimizer.param_groups[0]["lr"].fill_(0.02 / (step + 1))
-            run(optimizer, params, 1, first_seed=step)
-        results.append(values(params))
-    assert_same(*results)
-
-
-def test_an_outer_step_leaves_the_norm_alone():
-    """Other devices may read it later: each finishes the cycle by itself."""
-    table, cycle = make_table(torch.float32, [50, 3 * CHUNK_ELEMENTS], touched=(0, 1)), make_cycle("triton")
-    norm = cycle.backend.sq_norm(table)
-    before = norm.clone()
-    run_function("outer_step", table, cycle, MicroBatch([norm], 0))
-    assert_same([norm], [before])
-
-
-def test_chunks_are_balanced():
-    """A large parameter is cut into many programs, a small one is one, an empty one none."""
-    sizes = [5 * CHUNK_ELEMENTS + 1, 3, 0, CHUNK_ELEMENTS, 1]
-    table = make_table(torch.float32, sizes)
-    _, row_of_chunk, starts, _ = table.on_device()
-    assert row_of_chunk.tolist() == [0] * 6 + [1] + [3] + [4]
-    assert starts.tolist() == [[0, 0], [5, 9]]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_offsets_beyond_int32(dtype):
-    """A chunk that starts 2^31 + 2^14 elements into its segment, at an address that makes this ours: as if at 0."""
-    far = 2**31 + CHUNK_ELEMENTS
-    results = []
-    for offset in (0, far):
-        table, cycle = make_table(dtype, [1500], touched=(0,)), make_cycle("triton")
-        rows = table.rows[0]
-        for column, name in enumerate(COLUMNS):
-            size = dtype.itemsize if name in ("weight", "grad") else 4
-            size = dtype.itemsize if name == "walk" and dtype == torch.float32 else size
-            if name in ("weight", "grad", "theta", "walk", "exp_avg", "exp_avg_sq"):
-                rows[column] -= offset * size
-            elif name == "chunk":
-                rows[column] = -(offset // CHUNK_ELEMENTS)
-            elif name == "length":
-                rows[column] += offset
-        norm = cycle.backend.sq_norm(table)
-        run_function("inner_step", table, cycle, MicroBatch([norm], 0))
-        run_function("outer_step", table, cycle, MicroBatch([norm], 1))
-        tensors, sums = contents(table, cycle)
-        results.append([norm.clone(), *tensors, *sums])
-    assert results[0][0] > 0
-    assert_same(*results)
-
-
-def test_more_groups_than_a_block():
-    """The cycle's scalars go through blocks of 32 groups."""
-    results = []
-    for backend in ("reference", "triton"):
-        torch.manual_seed(0)
-        params = [nn.Parameter(torch.randn(3)) for _ in range(70)]
-        groups = [{"params": [p], "lr": 1e-3 * (i + 1), "maximize": i % 3 == 0} for i, p in enumerate(params)]
-        optimizer = NexusAdamW(groups, backend=backend)
-        run(optimizer, params, 9)
-        results.append([*values(params), *(s["step"] for s in optimizer.state_dict()["state"].values())])
-    assert_same(*results)
 
 
 def test_an_error_names_kernel_and_signature():

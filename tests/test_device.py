@@ -1,0 +1,367 @@
+"""What the backends for a device share, shown on CPU tensors: uploads, offsets, scalars, captured steps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import BACKENDS, assert_same, assert_snapshot, build, run, set_grads, snapshot, values
+from test_parity import contents, make_cycle, make_table, run_function
+from torch import nn
+
+from nexus_fused import NexusAdamW, capture, cuda, hyperparameters
+from nexus_fused import cycle as cycles
+from nexus_fused import table as tables
+from nexus_fused.cycle import MicroBatch
+from nexus_fused.table import CHUNK_ELEMENTS, COLUMNS
+
+ON_DEVICES = [name for name in ("triton", "cuda") if name in BACKENDS]
+if not ON_DEVICES:
+    pytest.skip("needs kernels for a GPU that run on CPU tensors", allow_module_level=True)
+
+
+@pytest.fixture(params=ON_DEVICES)
+def backend(request):
+    return request.param
+
+
+@pytest.fixture
+def uploads(monkeypatch):
+    """What was copied to the device: the shape of each copy of rows."""
+    copied = []
+
+    def count(tensor, target, *_):
+        copied.extend([tuple(tensor.shape)] * (tensor.shape[-1] == len(COLUMNS)))
+        target.copy_(tensor)
+
+    monkeypatch.setattr(tables, "upload", count)
+    return copied
+
+
+def test_table_is_uploaded_only_when_an_address_changes(uploads, backend):
+    params, optimizer = build((5, 3), (7,), (9,), backend=backend, inner_steps=3)
+    unused = params.pop()  # has no gradient, ever
+    assert unused.grad is None
+    set_grads(params, 0)
+    optimizer.step()
+    assert uploads == [(3, len(COLUMNS))]
+    for _ in range(8):
+        optimizer.step()
+    assert len(uploads) == 1
+    kept = [p.grad for p in params]
+    for step in range(2, 8):
+        kept.append(params[0].grad)
+        params[0].grad = params[0].grad.clone()
+        optimizer.step()
+        assert len(uploads) == step
+    params[1].grad = None  # does not move on, but has moved: who is touched must be told
+    optimizer.step()
+    assert len(uploads) == 8
+
+
+def test_hyperparameters_are_uploaded_only_when_they_change(monkeypatch, backend):
+    copied = []
+    monkeypatch.setattr("nexus_fused.cycle.upload", lambda tensor, target, *_: (copied.append(1), target.copy_(tensor)))
+    params, optimizer = build((5, 3), backend=backend)
+    run(optimizer, params, 5)
+    assert len(copied) == 1
+    optimizer.param_groups[0]["lr"] *= 0.5
+    run(optimizer, params, 2)
+    assert len(copied) == 2
+
+
+def test_hyperparameters_on_a_device(monkeypatch, backend):
+    """Learning rates that lie on a device, here played by CPU tensors that are not read, give the same bits."""
+    read = hyperparameters.number
+    results = []
+    for on_device in (False, True):
+        if on_device:  # as a tensor elsewhere: not read
+            monkeypatch.setattr(
+                hyperparameters,
+                "number",
+                lambda value, name, **limits: value if name.startswith("lr ") else read(value, name, **limits),
+            )
+        params, optimizer = build((5, 3), backend=backend, lr=torch.tensor(0.02, dtype=torch.float64))
+        for step in range(8):
+            optimizer.param_groups[0]["lr"].fill_(0.02 / (step + 1))
+            run(optimizer, params, 1, first_seed=step)
+        results.append(values(params))
+    assert_same(*results)
+
+
+def test_an_outer_step_leaves_the_norm_alone(backend):
+    """Other devices may read it later: each finishes the cycle by itself."""
+    table, cycle = make_table(torch.float32, [50, 3 * CHUNK_ELEMENTS], touched=(0, 1)), make_cycle(backend)
+    norm = cycle.backend.sq_norm(table)
+    before = norm.clone()
+    run_function("outer_step", table, cycle, MicroBatch([norm], 0))
+    assert_same([norm], [before])
+
+
+def test_chunks_are_balanced():
+    """A large parameter is cut into many programs, a small one is one, an empty one none."""
+    sizes = [5 * CHUNK_ELEMENTS + 1, 3, 0, CHUNK_ELEMENTS, 1]
+    table = make_table(torch.float32, sizes)
+    _, row_of_chunk, starts, _ = table.on_device()
+    assert row_of_chunk.tolist() == [0] * 6 + [1] + [3] + [4]
+    assert starts.tolist() == [[0, 0], [5, 9]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_offsets_beyond_int32(backend, dtype):
+    """A chunk that starts 2^31 + 2^14 elements into its segment, at an address that makes this ours: as if at 0."""
+    far = 2**31 + CHUNK_ELEMENTS
+    results = []
+    for offset in (0, far):
+        table, cycle = make_table(dtype, [1500], touched=(0,)), make_cycle(backend)
+        rows = table.rows[0]
+        for column, name in enumerate(COLUMNS):
+            size = dtype.itemsize if name in ("weight", "grad") else 4
+            size = dtype.itemsize if name == "walk" and dtype == torch.float32 else size
+            if name in ("weight", "grad", "theta", "walk", "exp_avg", "exp_avg_sq"):
+                rows[column] -= offset * size
+            elif name == "chunk":
+                rows[column] = -(offset // CHUNK_ELEMENTS)
+            elif name == "length":
+                rows[column] += offset
+        norm = cycle.backend.sq_norm(table)
+        run_function("inner_step", table, cycle, MicroBatch([norm], 0))
+        run_function("outer_step", table, cycle, MicroBatch([norm], 1))
+        tensors, sums = contents(table, cycle)
+        results.append([norm.clone(), *tensors, *sums])
+    assert results[0][0] > 0
+    assert_same(*results)
+
+
+def test_more_groups_than_a_block(backend):
+    """Triton's scalars go through blocks of 32 groups, CUDA's through a block's 256 threads."""
+    results = []
+    for which in ("reference", backend):
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(3)) for _ in range(300)]
+        groups = [{"params": [p], "lr": 1e-3 * (i + 1), "maximize": i % 3 == 0} for i, p in enumerate(params)]
+        optimizer = NexusAdamW(groups, backend=which)
+        run(optimizer, params, 9)
+        results.append([*values(params), *(s["step"] for s in optimizer.state_dict()["state"].values())])
+    assert_same(*results)
+
+
+# Steps captured into a CUDA graph, played by calls that are recorded instead of made
+
+
+class Graph:
+    """While it captures, kernels and copies to the device are recorded, not run; `replay` runs them."""
+
+    def __init__(self, monkeypatch):
+        self.calls, self.id, self._kernels = [], None, cuda._C
+        monkeypatch.setattr(cuda, "_C", self)
+        monkeypatch.setattr(capture, "capture_id", lambda devices: self.id)
+        for module in (cycles, tables):
+            monkeypatch.setattr(module, "upload", self._upload(module.upload))
+
+    def __getattr__(self, name):
+        function = getattr(self._kernels, name)
+        if not callable(function):
+            return function
+        return lambda *args: function(*args) if self.id is None else self.calls.append((function, args))
+
+    def _upload(self, upload):
+        def record(values, target, replayed=None):
+            assert (replayed is not None) == (self.id is not None)
+            if replayed is None:
+                upload(values, target)
+            else:
+                self.calls.append((target.copy_, (replayed.keep(values),)))
+
+        return record
+
+    def replay(self):
+        for function, args in self.calls:
+            function(*args)
+
+
+@pytest.fixture
+def graph(monkeypatch):
+    if "cuda" not in BACKENDS:
+        pytest.skip("needs the CUDA kernels on CPU tensors")
+    return Graph(monkeypatch)
+
+
+def mixed(**kwargs):
+    """Parameters of two dtypes and groups, with K = 3."""
+    dtypes = torch.float32, torch.float32, torch.bfloat16
+    params = [nn.Parameter(torch.randn(n).to(dtype)) for n, dtype in zip((40, 3, 7), dtypes, strict=True)]
+    groups = [{"params": params[:2]}, {"params": params[2:], "lr": 3e-3}]
+    return params, NexusAdamW(groups, **{"lr": 1e-2, "inner_lr": 0.05, "inner_steps": 3, "backend": "cuda", **kwargs})
+
+
+def test_replays_equal_eager_steps(graph):
+    """Gradients of each micro-batch at addresses of their own, one missing; eager cycles with others in between."""
+    results = []
+    for captured in (False, True):
+        graph.calls.clear()
+        torch.manual_seed(0)
+        params, optimizer = mixed(capturable=True)
+        static = [[torch.empty_like(p) for p in params] for _ in range(3)]
+        static[1][1] = None
+        generator = torch.Generator().manual_seed(1)
+
+        def step(params=params, optimizer=optimizer, static=static):
+            for grads in static:
+                for p, grad in zip(params, grads, strict=True):
+                    p.grad = grad
+                optimizer.step()
+            optimizer.zero_grad()
+
+        def new_gradients(static=static, generator=generator):
+            for grad in (grad for grads in static for grad in grads if grad is not None):
+                grad.copy_(torch.randn(grad.shape, generator=generator))
+
+        new_gradients()
+        step()
+        if captured:
+            graph.id = 7
+            step()
+            graph.id = None
+            assert optimizer.at_boundary
+        for eager in (False, False, True, False):
+            new_gradients()
+            if eager:
+                optimizer.param_groups[0]["lr"] = 5e-3  # what was captured keeps its own
+                run(optimizer, params, 3)
+                optimizer.param_groups[0]["lr"] = 1e-2
+            elif captured:
+                graph.replay()
+            else:
+                step()
+        state = optimizer.state_dict()["state"]
+        results.append([*values(params), *(entry[key] for entry in state.values() for key in sorted(entry))])
+        results[-1].append(torch.tensor(optimizer.metrics()["grad_norms"]))
+    assert_same(*results)
+
+
+def test_capture_must_begin_at_a_boundary(graph):
+    params, optimizer = mixed(capturable=True)
+    run(optimizer, params, 4)
+    before = snapshot(optimizer)
+    graph.id = 1
+    set_grads(params, 0)
+    for call in (optimizer.step, optimizer.outer_step):
+        with pytest.raises(
+            RuntimeError, match="in mid-cycle, after 1 of 3 inner steps: begin the capture at a boundary"
+        ):
+            call()
+    graph.id = None
+    assert_snapshot(optimizer, before)
+    run(optimizer, params, 2)
+    assert optimizer.at_boundary
+
+
+@pytest.mark.parametrize("after", [None, 2])
+def test_capture_must_end_at_a_boundary(graph, after):
+    """Whatever comes after a capture of part of a cycle, an eager step or another capture, is told; then all is as
+    before that capture, which has not run anything."""
+    params, optimizer = mixed(capturable=True)
+    run(optimizer, params, 3)
+    before = snapshot(optimizer)
+    graph.id = 1
+    run(optimizer, params, 2)
+    graph.id = after
+    set_grads(params, 0)
+    with pytest.raises(RuntimeError, match="ended in mid-cycle, after 2 of 3 inner steps: capture all steps"):
+        optimizer.step()
+    graph.id = None
+    assert_snapshot(optimizer, before)
+    run(optimizer, params, 3)
+    assert optimizer.at_boundary
+
+
+def test_a_partial_cycle_can_be_captured(graph):
+    params, optimizer = mixed(capturable=True)
+    run(optimizer, params, 3)
+    graph.id = 1
+    run(optimizer, params, 2)
+    optimizer.outer_step()
+    graph.id = None
+    run(optimizer, params, 1)
+
+
+def test_capture_is_refused_without_capturable(graph):
+    params, optimizer = mixed()
+    run(optimizer, params, 3)
+    optimizer.param_groups[0]["capturable"] = True
+    before = snapshot(optimizer)
+    graph.id = 1
+    set_grads(params, 0)
+    with pytest.raises(
+        RuntimeError, match="capturable is False in parameter group 1: build NexusAdamW with capturable"
+    ):
+        optimizer.step()
+    graph.id = None
+    assert_snapshot(optimizer, before)
+
+
+def test_capture_is_refused_before_a_first_cycle(graph):
+    params, optimizer = mixed(capturable=True)
+    for steps in (0, 2):
+        run(optimizer, params, steps)
+        optimizer.outer_step()
+        graph.id = 1
+        set_grads(params, 0)
+        if steps == 0:
+            with pytest.raises(RuntimeError, match=r"run at least one whole cycle \(3 steps\) before the capture"):
+                optimizer.step()
+        else:
+            run(optimizer, params, 3)
+        graph.id = None
+
+
+@pytest.mark.parametrize("change", ["amsgrad", "group", "thaw", "storage"])
+def test_capture_is_refused_where_memory_would_change(graph, change):
+    frozen = nn.Parameter(torch.randn(3), requires_grad=False)
+    params, optimizer = mixed(capturable=True)
+    optimizer.add_param_group({"params": [frozen]})
+    run(optimizer, params, 3)
+    set_grads(params, 0)
+    if change == "amsgrad":
+        optimizer.param_groups[1]["amsgrad"] = True
+    elif change == "group":
+        optimizer.add_param_group({"params": [nn.Parameter(torch.randn(2))]})
+    elif change == "thaw":
+        frozen.grad = torch.ones(3)
+    else:
+        params[0].data = params[0].detach().clone()
+    graph.id = 1
+    with pytest.raises(RuntimeError, match=r"one whole cycle .*before the capture"):
+        optimizer.step()
+    graph.id = None
+    run(optimizer, params, 3)
+    graph.id = 1
+    run(optimizer, params, 3)
+
+
+@pytest.mark.parametrize("name", ["lr", "inner_lr", "betas"])
+def test_capture_is_refused_with_hyperparameters_on_the_cpu(graph, name):
+    """A float is a constant of the graph, as in torch.optim; a tensor's owner wants to change it."""
+    params, optimizer = mixed(capturable=True)
+    run(optimizer, params, 3)
+    value = torch.tensor(0.01)
+    optimizer.param_groups[1][name] = (value, 0.9) if name == "betas" else value
+    graph.id = 1
+    set_grads(params, 0)
+    with pytest.raises(RuntimeError, match=f"{name} of parameter group 1 is a tensor on the CPU"):
+        optimizer.step()
+
+
+def test_pinned_memory_is_ready_for_a_capture(monkeypatch):
+    """K copies of it, again after each capture, and of the shape that is needed."""
+    made = []
+    monkeypatch.setattr(torch, "empty_like", lambda like, pin_memory=False: made.append(pin_memory) or like.clone())
+    replayed, rows = cycles.Replayed(), torch.zeros(2, 3)
+    replayed.prepare(rows, 2)
+    replayed.prepare(rows, 2)
+    assert made == [True, True]
+    kept = [replayed.keep(torch.full((2, 3), float(i))) for i in range(3)]
+    assert made == [True, True, False]
+    assert [float(k[0, 0]) for k in kept] == [0, 1, 2]
+    replayed.prepare(torch.zeros(4), 1)
+    assert replayed.keep(torch.ones(4)).shape == (4,)
