@@ -98,7 +98,11 @@ bool negated(PyObject* tensor) {
 
 // Fills addresses[i] with the address of parameter i's gradient: 0 without one, -1 for one without elements. Returns the
 // indices of parameters that Python must look at itself, and of those written since pointers and versions were taken.
-py::tuple look(const py::list& params, int64_t rows, bool use, int64_t addresses, int64_t pointers, int64_t versions) {
+//
+// objects[i], ours: the last gradient that was asked whether it is negated, which costs as much as all the rest. The row
+// still has its address, and a negated view of its memory would be another object, made while that one lived.
+py::tuple look(const py::list& params, int64_t rows, bool use, int64_t addresses, int64_t pointers, int64_t versions,
+               int64_t objects) {
   py::list unusual, written;
   const auto* segments = pointer<const nexus::Segment>(rows);
   const Py_ssize_t n = PyList_GET_SIZE(params.ptr());
@@ -115,17 +119,31 @@ py::tuple look(const py::list& params, int64_t rows, bool use, int64_t addresses
     if (!use) continue;
     const py::object grad = get(param, grad_attribute);
     if (grad.is_none()) continue;
-    if (read(grad.ptr(), gradient) && alike(gradient, own, segments[i].length) && !negated(grad.ptr()))
-      pointer<int64_t>(addresses)[i] = segments[i].length ? address(gradient) : -1;
-    else
+    PyObject*& known = pointer<PyObject*>(objects)[i];
+    const bool fits = read(grad.ptr(), gradient) && alike(gradient, own, segments[i].length);
+    const int64_t found = fits && segments[i].length ? address(gradient) : -1;
+    if (fits && ((grad.ptr() == known && found == segments[i].grad) || !negated(grad.ptr()))) {
+      pointer<int64_t>(addresses)[i] = found;
+      known = grad.ptr();
+    } else {
       unusual.append(i);
+      known = nullptr;
+    }
   }
   return py::make_tuple(unusual, written);
 }
 
-void take_versions(const py::list& params, int64_t versions) {
-  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.ptr()); ++i)
-    pointer<int64_t>(versions)[i] = version_of(PyList_GET_ITEM(params.ptr(), i));
+// After every parameter's version was raised once: takes them, and says whether each is one more than before. Where that
+// is known of them (`alone`), they need not be asked.
+bool take_versions(const py::list& params, int64_t versions, bool alone) {
+  int64_t* version = pointer<int64_t>(versions);
+  bool raised_once = true;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.ptr()); ++i) {
+    const int64_t now = alone ? version[i] + 1 : version_of(PyList_GET_ITEM(params.ptr(), i));
+    raised_once &= now == version[i] + 1;
+    version[i] = now;
+  }
+  return raised_once;
 }
 
 }  // namespace

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from array import array
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,6 +57,9 @@ class Table:
         self.displacement_sq: Tensor  # ΣD² of each chunk
         self.sq_norm: Tensor  # Σg² of all chunks, [1], where a kernel adds them up
         self.arrivals: Tensor  # blocks of a grid that have finished, [1] int32; 0 between launches
+        self._objects = array("q")  # of `_quick_look`
+        self._states: list[dict[str, Any]] = []  # the segments'
+        self._counts_alone = False  # writing into one parameter is known to change no other's version
         self._staged: list[Segment] = []  # those whose parameters have gaps
         self._complete = True  # every segment has a gradient
         self._suspects: list[int] = []  # rows that others may have written
@@ -102,6 +106,9 @@ class Table:
         # In the groups' order, whenever a parameter came: the norm is summed in that order, also after a resume.
         self.segments, self.buckets = sorted(segments, key=lambda s: (s.group, s.index)), buckets
         self.params = [s.param for s in self.segments]
+        self._objects = array("q", bytes(8 * len(self.segments)))
+        self._states = [s.state for s in self.segments]
+        self._counts_alone = False
         self._staged = [s for s in self.segments if s.staged is not None]
         self._shows_cycle_buffers = False  # not all of them
         for row, segment in enumerate(self.segments):
@@ -173,11 +180,10 @@ class Table:
         touch: 0 no parameter is touched, 1 just those with a gradient are, 2 the rows tell. Rows are copied only if an
         address changed (or who is touched, with 2), through pinned memory and without waiting.
         """
-        touched = self.rows[:, TOUCHED]
         if not self._touched:
             touch = 0
         elif (self._touched == len(self.segments) and self._complete) or torch.equal(
-            touched, (self.rows[:, GRAD] != 0).long()
+            self.rows[:, TOUCHED], (self.rows[:, GRAD] != 0).long()
         ):
             touch = 1
         else:
@@ -216,7 +222,7 @@ class Table:
         if _quick_look is None or self._outdated:
             everything = list(range(len(self.segments)))
             return everything, everything
-        buffers = (values.buffer_info()[0] for values in (addresses, self.pointers, self.versions))
+        buffers = (values.buffer_info()[0] for values in (addresses, self.pointers, self.versions, self._objects))
         return _quick_look(self.params, self.rows.data_ptr(), use, *buffers)
 
     def _read_gradient(self, segment: Segment, addresses: array[int], use: bool) -> None:
@@ -275,6 +281,7 @@ class Table:
 
     def _remember(self, segments: list[Segment]) -> None:
         for segment in segments:
+            self._counts_alone = False  # who writes may also have made views
             pointer = segment.param.data_ptr()
             self._outdated |= pointer != self.pointers[segment.row]
             self.pointers[segment.row], self.versions[segment.row] = pointer, segment.param._version
@@ -287,7 +294,8 @@ class Table:
                 segment.param.detach().copy_(segment.staged)  # type: ignore[arg-type]
         if segments is self.segments and _take_versions is not None:
             torch.autograd.graph.increment_version(self.params)
-            _take_versions(self.params, self.versions.buffer_info()[0])
+            # Mostly each is one more than when we looked; views of one tensor, though, share one count.
+            self._counts_alone = _take_versions(self.params, self.versions.buffer_info()[0], self._counts_alone)
         else:
             torch.autograd.graph.increment_version([s.param for s in segments])
             for segment in segments:
@@ -368,19 +376,23 @@ class Table:
             segment.weight.copy_(segment.walk if segment.touched else segment.theta)
         self.wrote(mirrors)
 
+    @property
+    def _cycle_key(self) -> str:
+        return "walk" if self.dtype != STATE_DTYPE[self.dtype] else "anchor"
+
     def ensure_cycle_buffers(self) -> None:
         """Allocates anchors (below float32: walks) where they are missing and shows them in the state."""
         if self._shows_cycle_buffers and not self._outdated:
             return
-        name = "walk" if self.dtype != STATE_DTYPE[self.dtype] else "anchor"
+        name = self._cycle_key
         self._outdated |= any(name not in bucket.buffers for bucket in self.buckets)
         for bucket in self.buckets:
             bucket.ensure(name)
         self._refresh()
-        for segment in self.segments:
+        for segment, state in zip(self.segments, self._states, strict=True):
             if segment.cycle_view is None:
-                segment.cycle_view = segment.shaped(segment.cycle_key)
-            segment.state[segment.cycle_key] = segment.cycle_view
+                segment.cycle_view = segment.shaped(name)
+            state[name] = segment.cycle_view
         self._shows_cycle_buffers = True
 
     @property
@@ -391,8 +403,9 @@ class Table:
     def hide_cycle_buffers(self) -> None:
         """Removes anchors and walks from the state; the memory stays ours for the next cycle."""
         self._shows_cycle_buffers = False
-        for segment in self.segments:
-            segment.state.pop(segment.cycle_key, None)
+        name = self._cycle_key
+        for state in self._states:
+            state.pop(name, None)
 
     def fill_untouched(self) -> None:
         """Gives parameters that have not moved in this cycle an anchor (a walk) equal to where they are."""

@@ -160,9 +160,7 @@ def test_an_error_at_launch_names_kernel_and_device(with_gpu):
     before = snapshot(optimizer)
     set_grads(params, 0)
     kernels.set_error(3)
-    with pytest.raises(
-        RuntimeError, match=r"kernel sq_norm could not be started on cuda:0: .*\(cudaErrorOfTest\)"
-    ):
+    with pytest.raises(RuntimeError, match=r"kernel sq_norm could not be started on cuda:0: .*\(cudaErrorOfTest\)"):
         optimizer.step()
     kernels.set_error(0)
     assert_snapshot(optimizer, before)
