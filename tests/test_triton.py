@@ -132,6 +132,21 @@ def test_chunks_are_balanced():
     assert starts.tolist() == [[0, 0], [5, 9]]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("offset", [0, 1])
+def test_one_gradient_as_in_the_table(dtype, offset):
+    """sum_squares_kernel gives the partial sums of sq_norm_kernel, of every chunk and alignment."""
+    table, backend = (
+        make_table(dtype, [0, 5, 3 * CHUNK_ELEMENTS + 17, 2048], offset=offset),
+        make_cycle("triton").backend,
+    )
+    expected = backend.sq_norm(table).clone()
+    table.partials.fill_(float("nan"))
+    for segment in table.segments:
+        backend.sum_squares(table, segment, segment.param.grad)
+    assert_same([backend.sq_norm(table, summed=True)], [expected])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_offsets_beyond_int32(dtype):
     """A chunk that starts 2^31 + 2^14 elements into its segment, at an address that makes this ours: as if at 0."""
@@ -212,7 +227,8 @@ def test_every_kernel_is_tried_out(monkeypatch, launched, dtype):
         monkeypatch.setattr(module, "launch", record)
     triton._try_out.__wrapped__(torch.device("cpu"), dtype)
     assert set(launched) == {
-        "sq_norm_kernel", "advance_kernel", "inner_step_kernel", "outer_step_kernel", "finish_kernel",
+        "sum_squares_kernel", "sq_norm_kernel", "advance_kernel", "inner_step_kernel", "outer_step_kernel",
+        "finish_kernel",
     }  # fmt: skip
     assert variants == {
         *(("outer_step_kernel", amsgrad, None) for amsgrad in (False, True)),
