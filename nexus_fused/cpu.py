@@ -11,7 +11,11 @@ from torch import Tensor
 from . import _C
 from .cycle import Cycle, MicroBatch
 from .flat import Segment
-from .table import Table
+from .table import CHUNK_ELEMENTS, Table
+
+# Elements of the smallest gradient that is worth a hook. Within a backward pass Python's own code is out of the cache,
+# and a hook takes tens of microseconds; in one, step() sums ten thousand elements.
+SMALLEST_HOOKED = CHUNK_ELEMENTS
 
 _DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 

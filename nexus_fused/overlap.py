@@ -60,11 +60,12 @@ class Overlap:
         weakref.finalize(self, _remove, self._handles).atexit = False
 
     def watch(self, table: Table, backend: ModuleType) -> None:
-        """Puts hooks on the table's parameters that have none; those that cannot have one are summed in `step()`."""
+        """Puts hooks on the table's parameters that have none; those too small or frozen are summed in `step()`."""
         sums = self._sums.setdefault(table, _Sums(table))
         sums.backend = backend
         for segment in table.segments:
-            if segment not in self._hooked and segment.param.requires_grad:
+            large = segment.numel >= backend.SMALLEST_HOOKED
+            if large and segment not in self._hooked and segment.param.requires_grad:
                 hook = functools.partial(_sum, weakref.ref(sums), segment)
                 self._handles.append(segment.param.register_post_accumulate_grad_hook(hook))
                 self._hooked.add(segment)

@@ -21,6 +21,8 @@ from .triton_kernels import outer_step as _outer_step
 from .triton_kernels import scalars as _scalars
 from .triton_kernels import sq_norm as _sq_norm
 
+SMALLEST_HOOKED = 0  # elements of a gradient: in step() each would be a launch of its own
+
 # Whether TRITON_INTERPRET=1 was set when the kernels were imported: they run on CPU tensors then, and only there.
 INTERPRETED = not isinstance(_sq_norm.sq_norm_kernel, triton.JITFunction)
 

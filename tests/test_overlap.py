@@ -27,6 +27,12 @@ def backend(request):
     return request.param
 
 
+@pytest.fixture(autouse=True)
+def small_ones_too(monkeypatch):
+    if "cpu" in FUSED:
+        monkeypatch.setattr("nexus_fused.cpu.SMALLEST_HOOKED", 0)
+
+
 @pytest.fixture
 def calls(monkeypatch, backend):
     """What was asked of the backend: "one" for a gradient's sums, "all" for a table's, "add" for the addition alone."""
@@ -427,6 +433,16 @@ def test_step_only_adds_up(backend, calls):
     calls.clear()
     optimizer.step()
     assert sorted(calls) == ["add", "all"]  # the other table has no gradient
+
+
+def test_small_gradients_are_summed_in_step(monkeypatch):
+    """On a CPU, where their hooks would cost more than they save."""
+    pytest.importorskip("nexus_fused._C")
+    monkeypatch.undo()
+    params, _optimizer = build("cpu", overlap_norm=True)
+    assert [len(p._post_accumulate_grad_hooks or ()) for p in params] == [0, 0, 1, 0, 0]
+    compare("cpu", missing)
+    compare("cpu", accumulated_twice)
 
 
 def test_off_by_default(backend, calls):
