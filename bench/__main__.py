@@ -99,13 +99,19 @@ def show(title: str, table: list[dict[str, Any]], figures: dict[str, dict[str, f
         print(f"  {name}: {figure['median']:.2f} ({figure['quartile1']:.2f} to {figure['quartile3']:.2f})")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.partition("\n")[0])
+def arguments(prog: str, description: str) -> argparse.Namespace:
+    """The command line; sets the number of threads."""
+    parser = argparse.ArgumentParser(prog=prog, description=description.partition("\n")[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--out", type=Path, help="also write everything there, as JSON")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    return options
+
+
+def started(options: argparse.Namespace) -> dict[str, Any]:
+    """A result without figures yet: what it will have been measured on and with. Prints the gist."""
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     result: dict[str, Any] = {
         "processor": processor(),
@@ -120,14 +126,24 @@ def main() -> None:
         "figures": {},
     }
     print(", ".join(f"{key} {result[key]}" for key in ("processor", "threads", "instruction_set", "torch", "commit")))
+    return result
+
+
+def write(result: dict[str, Any], out: Path | None) -> None:
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=2) + "\n")
+        print(f"\nwritten to {out}")
+
+
+def main() -> None:
+    options = arguments("python -m bench", str(__doc__))
+    result = started(options)
     for title, table, figures in sections(options.rounds):
         show(title, table, figures)
         result["sections"].append({"title": title, "rows": table})
         result["figures"].update(figures)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
-        print(f"\nwritten to {options.out}")
+    write(result, options.out)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 // The extension nexus_fused._C: addresses, sizes, a thread count or a stream in, nothing of torch.
 //
-// Each CPU function takes the address of table.Table.rows with its numbers of rows and chunks, and the addresses of
-// float64 scalars and buffers as cycle.Cycle lays them out. The instruction set is chosen once, when the module is
+// A CPU function of a table takes the address of table.Table.rows with its numbers of rows and chunks, and the addresses
+// of float64 scalars and buffers as cycle.Cycle lays them out. The instruction set is chosen once, when the module is
 // imported. The CUDA functions are in bindings_cuda.h.
 
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <string>
 
 #define NEXUS_ISA baseline
@@ -32,17 +33,17 @@ namespace {
 
 struct Kernels {
   const char* name;
-  decltype(&baseline::sq_norm) sq_norm;
+  decltype(&baseline::sum_squares) sum_squares;
   decltype(&baseline::inner_step) inner_step;
   decltype(&baseline::outer_step) outer_step;
 };
 
 constexpr Kernels kVariants[] = {
 #if defined(NEXUS_HAVE_X86_VARIANTS)
-    {"avx512", avx512::sq_norm, avx512::inner_step, avx512::outer_step},
-    {"avx2", avx2::sq_norm, avx2::inner_step, avx2::outer_step},
+    {"avx512", avx512::sum_squares, avx512::inner_step, avx512::outer_step},
+    {"avx2", avx2::sum_squares, avx2::inner_step, avx2::outer_step},
 #endif
-    {"baseline", baseline::sq_norm, baseline::inner_step, baseline::outer_step},
+    {"baseline", baseline::sum_squares, baseline::inner_step, baseline::outer_step},
 };
 
 bool runs_here(const std::string& name) {
@@ -64,9 +65,28 @@ const Kernels* best() {
 
 const Kernels* kernels = best();
 
+// Σ partials in their order.
+double add_up(int64_t partials, int64_t chunks) {
+  double sum = 0;
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += pointer<const double>(partials)[chunk];
+  return sum;
+}
+
 double sq_norm(int64_t rows, int64_t n, int64_t chunks, int dtype, int64_t partials, int threads) {
   py::gil_scoped_release released;
-  return kernels->sq_norm(pointer<const Segment>(rows), n, chunks, DType(dtype), pointer<double>(partials), threads);
+  kernels->sum_squares(pointer<const Segment>(rows), n, chunks, DType(dtype), pointer<double>(partials), threads);
+  return add_up(partials, chunks);
+}
+
+// The partial sums of one gradient of `length` elements at an address.
+void sum_squares(int64_t gradient, int64_t length, int dtype, int64_t partials, int threads) {
+  py::gil_scoped_release released;
+  Segment segment{};
+  segment.grad = gradient, segment.length = length;
+  const int64_t chunks = (length + kChunk - 1) / kChunk;
+  // Another thread must be woken up, which takes as long as two chunks of a gradient that is still in cache.
+  const int useful = int(std::clamp<int64_t>(chunks / 2, 1, threads));
+  kernels->sum_squares(&segment, 1, chunks, DType(dtype), pointer<double>(partials), useful);
 }
 
 void inner_step(int64_t rows, int64_t n, int64_t chunks, int dtype, int64_t factor, int64_t moves, int64_t lost_moves,
@@ -104,6 +124,8 @@ void set_instruction_set(const std::string& name) {
 
 PYBIND11_MODULE(_C, m) {
   m.def("sq_norm", &sq_norm);
+  m.def("sum_squares", &sum_squares);
+  m.def("add_up", &add_up);
   m.def("inner_step", &inner_step);
   m.def("outer_step", &outer_step);
   m.def("instruction_sets", &instruction_sets, "Those that were built and run on this processor, best first.");

@@ -1,4 +1,4 @@
-// CPU kernels: squared norm, inner step, fused outer step, over a table of segments.
+// CPU kernels: sums of squares, inner step, fused outer step, over a table of segments.
 //
 // Compiled once for each instruction set; NEXUS_ISA names the namespace (see CMakeLists.txt). Work is cut into chunks
 // of kChunk elements of one segment. Threads take chunks; whatever is summed is summed per chunk in 16 fixed lanes and
@@ -123,7 +123,7 @@ double sum_lanes(const double* lanes) {
 
 // Bytes per element: reads g.
 template <class T>
-double chunk_sq_norm(const Segment& segment, int64_t begin, int64_t end) {
+double chunk_sum_squares(const Segment& segment, int64_t begin, int64_t end) {
   const auto* g = pointer<const typename T::Storage>(segment.grad);
   double lanes[kLanes] = {};
   for (int64_t i = begin; i < end; i += kBlock) {
@@ -140,13 +140,10 @@ double chunk_sq_norm(const Segment& segment, int64_t begin, int64_t end) {
 }
 
 template <class T>
-double table_sq_norm(const Segment* segments, int64_t n, int64_t chunks, double* partials, int threads) {
+void table_sum_squares(const Segment* segments, int64_t n, int64_t chunks, double* partials, int threads) {
   for_each_chunk(segments, n, chunks, threads, [=](const Segment& segment, int64_t begin, int64_t end, int64_t chunk) {
-    partials[chunk] = segment.grad ? chunk_sq_norm<T>(segment, begin, end) : 0;
+    partials[chunk] = segment.grad ? chunk_sum_squares<T>(segment, begin, end) : 0;
   });
-  double sum = 0;
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += partials[chunk];
-  return sum;
 }
 
 // w ← w − γ·g/n. Bytes per element, float32: reads w g, writes w (12); the first time in a cycle also θ (16).
@@ -315,9 +312,9 @@ auto with_dtype(DType dtype, const Function& function) {
 
 }  // namespace
 
-double sq_norm(const Segment* segments, int64_t n, int64_t chunks, DType dtype, double* partials, int threads) {
-  return with_dtype(dtype, [=](auto type) {
-    return table_sq_norm<decltype(type)>(segments, n, chunks, partials, threads);
+void sum_squares(const Segment* segments, int64_t n, int64_t chunks, DType dtype, double* partials, int threads) {
+  with_dtype(dtype, [=](auto type) {
+    table_sum_squares<decltype(type)>(segments, n, chunks, partials, threads);
   });
 }
 

@@ -1,11 +1,11 @@
-// The three CPU kernels, declared once for each instruction set they are compiled for.
+// The CPU kernels, declared once for each instruction set they are compiled for.
 #pragma once
 
 #include "nexus_math.h"
 
 #define NEXUS_DECLARE_KERNELS(isa)                                                                                     \
   namespace nexus::isa {                                                                                               \
-  double sq_norm(const Segment* segments, int64_t n, int64_t chunks, DType dtype, double* partials, int threads);      \
+  void sum_squares(const Segment* segments, int64_t n, int64_t chunks, DType dtype, double* partials, int threads);    \
   void inner_step(const Segment* segments, int64_t n, int64_t chunks, DType dtype, const double* factor,               \
                   int64_t* moves, int64_t* lost_moves, int threads);                                                   \
   void outer_step(const Segment* segments, int64_t n, int64_t chunks, DType dtype, const Hyper* hyper,                 \

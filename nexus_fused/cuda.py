@@ -1,7 +1,7 @@
 """The CUDA backend: starts the kernels of csrc/cuda.cu on the current stream of the tables' device.
 
-The three functions are those of reference.py, where they are defined. Nothing returns to the host. A step of one table
-is 2 launches: the norm, and the inner or outer step, which also advances the scalars.
+Functions are those of reference.py, where they are defined, and `sum_squares`. Nothing returns to the host. A step of
+one table is 2 launches: the norm, and the inner or outer step, which also advances the scalars.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from torch import Tensor
 
 from . import _C
 from .cycle import Cycle, MicroBatch
-from .table import CHUNK, Table
+from .flat import Segment
+from .table import Table
+
+SMALLEST_HOOKED = 0  # elements of a gradient: in step() each would be a launch of its own
 
 _DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -81,8 +84,10 @@ def _readable(micro_batch: MicroBatch | None, device: torch.device) -> MicroBatc
 
 
 def sq_norm(table: Table, *, summed: bool = False) -> Tensor:
-    """‖g‖² over the table's gradients: [1], float64. Reads 4 bytes per float32 element, 2 below; nothing where the
-    partial sums stand already (`summed`)."""
+    """‖g‖² over the table's gradients: [1], float64. Reads 4 bytes per float32 element, 2 below.
+
+    summed: `table.partials` holds the partial sums of all, which are only added up.
+    """
     with _on(table.device):
         partials, norm = table.partials.data_ptr(), table.sq_norm.data_ptr()
         if summed:
@@ -92,10 +97,9 @@ def sq_norm(table: Table, *, summed: bool = False) -> Tensor:
     return table.sq_norm
 
 
-def sum_squares(table: Table, row: int, gradient: Tensor) -> None:
-    """Writes the partial sums of one row's chunks, from a gradient that lies as its parameter does."""
-    segment = table.segments[row]
-    partials = table.partials.data_ptr() + table.partials.itemsize * int(table.rows[row, CHUNK])
+def sum_squares(table: Table, segment: Segment, gradient: Tensor) -> None:
+    """Writes the partial sums of one gradient, dense as its segment is, into `table.partials`, as `sq_norm` does."""
+    partials = table.partials.data_ptr() + 8 * segment.chunk
     with _on(table.device):
         _C.cuda_sum_squares(gradient.data_ptr(), segment.numel, _DTYPES[table.dtype], partials, _where(table.device))
 

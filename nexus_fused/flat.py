@@ -80,6 +80,7 @@ class Segment:
     """One parameter: where its memory is and what shape that has."""
 
     param: Tensor
+    dtype: torch.dtype
     group: int
     index: int  # within its group
     shape: torch.Size
@@ -95,6 +96,7 @@ class Segment:
     cycle_view: Tensor | None = None  # anchor or walk as the state shows it in mid-cycle
     touched: bool = False  # had a gradient in this cycle, so theta and walk are both valid
     row: int = -1  # in its table
+    chunk: int = -1  # its first in its table
 
     @property
     def where(self) -> str:
@@ -187,6 +189,7 @@ def make_segment(param: Tensor, *, group: int, index: int, state: dict[str, Any]
     staged = None if dense else param.detach().clone(memory_format=torch.contiguous_format).resolve_conj().resolve_neg()
     return Segment(
         param=param,
+        dtype=param.dtype,
         group=group,
         index=index,
         shape=param.shape,

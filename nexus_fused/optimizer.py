@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import backends, capture, checkpoint, hyperparameters, reference
+from . import backends, capture, checkpoint, hyperparameters, overlap, reference
 from .cycle import GROUP_KEYS, Cycle, MicroBatch, combine, summarize
 from .flat import Segment, make_segment, real_dtype
 from .table import Table
@@ -46,6 +46,12 @@ class NexusAdamW(Optimizer):
         backend: None (best for each device), "reference", "cpu", "triton" or "cuda"; an explicit one that cannot
             run raises RuntimeError.
         flatten: move parameters that own their memory into flat buffers. False leaves all where they are.
+        overlap_norm: sum each gradient's squares in a hook, as soon as a backward pass has accumulated it, so that
+            `step()` need not read it for the norm; the same result bit for bit. A gradient that others write
+            afterwards, by clipping for example, is summed again, and all are under GradScaler.step(). A write that
+            autograd does not see is missed: through `p.grad.data`, with a kernel of one's own, or by
+            GradScaler.unscale_() where `step()` is then called without the scaler. RuntimeError with the reference, and
+            in a run of several processes.
 
     Raises ValueError or TypeError that names the parameter group before anything is modified.
     """
@@ -72,8 +78,9 @@ class NexusAdamW(Optimizer):
         fused: bool | None = None,
         backend: str | None = None,
         flatten: bool = True,
+        overlap_norm: bool = False,
     ) -> None:
-        self._configure(hyperparameters.inner_steps(inner_steps), backend, fused, flatten)
+        self._configure(hyperparameters.inner_steps(inner_steps), backend, fused, flatten, overlap_norm)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -94,10 +101,14 @@ class NexusAdamW(Optimizer):
         hyperparameters.group_row({"base_lr": lr, **defaults}, 0, self._inner_steps)
         super().__init__(params, defaults)
 
-    def _configure(self, inner_steps: int, backend: str | None, fused: bool | None, flatten: bool) -> None:
+    def _configure(
+        self, inner_steps: int, backend: str | None, fused: bool | None, flatten: bool, overlap_norm: bool
+    ) -> None:
         backends.check_choice(backend, fused)
+        overlap.check_choice(overlap_norm)
         self._inner_steps = inner_steps
         self._backend, self._fused, self._flatten = backend, fused, flatten
+        self._overlap_norm, self._overlap = overlap_norm, overlap.Overlap() if overlap_norm else None
         self._tables: dict[tuple[torch.device, torch.dtype], Table] = {}
         self._cycles: dict[torch.device, Cycle] = {}
         self._frozen: list[tuple[int, int, Tensor]] = []  # group, index, parameter: no state yet
@@ -148,6 +159,8 @@ class NexusAdamW(Optimizer):
         found: dict[torch.device, ModuleType] = {}
         for device, dtype in {(p.device, real_dtype(p.dtype)): None for _, _, p in live}:
             backend = backends.resolve(self._backend, self._fused, device, dtype)
+            if self._overlap_norm:
+                overlap.check_backend(backend, device)
             if found.get(device) is not reference:  # one for all dtypes of a device
                 found[device] = backend
         self._extend_tables(live, flatten=flatten)
@@ -164,6 +177,10 @@ class NexusAdamW(Optimizer):
             self._cycles.setdefault(device, Cycle(device, self._inner_steps, backend)).backend = backend
         self._cycles = {device: self._cycles[device] for device in tables}
         self._work = [(self._cycles[device], members) for device, members in tables.items()]
+        if self._overlap is not None:
+            for cycle, members in self._work:
+                for table in members:
+                    self._overlap.watch(table, cycle.backend)
         self._members = [list(group["params"]) for group in self.param_groups]
         self._warm = False
         for cycle in [*known, *self._cycles.values()]:
@@ -236,7 +253,7 @@ class NexusAdamW(Optimizer):
             for table in self._tables.values():
                 table.ensure_cycle_buffers()
         micro_batch = MicroBatch(
-            [cycle.backend.sq_norm(table) for cycle, tables in self._work for table in tables],
+            self._sq_norms(),
             self._position,
             getattr(self, "grad_scale", None),
             getattr(self, "found_inf", None),
@@ -250,6 +267,15 @@ class NexusAdamW(Optimizer):
                     table.finish_inner_step()
             self._set_position(self._position + 1)
         return loss
+
+    def _sq_norms(self) -> list[Tensor]:
+        """‖g‖² of each table, as `MicroBatch.sq_norms`."""
+        if self._overlap is None:
+            return [cycle.backend.sq_norm(table) for cycle, tables in self._work for table in tables]
+        # GradScaler.unscale_ writes gradients without changing their versions, a graph's replays write partial sums.
+        if getattr(self, "found_inf", None) is not None or self._was_captured:
+            self._overlap.forget()
+        return [self._overlap.sq_norm(table) for _, tables in self._work for table in tables]
 
     @torch.no_grad()
     def outer_step(self) -> None:
@@ -266,6 +292,8 @@ class NexusAdamW(Optimizer):
     def _look(self, *, gradients: bool) -> None:
         """Checks everything that may be wrong, then tells tables and cycles what is new."""
         self._check_members()
+        if self._overlap_norm and gradients:  # a process group may have come since
+            overlap.check_processes()
         self._follow_capture()
         rows = [hyperparameters.group_row(g, i, self._inner_steps) for i, g in enumerate(self.param_groups)]
         if self._frozen and gradients:
@@ -296,7 +324,7 @@ class NexusAdamW(Optimizer):
             cycle.capturing = current is not None
             for table in tables:
                 table.capturing = current is not None
-                if table.capturing or self._was_captured:
+                if table.capturing:
                     table.distrust_device()
                 elif cycle.device.type == "cuda" and any(group["capturable"] for group in self.param_groups):
                     table.replayed.prepare(table.rows, self._inner_steps)
@@ -565,7 +593,7 @@ class NexusAdamW(Optimizer):
             for table in self._tables.values():
                 table.fill_untouched()
         self._show_cycle_data()
-        kept = ("_inner_steps", "_backend", "_fused", "_flatten", "_just_loaded")
+        kept = ("_inner_steps", "_backend", "_fused", "_flatten", "_overlap_norm", "_just_loaded")
         finished = combine(list(self._cycles.values()))
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}, "_finished": finished}
 
@@ -573,7 +601,8 @@ class NexusAdamW(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Builds tables around copied or unpickled parameters and state."""
         groups, entries = state["param_groups"], dict(state["state"])
-        self._configure(state["_inner_steps"], state["_backend"], state["_fused"], state["_flatten"])
+        choices = ("_inner_steps", "_backend", "_fused", "_flatten", "_overlap_norm")
+        self._configure(*(state[name] for name in choices))
         super().__setstate__({"defaults": state["defaults"], "param_groups": groups, "state": defaultdict(dict)})
         loaded = [dict(group) for group in groups]
         for param in entries:

@@ -12,7 +12,8 @@ One cycle, in the symbols of arXiv 2604.09258 (Algorithm 3):
 
 A backend is a module with three functions: `sq_norm` of one `table.Table` (weights, gradients, state), `inner_step` and
 `outer_step` of all tables of a device, with a `cycle.Cycle` (that device's scalars) and a `cycle.MicroBatch`. They
-update weights, state and scalars in place and return nothing but a norm. This one spends memory for clarity.
+update weights, state and scalars in place and return nothing but a norm. This one spends memory for clarity. A backend
+may have a fourth, `sum_squares` of one gradient, for overlap.py, with SMALLEST_HOOKED; its `sq_norm` takes `summed`.
 
 Rounding: scalars are computed in float64, elements in the state's dtype (float32, for float64 parameters float64),
 each operation rounded on its own, in the order written here.

@@ -153,6 +153,7 @@ class Table:
             walk = address("walk") if s.low_precision else weight
             maximum = address("max_exp_avg_sq") if s.bucket.amsgrad else 0
             state = [address(s.theta_name), walk, address("exp_avg"), address("exp_avg_sq"), maximum]
+            s.chunk = chunks
             rows.append([weight, grad, *state, s.step.data_ptr(), s.numel, s.group, s.touched, chunks])
             chunks += count
         with torch.device("cpu"):  # whatever the default device is
@@ -172,6 +173,11 @@ class Table:
         self.sq_norm = torch.zeros(1, dtype=torch.float64, device=self.device)
         self.arrivals = torch.zeros(1, dtype=torch.int32, device=self.device)
         self._stale, self._outdated = True, False
+
+    @property
+    def is_current(self) -> bool:
+        """Whether `rows`, `partials` and the segments' chunks belong together."""
+        return not self._outdated
 
     def on_device(self) -> tuple[Tensor, Tensor, Tensor, int]:
         """What kernels on a GPU read: `rows` [n, 12], the row of each chunk [chunks], the first row and first chunk of
@@ -240,10 +246,22 @@ class Table:
         fits = grad.layout is torch.strided and grad.shape == segment.shape
         if not fits or grad.dtype is not param.dtype or grad.device != self.device:
             raise RuntimeError(_misfit(segment, grad))
-        if grad.stride() != segment.strides or grad.is_neg() or grad.is_conj():
+        if not self.can_read(segment, grad):
             dense = torch.empty_strided(segment.shape, segment.strides, dtype=grad.dtype, device=self.device)
             self.copies[row] = grad = dense.copy_(grad.detach())
         addresses[row] = grad.data_ptr() or -1  # an empty gradient is one all the same, without memory
+
+    def can_read(self, segment: Segment, grad: Tensor) -> bool:
+        """Whether kernels can read this gradient where it lies."""
+        return (
+            grad.layout is torch.strided
+            and grad.dtype is segment.dtype
+            and grad.stride() == segment.strides
+            and grad.shape == segment.shape
+            and grad.device == self.device
+            and not grad.is_neg()
+            and not grad.is_conj()
+        )
 
     def _was_converted(self, segment: Segment) -> bool:
         param = segment.param

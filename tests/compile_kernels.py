@@ -33,6 +33,8 @@ def launches():
 
     def record(kernel, programs, *args, **constants):
         types = [TYPES[a.dtype] if isinstance(a, torch.Tensor) else a if a is None else "i32" for a in args]
+        stated = [param.annotation_type for param in kernel.params]
+        types = [type_ or given for type_, given in zip(stated, types, strict=False)]
         found[kernel.__name__, str(types), str(constants)] = kernel, types, constants
 
     for module in (sq_norm, inner_step, outer_step, scalars):
@@ -44,6 +46,7 @@ def launches():
             optimizer = nexus_fused.NexusAdamW(params, amsgrad=amsgrad, backend="reference")
             (cycle,), tables = optimizer._cycles.values(), list(optimizer._tables.values())
             sq_norms = [backend.sq_norm(table) for table in tables]
+            backend.sum_squares(tables[0], tables[0].segments[0], params[0])
             backend.inner_step(tables, cycle, MicroBatch(sq_norms, 0))
             for factors in ((None, None), (scale, scale), (None, scale)):
                 backend.outer_step(tables, cycle, MicroBatch(sq_norms, 0, *factors), 1)

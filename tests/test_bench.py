@@ -1,4 +1,4 @@
-"""bench.gpu runs through without a GPU, in Triton's interpreter, and publishes nothing without parity."""
+"""The benchmarks run through: bench.gpu in Triton's interpreter, nothing published without parity; bench.training."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -68,3 +69,23 @@ def test_no_figures_without_parity(tmp_path):
     status, result = bench(tmp_path / "gpu.json", "--tests", report)
     assert (status, result["figures"], result["tests"]["failed"]) == (1, {}, 2)
     assert "parity" in result["errors"]["figures"]
+
+
+def test_training(monkeypatch, tmp_path):
+    """bench.training on a smaller model: all figures are there, and both of ours train to the same bits."""
+    pytest.importorskip("nexus_fused._C")
+    monkeypatch.syspath_prepend(ROOT)
+    from bench import training
+
+    for name, value in {"VOCABULARY": 50, "WIDTH": 64, "LAYERS": 1, "TOKENS": 8}.items():
+        monkeypatch.setattr(training, name, value)
+    out = tmp_path / "training.json"
+    threads = str(torch.get_num_threads())
+    monkeypatch.setattr(sys, "argv", ["bench.training", "--rounds", "3", "--threads", threads, "--out", str(out)])
+    training.main()
+    result = json.loads(out.read_text())
+    assert {"processor", "threads", "torch", "commit", "rounds"} <= result.keys()
+    assert len(result["figures"]) == 4
+    assert all(0 < f["quartile1"] <= f["median"] <= f["quartile3"] for f in result["figures"].values())
+    for row in result["sections"][0]["rows"]:
+        assert 0 < row["milliseconds"]["hooks"] < row["milliseconds"]["optimizer"] < row["milliseconds"]["cycle"]

@@ -61,19 +61,6 @@ def test_a_sum_does_not_depend_on_alignment(dtype):
     assert_same(norms[1:], norms[:1] * 4)
 
 
-def test_one_gradient_alone_and_the_sum_of_all():
-    """The partial sums of a row by itself, and their sum, are those of the whole table."""
-    table = make_table(torch.float32, [CHUNK_ELEMENTS + 5, 0, 3])
-    norm = cuda.sq_norm(table).clone()
-    partials = table.partials.clone()
-    table.partials.fill_(float("nan"))
-    for segment in table.segments:
-        if segment.numel:
-            cuda.sum_squares(table, segment.row, segment.param.grad)
-    assert_same([table.partials], [partials])
-    assert_same([cuda.sq_norm(table, summed=True)], [norm])
-
-
 def test_norms_of_many_tables_and_other_backends():
     """More than the kernels take, and partial sums, are added up before; their sum is one for all."""
     table, cycle = make_table(torch.float32, [50]), make_cycle("cuda")

@@ -1,0 +1,145 @@
+"""Time in the optimizer within training: `python -m bench.training [--threads 2] [--rounds 25] [--out FILE]`.
+
+A decoder-only transformer of 50M parameters in float32, K = 4 micro-batches of 64 tokens so that a step is short. Three
+copies train on the same tokens, cycle by cycle in turn, each time another one first. Time in the optimizer is what its
+calls take, clipping and zero_grad() included, and for every parameter the time from its gradient's arrival to the end
+of the hooks after its accumulation: AdamW pays for accumulation in place there, overlap_norm for the norm. A figure is
+the median over rounds of the ratio within a round, with its quartiles.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from nexus_fused import NexusAdamW
+
+from .__main__ import arguments, started, write
+from .contenders import NEXUS, OPTIONS, K, ratio
+
+VOCABULARY, WIDTH, LAYERS, TOKENS = 8192, 640, 8, 64
+WARM_UP = 2  # rounds that are not counted
+
+
+class Decoder(nn.Module):
+    """Tokens [batch, TOKENS], int64, to the mean cross entropy of predicting each from those before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(TOKENS, WIDTH)
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                WIDTH, WIDTH // 64, 4 * WIDTH, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+            )
+            for _ in range(LAYERS)
+        )
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCABULARY, bias=False)
+        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(TOKENS - 1))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.tokens(tokens[:, :-1]) + self.positions.weight[: TOKENS - 1]
+        for layer in self.layers:
+            x = layer(x, src_mask=self.mask, is_causal=True)
+        return nn.functional.cross_entropy(self.head(self.norm(x)).flatten(0, 1), tokens[:, 1:].flatten())
+
+
+class Training:
+    """A model, its optimizer, and one cycle of training at a time.
+
+    seconds: in the optimizer, of the cycle that ran last; of these `in_hooks` inside the backward passes.
+    """
+
+    def __init__(self, name: str, make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> None:
+        self.name, self.seconds, self.in_hooks = name, 0.0, 0.0
+        torch.manual_seed(0)
+        self.model = Decoder()
+        self.params = list(self.model.parameters())
+        self.optimizer = make(self.params)
+        for p in self.params:  # after the optimizer's own hooks
+            p.register_hook(self._gradient_arrives)
+            p.register_post_accumulate_grad_hook(self._hooks_are_done)
+
+    def _gradient_arrives(self, gradient: Tensor) -> None:
+        self.arrived = time.perf_counter()
+
+    def _hooks_are_done(self, param: Tensor) -> None:
+        self.in_hooks += time.perf_counter() - self.arrived
+
+    def _timed(self, call: Callable[[], Any]) -> None:
+        start = time.perf_counter()
+        call()
+        self.seconds += time.perf_counter() - start
+
+    def cycle(self, micro_batches: list[Tensor]) -> None:
+        """K micro-batches: K steps of Nexus, or K accumulations and one step of AdamW."""
+        self.seconds = self.in_hooks = 0.0
+        for tokens in micro_batches:
+            self.model(tokens).backward()
+            if isinstance(self.optimizer, NexusAdamW):
+                self._timed(self.optimizer.step)
+                self._timed(self.optimizer.zero_grad)
+        if not isinstance(self.optimizer, NexusAdamW):
+            self._timed(lambda: nn.utils.clip_grad_norm_(self.params, 1.0, foreach=True))
+            self._timed(self.optimizer.step)
+            self._timed(self.optimizer.zero_grad)
+        self.seconds += self.in_hooks
+
+
+def measure(trainings: list[Training], rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Seconds of each training in each round: of the whole cycle, in the optimizer, and of these in hooks."""
+    names = ("cycle", "optimizer", "hooks")
+    seconds: dict[str, dict[str, list[float]]] = {t.name: {name: [] for name in names} for t in trainings}
+    generator = torch.Generator().manual_seed(1)
+    for i in tqdm(range(rounds + WARM_UP), desc="cycles", leave=False):
+        micro_batches = [torch.randint(VOCABULARY, (1, TOKENS), generator=generator) for _ in range(K)]
+        for j in range(len(trainings)):
+            training = trainings[(i + j) % len(trainings)]
+            start = time.perf_counter()
+            training.cycle(micro_batches)
+            took = (time.perf_counter() - start, training.seconds, training.in_hooks)
+            if i >= WARM_UP:
+                for name, value in zip(names, took, strict=True):
+                    seconds[training.name][name].append(value)
+    return seconds
+
+
+def main() -> None:
+    options = arguments("python -m bench.training", str(__doc__))
+    result = started(options)
+    adamw, overlapping, plain = trainings = [
+        Training("AdamW, accumulation, clipping", lambda p: torch.optim.AdamW(p, fused=True, **OPTIONS)),
+        Training("nexus_fused, overlap_norm=True", lambda p: NexusAdamW(p, overlap_norm=True, **NEXUS)),
+        Training("nexus_fused, overlap_norm=False", lambda p: NexusAdamW(p, **NEXUS)),
+    ]
+    seconds = measure(trainings, options.rounds)
+    for p, q in zip(overlapping.params, plain.params, strict=True):  # else no figure is worth anything
+        torch.testing.assert_close(p, q, rtol=0, atol=0)
+    numel = sum(p.numel() for p in adamw.params)
+    title = f"training steps of a transformer, {numel / 1e6:.1f}M parameters, K = {K}, 1 x {TOKENS} tokens, float32"
+    print(f"\n{title}\n{'milliseconds per cycle':40}{'whole':>9}{'optimizer':>11}{'in hooks':>10}")
+    table = []
+    for training in trainings:
+        row = {name: statistics.median(values) * 1e3 for name, values in seconds[training.name].items()}
+        print(f"{training.name:40}{row['cycle']:9.1f}{row['optimizer']:11.2f}{row['hooks']:10.2f}")
+        table.append({"name": training.name, "milliseconds": row})
+    result["sections"].append({"title": title, "rows": table})
+    for what, shown in (("optimizer", "time in the optimizer"), ("cycle", "whole cycle")):
+        for ours in (overlapping, plain):
+            option = "overlap_norm" if ours is overlapping else "without overlap_norm"
+            figure = ratio(seconds[ours.name][what], seconds[adamw.name][what])
+            result["figures"][f"{shown}: {option} / AdamW's"] = figure
+            print(
+                f"  {shown}: {option} / AdamW's: {figure['median']:.2f} "
+                f"({figure['quartile1']:.2f} to {figure['quartile3']:.2f})"
+            )
+    write(result, options.out)
+
+
+if __name__ == "__main__":
+    main()
