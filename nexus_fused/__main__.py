@@ -22,6 +22,7 @@ def main() -> None:
     print(f"GPU          {cuda}")
     print(f"threads      {torch.get_num_threads()} (torch.set_num_threads)")
     print(f"instructions {backends.instruction_set()}")
+    print(f"CUDA kernels {backends.cuda_targets()}")
     print("\nbackends, as NexusAdamW(backend=...) takes them:")
     for name, reason in backends.available().items():
         print(f"  {name:10} {'available' if reason is None else 'missing: ' + reason}")

@@ -88,6 +88,13 @@ def _fused(device: torch.device) -> list[str]:
     return ["cuda", "triton"] if device.type == "cuda" else ["triton"]
 
 
+def cuda_targets() -> str:
+    """The architectures the CUDA kernels were built for, as CMake names them."""
+    if why_not("cpu", torch.device("cpu")) is not None:
+        return "none (no compiled kernels)"
+    return importlib.import_module("nexus_fused._C").CUDA_TARGETS or "none (built without a CUDA compiler)"
+
+
 def instruction_set() -> str:
     """The instruction set the CPU kernels use here, those they could use, and whether they have threads."""
     if why_not("cpu", torch.device("cpu")) is not None:

@@ -33,7 +33,8 @@ class NexusAdamW(Optimizer):
             float16, complex64, complex128; dense gradients. Below float32 the state holds a float32 master. `p.data`
             may be re-pointed here, once, into flat memory; values and identity stay.
         lr, betas, eps, weight_decay, amsgrad, maximize, capturable: as for torch.optim.AdamW. `lr` may be a tensor of
-            one element, of which each group gets its own copy.
+            one element, of which each group gets its own copy. With `capturable=True` a whole cycle, K backward passes
+            with their `step()`, may be captured into one CUDA graph; see `step`.
         inner_lr: γ, length of an inner step, > 0; per group; may be a tensor of one element.
         inner_steps: K, micro-batches in a cycle, one for the optimizer. 1 is AdamW on g/‖g‖.
         normalize_displacement: give AdamW D/Γ (Γ: the length of the walk) instead of D, so that `lr`, `eps` and
@@ -238,7 +239,9 @@ class NexusAdamW(Optimizer):
         """Consumes the gradients of one micro-batch: an inner step, or in the last of a cycle also the outer step.
 
         Updates weights and state in place; waits for a device only if other parameters lie on the CPU.
-        Returns what `closure` returns.
+        Returns what `closure` returns. Captured into a CUDA graph, it reads gradients where they lie now, and
+        hyperparameters that are tensors on the device, at every replay; others keep their values. A capture begins and
+        ends at a boundary, after one whole cycle outside of it.
         RuntimeError, ValueError or TypeError for a gradient, parameter or hyperparameter that cannot be used, naming
         its group; nothing is modified then.
         """
@@ -328,7 +331,9 @@ class NexusAdamW(Optimizer):
                     table.distrust_device()
                 elif cycle.device.type == "cuda" and any(group["capturable"] for group in self.param_groups):
                     table.replayed.prepare(table.rows, self._inner_steps)
-                    cycle.replayed.prepare(torch.empty(cycle.hyper.shape, dtype=torch.float64), self._inner_steps)
+                    cycle.replayed.prepare(
+                        torch.empty(cycle.hyper.shape, dtype=torch.float64, device="cpu"), self._inner_steps
+                    )
         self._capture = current
         self._was_captured |= current is not None
 
