@@ -498,6 +498,7 @@ class NexusAdamW(Optimizer):
         same moment. Tensors are the live ones, as torch.optim's.
         """
         self._check_members()
+        self._follow_capture()
         self._adopt_writes()
         self._follow_amsgrad()
         if self._outer is None:
@@ -552,6 +553,7 @@ class NexusAdamW(Optimizer):
             group.update({key: value for key, value in loaded.items() if key not in GROUP_KEYS and key != "params"})
         self._register(late, flatten=False)
         self._position = groups[0].get("cycle_position", 0) if groups else 0
+        self._capture = None
         for cycle in self._cycles.values():
             cycle.reset()
             cycle.finished = None
@@ -592,6 +594,7 @@ class NexusAdamW(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_inside_outer_weights("copying or pickling the optimizer")
         self._check_members()
+        self._follow_capture()
         with torch.no_grad():
             self._adopt_writes()
             self._follow_amsgrad()

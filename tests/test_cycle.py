@@ -371,7 +371,7 @@ def test_runs_repeat_bit_for_bit(backend, dtype):
     assert_same(*results)
 
 
-@pytest.mark.parametrize("backend", sorted(set(BACKENDS) - {"triton"}))  # slow in the interpreter, and equal anyway
+@pytest.mark.parametrize("backend", sorted(set(BACKENDS) - {"triton", "cuda"}))  # slow here, and equal anyway
 def test_convergence(backend):
     """Least squares with one data source per micro-batch: the loss falls by more than 100."""
     torch.manual_seed(0)

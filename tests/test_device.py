@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from conftest import BACKENDS, DTYPES, assert_same, assert_snapshot, build, run, set_grads, snapshot, values
@@ -293,6 +295,25 @@ def test_capture_must_begin_at_a_boundary(graph):
             call()
     graph.id = None
     assert_snapshot(optimizer, before)
+    run(optimizer, params, 2)
+    assert optimizer.at_boundary
+
+
+def test_loading_forgets_a_capture_that_failed(graph):
+    params, optimizer = mixed(capturable=True)
+    run(optimizer, params, 4)
+    saved = copy.deepcopy(optimizer.state_dict())
+    run(optimizer, params, 2)
+    for recover in (optimizer.state_dict, lambda: copy.deepcopy(optimizer), None):
+        graph.id = 1
+        run(optimizer, params, 1)
+        graph.id = None
+        if recover is None:
+            optimizer.load_state_dict(saved)
+        else:
+            with pytest.raises(RuntimeError, match="a capture into a CUDA graph ended in mid-cycle, after 1 of 3"):
+                recover()
+    assert optimizer.cycle_position == 1
     run(optimizer, params, 2)
     assert optimizer.at_boundary
 

@@ -148,8 +148,17 @@ class TritonMachine(Machine):
     backend = "triton"
 
 
+class CudaMachine(Machine):
+    """The same for the CUDA kernels, with fewer histories: a thread there is a fiber here."""
+
+    backend = "cuda"
+
+
 TestMachine = Machine.TestCase
 TestMachine.settings = settings(max_examples=150, stateful_step_count=30, deadline=None, derandomize=True)
 if "triton" in BACKENDS:
     TestTritonMachine = TritonMachine.TestCase
     TestTritonMachine.settings = settings(TestMachine.settings, max_examples=20)
+if "cuda" in BACKENDS:
+    TestCudaMachine = CudaMachine.TestCase
+    TestCudaMachine.settings = settings(TestMachine.settings, max_examples=30)
