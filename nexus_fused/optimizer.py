@@ -323,19 +323,20 @@ class NexusAdamW(Optimizer):
             self._refuse_to_cut_a_cycle()
         if current is not None:
             self._check_capture()
+        self._capture = current
+        self._was_captured |= current is not None
+        prepares = current is None and any(group["capturable"] for group in self.param_groups)
         for cycle, tables in self._work:
             cycle.capturing = current is not None
             for table in tables:
-                table.capturing = current is not None
-                if table.capturing:
+                table.capturing = cycle.capturing
+                if self._was_captured:
                     table.distrust_device()
-                elif cycle.device.type == "cuda" and any(group["capturable"] for group in self.param_groups):
+                if prepares and cycle.device.type == "cuda":
                     table.replayed.prepare(table.rows, self._inner_steps)
                     cycle.replayed.prepare(
                         torch.empty(cycle.hyper.shape, dtype=torch.float64, device="cpu"), self._inner_steps
                     )
-        self._capture = current
-        self._was_captured |= current is not None
 
     def _refuse_to_cut_a_cycle(self) -> None:
         """Raises for a capture that does not begin or end at a boundary."""

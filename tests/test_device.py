@@ -255,6 +255,34 @@ def test_replays_equal_eager_steps(graph):
     assert_same(*results)
 
 
+def test_eager_steps_at_the_addresses_of_the_step_before(graph):
+    """That step was captured and has not run, or a replay has put the addresses of others on the device since."""
+    results = []
+    for captured in (False, True):
+        graph.calls.clear()
+        torch.manual_seed(0)
+        params, optimizer = mixed(capturable=True)
+        first, second = ([torch.randn_like(p) for p in params] for _ in range(2))
+
+        def cycle(grads, params=params, optimizer=optimizer):
+            for p, grad in zip(params, grads, strict=True):
+                p.grad = grad
+            for _ in range(3):
+                optimizer.step()
+
+        run(optimizer, params, 3)
+        if captured:
+            graph.id = 1
+            cycle(first)
+            graph.id = None
+        cycle(first)
+        cycle(second)
+        graph.replay() if captured else cycle(first)
+        cycle(second)
+        results.append(values(params))
+    assert_same(*results)
+
+
 def test_sums_of_hooks_do_not_outlive_a_replay(graph):
     """Replays write the partial sums of their own gradients, which the host does not see."""
     results = []
