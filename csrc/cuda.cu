@@ -540,6 +540,25 @@ void with_dtype(DType dtype, const Function& function) {
   }
 }
 
+// Loads every kernel, which a capture into a graph must not be the first to do.
+cudaError_t load_all() {
+  cudaFuncAttributes attributes;
+  cudaError_t error = cudaFuncGetAttributes(&attributes, add_up_kernel);
+  for (const DType dtype : {DType::float64, DType::float32, DType::bfloat16, DType::float16})
+    with_dtype(dtype, [&](auto type) {
+      using T = decltype(type);
+      const auto load = [&](auto kernel) {
+        if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
+      };
+      load(sq_norm_kernel<T>);
+      load(sum_squares_kernel<T>);
+      load(inner_step_kernel<T>);
+      load(outer_step_kernel<T, false>);
+      load(outer_step_kernel<T, true>);
+    });
+  return error;
+}
+
 }  // namespace
 
 std::string why_not(int device) {
@@ -553,8 +572,7 @@ std::string why_not(int device) {
   cudaError_t error = cudaSetDevice(device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  cudaFuncAttributes attributes;
-  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, sq_norm_kernel<Float32>);
+  if (error == cudaSuccess) error = load_all();
   if (error == cudaSuccess) return "";
   cudaGetLastError();
   const std::string capability = std::to_string(major) + "." + std::to_string(minor);

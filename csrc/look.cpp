@@ -99,8 +99,9 @@ bool negated(PyObject* tensor) {
 // Fills addresses[i] with the address of parameter i's gradient: 0 without one, -1 for one without elements. Returns the
 // indices of parameters that Python must look at itself, and of those written since pointers and versions were taken.
 //
-// objects[i], ours: the last gradient that was asked whether it is negated, which costs as much as all the rest. The row
-// still has its address, and a negated view of its memory would be another object, made while that one lived.
+// objects[i], ours: the last gradient that was asked whether it is negated, which costs as much as all the rest. It is not
+// asked again at the same address, unless it has one element only: a dense one of several is negated by no public function
+// (`imag` of a conjugate has gaps), and would have to come as an object at the place of the one before.
 py::tuple look(const py::list& params, int64_t rows, bool use, int64_t addresses, int64_t pointers, int64_t versions,
                int64_t objects) {
   py::list unusual, written;
@@ -122,7 +123,8 @@ py::tuple look(const py::list& params, int64_t rows, bool use, int64_t addresses
     PyObject*& known = pointer<PyObject*>(objects)[i];
     const bool fits = read(grad.ptr(), gradient) && alike(gradient, own, segments[i].length);
     const int64_t found = fits && segments[i].length ? address(gradient) : -1;
-    if (fits && ((grad.ptr() == known && found == segments[i].grad) || !negated(grad.ptr()))) {
+    const bool asked = grad.ptr() == known && found == segments[i].grad && segments[i].length > 1;
+    if (fits && (asked || !negated(grad.ptr()))) {
       pointer<int64_t>(addresses)[i] = found;
       known = grad.ptr();
     } else {

@@ -21,7 +21,7 @@ def capture_id(devices: list[torch.device]) -> int | None:
 
     RuntimeError where the optimizer's work would not be part of the capture.
     """
-    if not torch.backends.cuda.is_built() or not any(map(_is_captured, devices)):
+    if not torch.cuda.is_initialized() or not any(map(_is_captured, devices)):  # to ask anything else needs a driver
         return None
     if len(devices) > 1 or devices[0].type != "cuda":
         raise RuntimeError(

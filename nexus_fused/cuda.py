@@ -6,8 +6,6 @@ one table is 2 launches: the norm, and the inner or outer step, which also advan
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -25,8 +23,9 @@ def why_not_on(device: torch.device, dtype: torch.dtype) -> str | None:
     """None where the kernels can update tensors on `device`, else why not and what to do."""
     if not _C.CUDA_TARGETS:
         return (
-            "nexus_fused was built without a CUDA compiler: install NVIDIA's CUDA toolkit 12.0 or newer (nvcc on PATH) "
-            "and then this package again: pip install --force-reinstall --no-cache-dir nexus_fused"
+            "nexus_fused was built without a CUDA compiler: install NVIDIA's CUDA toolkit 12.0 or newer (nvcc on PATH, "
+            "with a C++ compiler that it supports) and then this package again: pip install -v --force-reinstall "
+            "--no-cache-dir nexus_fused, whose output tells why nvcc was not used"
         )
     if torch.version.hip is not None:
         return "its kernels run on NVIDIA's GPUs and this PyTorch is built for AMD's: use backend='triton'"
@@ -34,11 +33,7 @@ def why_not_on(device: torch.device, dtype: torch.dtype) -> str | None:
         return "its kernels run on an NVIDIA GPU and PyTorch sees none (torch.cuda.is_available() is False)"
     if device.type != "cuda":
         return f"its kernels run on a GPU and a parameter is on {device}: move the model before the optimizer is built"
-    return _why_not(torch.cuda.current_device() if device.index is None else device.index)
-
-
-@functools.cache
-def _why_not(index: int) -> str | None:
+    index = torch.cuda.current_device() if device.index is None else device.index
     with torch.cuda.device(index):
         return _C.cuda_why_not(index) or None
 

@@ -19,6 +19,9 @@ GROUP_KEYS = (
 )  # fmt: skip
 
 
+PREPARED_CYCLES = 4  # that can be captured into CUDA graphs without a step outside of them in between
+
+
 class MicroBatch(NamedTuple):
     """What a micro-batch brings beside its gradients.
 
@@ -160,6 +163,16 @@ class Cycle:
         counts[2].fill_(taken)
         self.reset()
 
+    def forget_finished(self, *, keep_memory: bool) -> None:
+        """As if no cycle had finished. keep_memory: replays may finish one in `results`."""
+        for result in self.results:
+            result.zero_()
+        self.finished = self.results if keep_memory else None
+
+    def hold(self) -> None:
+        """Keeps alive what captured steps write."""
+        self.replayed.hold(self.hyper, self.factor, self.sums, self.totals, self.counts, *self.results)
+
     def reset(self) -> None:
         """Sets all sums of the running cycle, not the totals, to zero."""
         self.sums.zero_()
@@ -167,27 +180,34 @@ class Cycle:
 
 
 class Replayed:
-    """Host memory that the copies of captured steps read at every replay: written once, never reused, never freed.
+    """Memory that captured steps use at every replay; never reused, never freed while the optimizer lives.
 
-    `prepare` pins memory outside of a capture, where that is allowed; a capture that finds none left takes memory that
-    is not pinned, which only makes its replays slower.
+    Host memory that their copies read is pinned in advance, outside of captures, where that is allowed.
     """
 
     def __init__(self) -> None:
         self._prepared: list[Tensor] = []
         self._in_use: list[Tensor] = []
 
-    def prepare(self, like: Tensor, count: int) -> None:
-        """Has pinned memory ready for `count` copies of a CPU tensor."""
-        self._prepared = [memory for memory in self._prepared if memory.shape == like.shape]
+    def prepare(self, shape: torch.Size, dtype: torch.dtype, count: int) -> None:
+        """Has pinned memory ready for `count` copies of CPU tensors."""
+        self._prepared = [memory for memory in self._prepared if memory.shape == shape]
         for _ in range(count - len(self._prepared)):
-            self._prepared.append(torch.empty_like(like, pin_memory=True))
+            self._prepared.append(torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True))
 
     def keep(self, values: Tensor) -> Tensor:
-        """A copy of `values` that stays."""
-        source = self._prepared.pop() if self._prepared else torch.empty_like(values)
-        self._in_use.append(source.copy_(values))
-        return source
+        """A copy of a CPU tensor that stays, in pinned memory. RuntimeError where none is left."""
+        if not self._prepared:
+            raise RuntimeError(
+                "too many steps were captured into CUDA graphs at once: run a step outside of a graph after every "
+                f"{PREPARED_CYCLES} cycles that are captured"
+            )
+        self._in_use.append(self._prepared.pop().copy_(values))
+        return self._in_use[-1]
+
+    def hold(self, *tensors: Tensor) -> None:
+        """Keeps device memory alive that a graph writes, whatever takes its place here."""
+        self._in_use += tensors
 
 
 def upload(values: Tensor, target: Tensor, replayed: Replayed | None = None) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import backends, capture, checkpoint, hyperparameters, overlap, reference
-from .cycle import GROUP_KEYS, Cycle, MicroBatch, combine, summarize
+from .cycle import GROUP_KEYS, PREPARED_CYCLES, Cycle, MicroBatch, combine, summarize
 from .flat import Segment, make_segment, real_dtype
 from .table import Table
 
@@ -50,9 +50,11 @@ class NexusAdamW(Optimizer):
         overlap_norm: sum each gradient's squares in a hook, as soon as a backward pass has accumulated it, so that
             `step()` need not read it for the norm; the same result bit for bit. A gradient that others write
             afterwards, by clipping for example, is summed again, and all are under GradScaler.step(). A write that
-            autograd does not see is missed: through `p.grad.data`, with a kernel of one's own, or by
-            GradScaler.unscale_() where `step()` is then called without the scaler. RuntimeError with the reference, and
-            in a run of several processes.
+            autograd does not see is missed: through `p.grad.data` or by assigning to it, with a kernel of one's own, by
+            the replays of a backward pass captured before the optimizer was built, or by GradScaler.unscale_() where
+            `step()` is then called without the scaler. Once a hook or `step()` was captured into a CUDA graph, whose
+            replays call no hooks, `step()` reads all gradients again. RuntimeError with the reference, and in a run of
+            several processes.
 
     Raises ValueError or TypeError that names the parameter group before anything is modified.
     """
@@ -240,8 +242,9 @@ class NexusAdamW(Optimizer):
 
         Updates weights and state in place; waits for a device only if other parameters lie on the CPU.
         Returns what `closure` returns. Captured into a CUDA graph, it reads gradients where they lie now, and
-        hyperparameters that are tensors on the device, at every replay; others keep their values. A capture begins and
-        ends at a boundary, after one whole cycle outside of it.
+        hyperparameters that are tensors on the device, at every replay; others keep their values. A capture holds whole
+        cycles, after one outside of it: replays of a part of one would never reach AdamW, and nobody could tell. It
+        must be repeated after groups were added, parameters unfrozen or moved, or amsgrad changed.
         RuntimeError, ValueError or TypeError for a gradient, parameter or hyperparameter that cannot be used, naming
         its group; nothing is modified then.
         """
@@ -275,9 +278,10 @@ class NexusAdamW(Optimizer):
         """‖g‖² of each table, as `MicroBatch.sq_norms`."""
         if self._overlap is None:
             return [cycle.backend.sq_norm(table) for cycle, tables in self._work for table in tables]
-        # GradScaler.unscale_ writes gradients without changing their versions, a graph's replays write partial sums.
-        if getattr(self, "found_inf", None) is not None or self._was_captured:
-            self._overlap.forget()
+        if self._was_captured:
+            self._overlap.stop()
+        elif getattr(self, "found_inf", None) is not None:
+            self._overlap.forget()  # GradScaler.unscale_ writes gradients without changing their versions
         return [self._overlap.sq_norm(table) for _, tables in self._work for table in tables]
 
     @torch.no_grad()
@@ -325,18 +329,23 @@ class NexusAdamW(Optimizer):
             self._check_capture()
         self._capture = current
         self._was_captured |= current is not None
-        prepares = current is None and any(group["capturable"] for group in self.param_groups)
+        on_gpu = next(iter(self._cycles)).type == "cuda"
+        prepares = on_gpu and current is None and any(group["capturable"] for group in self.param_groups)
+        count = PREPARED_CYCLES * self._inner_steps
         for cycle, tables in self._work:
             cycle.capturing = current is not None
             for table in tables:
                 table.capturing = cycle.capturing
                 if self._was_captured:
                     table.distrust_device()
-                if prepares and cycle.device.type == "cuda":
-                    table.replayed.prepare(table.rows, self._inner_steps)
-                    cycle.replayed.prepare(
-                        torch.empty(cycle.hyper.shape, dtype=torch.float64, device="cpu"), self._inner_steps
-                    )
+                if table.capturing:
+                    table.hold()
+                elif prepares:
+                    table.replayed.prepare(table.rows.shape, table.rows.dtype, count)
+            if cycle.capturing:
+                cycle.hold()
+            elif prepares:
+                cycle.replayed.prepare(cycle.hyper.shape, cycle.hyper.dtype, count)
 
     def _refuse_to_cut_a_cycle(self) -> None:
         """Raises for a capture that does not begin or end at a boundary."""
@@ -499,7 +508,8 @@ class NexusAdamW(Optimizer):
         same moment. Tensors are the live ones, as torch.optim's.
         """
         self._check_members()
-        self._follow_capture()
+        if self._capture is not None:
+            self._follow_capture()
         self._adopt_writes()
         self._follow_amsgrad()
         if self._outer is None:
@@ -557,7 +567,7 @@ class NexusAdamW(Optimizer):
         self._capture = None
         for cycle in self._cycles.values():
             cycle.reset()
-            cycle.finished = None
+            cycle.forget_finished(keep_memory=self._was_captured)
             for index, loaded in enumerate(groups):
                 if loaded.keys() >= set(GROUP_KEYS):
                     cycle.load_group_data(index, loaded, running=self._position > 0)
@@ -595,7 +605,8 @@ class NexusAdamW(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_inside_outer_weights("copying or pickling the optimizer")
         self._check_members()
-        self._follow_capture()
+        if self._capture is not None:
+            self._follow_capture()
         with torch.no_grad():
             self._adopt_writes()
             self._follow_amsgrad()

@@ -75,6 +75,11 @@ class Overlap:
         for sums in self._sums.values():
             sums.forget()
 
+    def stop(self) -> None:
+        """Has `sq_norm` sum everything from here on: replays of a graph write gradients and partial sums unseen."""
+        for sums in self._sums.values():
+            sums.stopped = True
+
     def sq_norm(self, table: Table) -> Tensor:
         """The backend's `sq_norm(table)`, bit for bit, after `table.read_gradients`."""
         return self._sums[table].sq_norm()
@@ -98,6 +103,7 @@ class _Sums:
         self.filled: set[int] = set()
         self.stream = None if table.device.type == "cpu" else torch.Stream(table.device)
         self.launched = False  # on `stream`, and nobody has waited for it
+        self.stopped = False
 
     def forget(self) -> None:
         self.gradients = [None] * len(self.table.segments)
@@ -114,7 +120,7 @@ class _Sums:
     def add(self, segment: Segment, gradient: Tensor) -> None:
         """Sums a gradient that has just been accumulated, unless `step()` must look at it first."""
         table, row = self.table, segment.row
-        if not table.is_current:
+        if self.stopped or not table.is_current:
             return
         if self.partials is not table.partials:
             self._start_anew()
@@ -135,11 +141,14 @@ class _Sums:
 
         The gradient's memory is not recorded on the side stream, which would hold every gradient back after it was
         freed. `step()` waits before that; without one, and where a second backward pass accumulates in place, the sums
-        may be of memory in flux, and nobody uses them: that pass's hook sums again, behind, on the same stream.
+        may be of memory in flux, and nobody uses them: that pass's hook sums again, behind, on the same stream. (Only
+        with expandable segments could memory be unmapped so early: by empty_cache() after a backward pass whose
+        gradients were dropped without a step.)
         """
         device = self.table.device
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return False  # the graph's replays change the gradient without calling hooks
+            self.stopped = True  # the graph's replays change gradients without calling hooks
+            return False
         assert self.stream is not None
         self.stream.wait_stream(torch.accelerator.current_stream(device))
         self.launched = True
@@ -158,7 +167,7 @@ class _Sums:
             self._start_anew()
         changed = [row for row, address in enumerate(table.addresses) if address and not self._stands(row, address)]
         given = {row for row, address in enumerate(table.addresses) if address}
-        if len(changed) == len(given) or table.capturing:  # replays of a graph call no hooks
+        if len(changed) == len(given) or self.stopped:
             self.filled = given
             norm: Tensor = self.backend.sq_norm(table)
             return norm

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import capture
 from .cycle import Replayed, upload
 from .flat import STATE_DTYPE, Bucket, Segment, bucketed, owns_its_memory, real_dtype, shaped_like
 
@@ -136,7 +137,7 @@ class Table:
         """
         if not self._outdated:
             return
-        if self.capturing:
+        if capture.capture_id([self.device]) is not None:
             raise RuntimeError(
                 f"the memory of parameters on {self.device} was exchanged just before or while step() was captured "
                 "into a CUDA graph: run one whole cycle before the capture"
@@ -203,6 +204,11 @@ class Table:
     def distrust_device(self) -> None:
         """Has the rows copied again: replays of captured steps may have put others there, or will."""
         self._stale = True
+
+    def hold(self) -> None:
+        """Keeps alive what captured steps read and write beside weights and state."""
+        sums = self.partials, self.displacement_sq, self.sq_norm, self.arrivals
+        self.replayed.hold(*self._on_device, *sums)
 
     # One micro-batch
 

@@ -366,7 +366,7 @@ def test_capture_into_a_graph_is_refused(monkeypatch):
     params, optimizer = build()
     run(optimizer, params, 1)
     before = snapshot(optimizer)
-    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     set_grads(params, 1)
     for call in (optimizer.step, optimizer.outer_step):

@@ -23,12 +23,10 @@ GPU = torch.device("cuda", 0)
 @pytest.fixture
 def with_gpu(monkeypatch):
     """A machine whose PyTorch sees a GPU of NVIDIA's."""
-    cuda._why_not.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "device", lambda index: torch.device("cpu"))
     yield
-    cuda._why_not.cache_clear()
     kernels.set_versions(13000, 13000)
     kernels.set_error(0)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -186,7 +188,7 @@ class Graph:
             if replayed is None:
                 upload(values, target)
             else:
-                self.calls.append((target.copy_, (replayed.keep(values),)))
+                self.calls.append((target.copy_, (values.clone(),)))
 
         return record
 
@@ -444,15 +446,52 @@ def test_capture_is_refused_with_hyperparameters_on_the_cpu(graph, name):
 
 
 def test_pinned_memory_is_ready_for_a_capture(monkeypatch):
-    """K copies of it, again after each capture, and of the shape that is needed."""
-    made = []
-    monkeypatch.setattr(torch, "empty_like", lambda like, pin_memory=False: made.append(pin_memory) or like.clone())
-    replayed, rows = cycles.Replayed(), torch.zeros(2, 3)
-    replayed.prepare(rows, 2)
-    replayed.prepare(rows, 2)
+    """Of the shape that is needed; a capture that finds none left is told what to do."""
+    made, empty = [], torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *args, pin_memory, **kw: made.append(pin_memory) or empty(*args, **kw))
+    replayed = cycles.Replayed()
+    for _ in range(2):
+        replayed.prepare(torch.Size([2, 3]), torch.int64, 2)
     assert made == [True, True]
-    kept = [replayed.keep(torch.full((2, 3), float(i))) for i in range(3)]
-    assert made == [True, True, False]
-    assert [float(k[0, 0]) for k in kept] == [0, 1, 2]
-    replayed.prepare(torch.zeros(4), 1)
-    assert replayed.keep(torch.ones(4)).shape == (4,)
+    values = [torch.full((2, 3), i) for i in range(2)]
+    kept = [replayed.keep(v) for v in values]
+    assert_same(kept, values)
+    with pytest.raises(RuntimeError, match="run a step outside of a graph after every 4 cycles that are captured"):
+        replayed.keep(values[0])
+    replayed.prepare(torch.Size([4]), torch.int64, 1)
+    assert replayed.keep(torch.ones(4, dtype=torch.int64)).shape == (4,)
+    assert_same(kept, values)
+
+
+def test_a_graph_keeps_its_memory(graph):
+    """Replays write where captured steps did, whatever has taken that memory's place since."""
+    params, optimizer = mixed(capturable=True)
+    run(optimizer, params, 3)
+    graph.id = 1
+    run(optimizer, params, 3)
+    graph.id = None
+    ((cycle, members),) = optimizer._work
+    owned = [cycle.hyper, cycle.sums, cycle.counts, *cycle.results, *(t for m in members for t in m.on_device()[:3])]
+    owned += [t for m in members for t in (m.partials, m.displacement_sq, m.sq_norm, m.arrivals)]
+    alive = [weakref.ref(tensor) for tensor in owned]
+    del owned
+    optimizer.add_param_group({"params": [nn.Parameter(torch.randn(2)), nn.Parameter(torch.randn(2).bfloat16())]})
+    gc.collect()
+    assert all(reference() is not None for reference in alive)
+
+
+def test_metrics_of_replays_after_loading(graph):
+    params, optimizer = mixed(capturable=True)
+    static = [torch.randn_like(p) for p in params]
+    run(optimizer, params, 3)
+    saved = copy.deepcopy(optimizer.state_dict())
+    graph.id = 1
+    for _ in range(3):
+        for p, grad in zip(params, static, strict=True):
+            p.grad = grad
+        optimizer.step()
+    graph.id = None
+    optimizer.load_state_dict(saved)
+    assert optimizer.metrics()["grad_norms"] == []
+    graph.replay()
+    assert len(optimizer.metrics()["grad_norms"]) == 3

@@ -79,6 +79,23 @@ def test_gradients(monkeypatch, kind):
         torch.testing.assert_close(seen[0][2], param.grad.resolve_neg().clone(), rtol=0, atol=0)
 
 
+def test_a_negated_gradient_of_one_element(monkeypatch):
+    """The imaginary part of a conjugate, dense as it has one element only, where its positive twin lay before."""
+    z = torch.randn(1, dtype=torch.complex64)
+    (param,), optimizer = build((1,))
+    for _ in range(20):  # objects come to lie where others were
+        param.grad = z.imag
+        seen = both(monkeypatch, optimizer)
+        assert seen[0][1]  # the same memory
+        param.grad = None
+        param.grad = z.conj().imag
+        assert param.grad.is_neg()
+        seen = both(monkeypatch, optimizer)
+        assert_alike(seen)
+        assert float(seen[0][2]) == -float(z.imag)
+        param.grad = None
+
+
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0), (1, 5), (5, 1, 1)])
 def test_shapes(monkeypatch, shape):
     """Scalars, nothing, and dimensions of size 1, whose strides mean nothing."""
