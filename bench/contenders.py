@@ -105,6 +105,20 @@ def nexus(params: list[nn.Parameter], gradients: list[list[Tensor]], **options: 
     return run
 
 
+def captured_nexus(params: list[nn.Parameter], gradients: list[list[Tensor]], **options: Any) -> Callable[[], None]:
+    """The same as a CUDA graph, captured after one cycle."""
+    cycle = nexus(params, gradients, capturable=True, **options)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        cycle()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        cycle()
+    return graph.replay
+
+
 def adamw(params: list[nn.Parameter], gradients: list[list[Tensor]]) -> Callable[[], None]:
     """What Nexus replaces: accumulation in place, clipping, torch's fused AdamW. 76 bytes per parameter."""
     optimizer = torch.optim.AdamW(params, fused=True, **OPTIONS)
@@ -213,6 +227,45 @@ def compiled_foreach_nexus(params: list[nn.Parameter], gradients: list[list[Tens
         for micro_batch in gradients:
             move(inner, micro_batch)
         finish(thetas, inner, exp_avgs, exp_avg_sqs, steps)
+
+    return run
+
+
+def forward_and_backward(model: nn.Module, micro_batches: list[Tensor]) -> Callable[[], None]:
+    """K forward and backward passes, each with gradients in memory of their own, and no optimizer."""
+
+    def run() -> None:
+        for tokens in micro_batches:
+            model(tokens).backward()
+            model.zero_grad()
+
+    return run
+
+
+def train_nexus(model: nn.Module, micro_batches: list[Tensor], **options: Any) -> Callable[[], None]:
+    """One cycle of training with NexusAdamW."""
+    optimizer = NexusAdamW(model.parameters(), **{**NEXUS, **options})
+
+    def run() -> None:
+        for tokens in micro_batches:
+            model(tokens).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return run
+
+
+def train_adamw(model: nn.Module, micro_batches: list[Tensor]) -> Callable[[], None]:
+    """What that replaces: autograd's accumulation, clipping, torch's fused AdamW."""
+    params = list(model.parameters())
+    optimizer = torch.optim.AdamW(params, fused=True, **OPTIONS)
+
+    def run() -> None:
+        for tokens in micro_batches:
+            model(tokens).backward()
+        nn.utils.clip_grad_norm_(params, 1.0, foreach=True)
+        optimizer.step()
+        optimizer.zero_grad()
 
     return run
 

@@ -2,7 +2,8 @@
 
 Contenders run in turn and a figure is the median over rounds of a ratio within the round, with its quartiles, as in
 `python -m bench`; here device events tell the time. Nothing is timed unless the parity check holds. FILE is written
-after each section, so that it holds all that was measured whatever happens next.
+after each section, so that it holds all that was measured whatever happens next. Every fused backend that runs on the
+device is a contender; why another one does not, FILE tells.
 
 `--device cpu --quick` with TRITON_INTERPRET=1 goes through the motions without a GPU; its figures mean nothing.
 """
@@ -25,7 +26,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -33,7 +34,7 @@ from xml.etree import ElementTree
 import torch
 
 import nexus_fused
-from nexus_fused import NexusAdamW
+from nexus_fused import NexusAdamW, backends
 
 from .contenders import (
     NEXUS,
@@ -41,10 +42,12 @@ from .contenders import (
     Contender,
     K,
     adamw,
+    captured_nexus,
     check_parity,
     compiled_foreach_nexus,
     device_copy,
     foreach_nexus,
+    forward_and_backward,
     gpt,
     host_seconds,
     kernels,
@@ -54,7 +57,10 @@ from .contenders import (
     quartiles,
     ratio,
     time_in_turn,
+    train_adamw,
+    train_nexus,
 )
+from .decoder import Decoder
 
 ROOT = Path(__file__).resolve().parent.parent
 Shapes = list[tuple[int, ...]]
@@ -63,7 +69,8 @@ Figures = Iterator[tuple[str, dict[str, Any]]]
 
 @dataclass
 class Sizes:
-    """What is measured on: shapes of parameters, calls of step() for the host's time."""
+    """What is measured on: shapes of parameters, calls of step() for the host's time, a Decoder's vocabulary, width,
+    layers and tokens with its sequences in a micro-batch."""
 
     parity: Shapes
     kernels: Shapes
@@ -71,6 +78,8 @@ class Sizes:
     small: Shapes
     host: Shapes
     calls: int
+    decoder: tuple[int, int, int, int]
+    sequences: int
 
 
 FULL = Sizes(
@@ -80,10 +89,41 @@ FULL = Sizes(
     small=[(224, 224)] * 200,  # 10 million
     host=[(64, 64)] * 500,
     calls=160,
+    decoder=(16384, 2048, 8, 1024),  # 472 million: few wide layers, so that the device and not the host is what waits
+    sequences=2,
 )
 QUICK = Sizes(
-    parity=[(33, 7), (5,)], kernels=[(33, 7), (5,)], large=[(33, 7), (5,)], small=[(5,)] * 3, host=[(5,)] * 2, calls=8
+    parity=[(33, 7), (5,)],
+    kernels=[(33, 7), (5,)],
+    large=[(33, 7), (5,)],
+    small=[(5,)] * 3,
+    host=[(5,)] * 2,
+    calls=8,
+    decoder=(11, 64, 1, 8),
+    sequences=1,
 )
+
+
+@dataclass
+class Goals:
+    """Of one backend: kernels per inner and per outer step, microseconds of step() on the host with addresses unchanged
+    and changed, a kernel's bandwidth over a copy's, a cycle over AdamW's in large and small, alone and while training
+    with the norm under the backward pass, which None leaves without a goal."""
+
+    inner: int
+    outer: int
+    unchanged: int
+    changed: int
+    bandwidth: float
+    large: float
+    small: float | None
+    training: float | None
+
+
+GOALS = {
+    "cuda": Goals(2, 2, 120, 120, 0.92, large=1.17, small=0.7, training=1.0),
+    "triton": Goals(3, 4, 250, 500, 0.85, large=1.2, small=None, training=None),
+}
 
 
 @dataclass
@@ -91,7 +131,7 @@ class Setting:
     """Where and how sections measure."""
 
     device: torch.device
-    backend: str
+    backends: list[str]
     rounds: int
     sizes: Sizes
     compile_limit: int  # seconds that torch.compile gets; 0: it is not tried
@@ -157,76 +197,151 @@ def kernel_launches(run: Callable[[], Any]) -> list[str]:
 
 def launches(setting: Setting) -> Figures:
     """Kernels that one step() starts."""
-    params = make_params([(64, 64), (64,)], torch.float32, setting.device)
-    gradients = make_gradients([(64, 64), (64,)], torch.float32, setting.device)
-    optimizer = nexus(params, gradients, backend=setting.backend)()
-    started: list[list[str]] = []
-    if setting.device.type == "cuda":
-        kernel_launches(optimizer.zero_grad)  # a first profile may lose events
-    for micro_batch in gradients:
-        for p, g in zip(params, micro_batch, strict=True):
-            p.grad = g
+    for backend in setting.backends:
+        params = make_params([(64, 64), (64,)], torch.float32, setting.device)
+        gradients = make_gradients([(64, 64), (64,)], torch.float32, setting.device)
+        optimizer = nexus(params, gradients, backend=backend)()
+        started: list[list[str]] = []
         if setting.device.type == "cuda":
-            started.append(kernel_launches(optimizer.step))
-    for name, names, goal in (("inner", started[: K - 1], 3), ("outer", started[K - 1 :], 4)):
-        title = f"kernels that step() starts, {name}"
-        if any(names):
-            most = max(names, key=len)
-            yield title, figure({"median": len(most)}, at_most=goal, names=most)
-        else:
-            yield title, not_measured("torch.profiler saw no kernel on this device", at_most=goal)
+            kernel_launches(optimizer.zero_grad)  # a first profile may lose events
+        for micro_batch in gradients:
+            for p, g in zip(params, micro_batch, strict=True):
+                p.grad = g
+            if setting.device.type == "cuda":
+                started.append(kernel_launches(optimizer.step))
+        goals = GOALS[backend]
+        for name, names, goal in (("inner", started[: K - 1], goals.inner), ("outer", started[K - 1 :], goals.outer)):
+            title = f"{backend}: kernels that step() starts, {name}"
+            if any(names):
+                most = max(names, key=len)
+                yield title, figure({"median": len(most)}, at_most=goal, names=most)
+            else:
+                yield title, not_measured("torch.profiler saw no kernel on this device", at_most=goal)
 
 
 def host_time(setting: Setting) -> Figures:
     """Microseconds until step() returns, on an idle device."""
     shapes = setting.sizes.host
-    params = make_params(shapes, torch.float32, setting.device)
-    optimizer = NexusAdamW(params, backend=setting.backend, **NEXUS)
     gradients = make_gradients(shapes, torch.float32, setting.device)
-    for title, n_sets, goal in (("unchanged", 1, 250), ("changed", 2, 500)):
-        took = []
+    optimizers = {}
+    for backend in setting.backends:
+        params = own_params(shapes, setting)
+        optimizers[backend] = params, NexusAdamW(params, backend=backend, **NEXUS)
+    for title, n_sets in (("unchanged", 1), ("changed", 2)):
+        took: dict[str, list[float]] = {backend: [] for backend in setting.backends}
         for call in range(2 * K + setting.sizes.calls):
-            for p, g in zip(params, gradients[call % n_sets], strict=True):
-                p.grad = g
-            setting.synchronize()
-            start = time.perf_counter()
-            optimizer.step()
-            took.append((time.perf_counter() - start) * 1e6)
-        name = f"host time of step(), {len(shapes)} parameters, addresses {title}, microseconds"
-        yield name, figure(quartiles(took[2 * K :]), at_most=goal, calls=setting.sizes.calls)
+            for backend, (params, optimizer) in optimizers.items():
+                for p, g in zip(params, gradients[call % n_sets], strict=True):
+                    p.grad = g
+                setting.synchronize()
+                start = time.perf_counter()
+                optimizer.step()
+                took[backend].append((time.perf_counter() - start) * 1e6)
+        for backend, times in took.items():
+            name = f"{backend}: host time of step(), {len(shapes)} parameters, addresses {title}, microseconds"
+            goal = GOALS[backend].unchanged if n_sets == 1 else GOALS[backend].changed
+            yield name, figure(quartiles(times[2 * K :]), at_most=goal, calls=setting.sizes.calls)
 
 
 def bandwidths(setting: Setting) -> Figures:
     """Each kernel's bytes per second over those of a copy on the device."""
     numel = sum(map(math.prod, setting.sizes.kernels))
     for dtype in (torch.float32, torch.bfloat16):
-        contenders = kernels(setting.sizes.kernels, dtype, setting.backend, setting.device)
+        contenders = [
+            (backend, replace(c, name=f"{backend}: {str(dtype).removeprefix('torch.')} {c.name}"))
+            for backend in setting.backends
+            for c in kernels(setting.sizes.kernels, dtype, backend, setting.device)
+        ]
         copy = device_copy(numel, setting.device)
-        seconds = setting.time([*contenders, copy], queued=True)
-        for c in contenders:
+        seconds = setting.time([*(c for _, c in contenders), copy], queued=True)
+        for backend, c in contenders:
             per_byte = [t * c.bytes / copy.bytes for t in seconds[copy.name]]
             more = absolute(seconds[c.name], c.bytes, numel)
-            name = f"{str(dtype).removeprefix('torch.')} {c.name}: bandwidth / copy's"
-            yield name, figure(ratio(per_byte, seconds[c.name]), at_least=0.85, **more)
+            values = ratio(per_byte, seconds[c.name])
+            yield f"{c.name}: bandwidth / copy's", figure(values, at_least=GOALS[backend].bandwidth, **more)
         yield f"copy beside {dtype}", absolute(seconds[copy.name], copy.bytes, numel)
         del contenders, copy
         free(setting.device)
 
 
-def whole_cycle(setting: Setting) -> Figures:
-    """Our cycle over AdamW's, float32."""
-    shapes, numel = setting.sizes.large, sum(map(math.prod, setting.sizes.large))
-    gradients = make_gradients(shapes, torch.float32, setting.device)  # read only, so both use them
-    contenders = [
-        Contender("nexus_fused", nexus(own_params(shapes, setting), gradients, backend=setting.backend), 88),
-        Contender("AdamW, accumulation, clipping", adamw(own_params(shapes, setting), gradients), 76),
+def cycle_of_large(setting: Setting) -> Figures:
+    """Our cycle over AdamW's, float32, as long as the device takes."""
+    shapes = setting.sizes.large
+    title = f"{sum(map(math.prod, shapes)) / 1e9:.1f}B parameters"
+    goals = {backend: GOALS[backend].large for backend in setting.backends}
+    yield from _cycle(setting, shapes, title, queued=True, goals=goals)
+
+
+def cycle_of_small(setting: Setting) -> Figures:
+    """The same for 10M parameters in 200 tensors, device idle before each cycle."""
+    shapes = setting.sizes.small
+    title = f"{sum(map(math.prod, shapes)) / 1e6:.0f}M parameters in {len(shapes)} tensors"
+    goals = {backend: GOALS[backend].small for backend in setting.backends}
+    yield from _cycle(setting, shapes, title, queued=False, goals=goals)
+
+
+def _cycle(setting: Setting, shapes: Shapes, title: str, *, queued: bool, goals: dict[str, float | None]) -> Figures:
+    """Ours over AdamW's; on an idle device also captured, where no host's time is left."""
+    numel = sum(map(math.prod, shapes))
+    gradients = make_gradients(shapes, torch.float32, setting.device)  # read only, so all use them
+    theirs = Contender("AdamW, accumulation, clipping", adamw(own_params(shapes, setting), gradients), 76)
+    ours = [
+        (goals[backend], Contender(backend, nexus(own_params(shapes, setting), gradients, backend=backend), 88))
+        for backend in setting.backends
     ]
-    seconds = setting.time(contenders, queued=True)
-    ours, theirs = seconds.values()
-    name = f"float32 whole cycle / AdamW's cycle, {numel / 1e9:.1f}B parameters"
-    yield name, figure(ratio(ours, theirs), at_most=1.2)
-    for c in contenders:
-        yield f"{c.name}, {numel / 1e9:.1f}B parameters", absolute(seconds[c.name], c.bytes, numel)
+    if not queued and setting.device.type == "cuda":
+        for backend in setting.backends:
+            captured = captured_nexus(own_params(shapes, setting), gradients, backend=backend)
+            ours.append((None, Contender(f"{backend} in a CUDA graph", captured, 88)))
+    seconds = setting.time([theirs, *(c for _, c in ours)], queued=queued)
+    for goal, c in ours:
+        values = ratio(seconds[c.name], seconds[theirs.name])
+        yield f"{c.name}: whole cycle / AdamW's cycle, {title}", figure(values, at_most=goal)
+    if not queued and setting.device.type != "cuda":
+        for backend in setting.backends:
+            name = f"{backend} in a CUDA graph: whole cycle / AdamW's cycle, {title}"
+            yield name, not_measured("CUDA graphs need a CUDA device")
+    for c in (theirs, *(c for _, c in ours)):
+        yield f"{c.name}, {title}", absolute(seconds[c.name], c.bytes, numel)
+
+
+def training(setting: Setting) -> Figures:
+    """What our optimizer adds to K forward and backward passes, over what AdamW adds, accumulation and clipping
+    included: the time of whole cycles less that of the passes alone."""
+    vocabulary, *_, tokens = setting.sizes.decoder
+    generator = torch.Generator(setting.device).manual_seed(1)
+    size = setting.sizes.sequences, tokens
+    micro_batches = [torch.randint(vocabulary, size, generator=generator, device=setting.device) for _ in range(K)]
+
+    def model() -> Decoder:
+        torch.manual_seed(0)
+        with setting.device:
+            return Decoder(*setting.sizes.decoder)
+
+    alone = Contender("forward and backward alone", forward_and_backward(model(), micro_batches), 0)
+    theirs = Contender("AdamW", train_adamw(model(), micro_batches), 0)
+    ours = []
+    for backend in setting.backends:
+        for overlap_norm in (True, False):
+            run = train_nexus(model(), micro_batches, backend=backend, overlap_norm=overlap_norm)
+            name = f"{backend}, {'norm under the backward pass' if overlap_norm else 'norm in step()'}"
+            ours.append((GOALS[backend].training if overlap_norm else None, Contender(name, run, 0)))
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")  # as one trains
+    try:
+        seconds = setting.time([alone, theirs, *(c for _, c in ours)], queued=True)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    numel = sum(p.numel() for p in model().parameters())
+    title = f"decoder of {numel / 1e6:.0f}M parameters, K = {K}, {math.prod(size)} tokens"
+    passes = seconds[alone.name]
+    added = {name: [t - least for t, least in zip(times, passes, strict=True)] for name, times in seconds.items()}
+    for goal, c in ours:
+        more = {"milliseconds_added": statistics.median(added[c.name]) * 1e3}
+        name = f"{c.name}: time added to training / AdamW's, {title}"
+        yield name, figure(ratio(added[c.name], added[theirs.name]), at_most=goal, **more)
+    for c in (alone, theirs, *(c for _, c in ours)):
+        yield f"{c.name}, {title}", {"milliseconds": statistics.median(seconds[c.name]) * 1e3}
 
 
 def foreach_of_small(setting: Setting) -> Figures:
@@ -246,10 +361,13 @@ def _foreach(setting: Setting, shapes: Shapes, title: str, *, queued: bool, goal
     """foreach Nexus, plain and compiled, over ours."""
     numel = sum(map(math.prod, shapes))
     gradients = make_gradients(shapes, torch.float32, setting.device)
-    ours = nexus(own_params(shapes, setting), gradients, backend=setting.backend)
+    ours = [
+        Contender(backend, nexus(own_params(shapes, setting), gradients, backend=backend), 88)
+        for backend in setting.backends
+    ]
     plain_params, compiled_params = own_params(shapes, setting), own_params(shapes, setting)
     plain = foreach_nexus(plain_params, gradients)
-    contenders = [Contender("nexus_fused", ours, 88), Contender("foreach Nexus", plain, 152)]
+    others = [Contender("foreach Nexus", plain, 152)]
     reason = ""
     torch._dynamo.reset()  # or the second model would be compiled for any shapes
     try:
@@ -259,23 +377,35 @@ def _foreach(setting: Setting, shapes: Shapes, title: str, *, queued: bool, goal
             setting.synchronize()
         plain()
         check_close(compiled_params, plain_params)
-        contenders.append(Contender("compiled foreach Nexus", compiled, 96))
+        others.append(Contender("compiled foreach Nexus", compiled, 96))
     except (Exception, TooLong) as error:
         reason = f"{type(error).__name__}: {error}"[:500]
         torch._dynamo.reset()
         compiled = None
     free(setting.device)
-    seconds = setting.time(contenders, queued=queued)
-    for c in contenders:
-        if c.name != "nexus_fused":
-            goals = {"at_least": goal} if c.name.startswith("compiled") else {}
-            yield f"{c.name} / ours, {title}", figure(ratio(seconds[c.name], seconds["nexus_fused"]), **goals)
-        yield f"{c.name}, {title}", absolute(seconds[c.name], c.bytes, numel)
+    seconds = setting.time([*ours, *others], queued=queued)
+    for c in others:
+        goals = {"at_least": goal} if c.name.startswith("compiled") else {}
+        for our in ours:
+            values = ratio(seconds[c.name], seconds[our.name])
+            yield f"{our.name}: {c.name} / ours, {title}", figure(values, **goals)
+    for c in (*ours, *others):
+        yield f"{c.name}, {title}, in turn with foreach Nexus", absolute(seconds[c.name], c.bytes, numel)
     if reason:
-        yield f"compiled foreach Nexus / ours, {title}", not_measured(reason, at_least=goal)
+        for our in ours:
+            yield f"{our.name}: compiled foreach Nexus / ours, {title}", not_measured(reason, at_least=goal)
 
 
-SECTIONS = [launches, host_time, bandwidths, whole_cycle, foreach_of_small, foreach_of_large]
+SECTIONS = [
+    launches,
+    host_time,
+    bandwidths,
+    cycle_of_large,
+    cycle_of_small,
+    training,
+    foreach_of_small,
+    foreach_of_large,
+]
 
 
 def own_params(shapes: Shapes, setting: Setting) -> list[torch.nn.Parameter]:
@@ -390,15 +520,17 @@ def show(name: str, values: dict[str, Any]) -> None:
 
 
 def check(setting: Setting, result: dict[str, Any]) -> None:
-    """Parity of each dtype that is measured."""
-    for dtype in (torch.float32, torch.bfloat16):
-        result["parity"][str(dtype)] = False
-        try:
-            check_parity(setting.sizes.parity, dtype, setting.backend, setting.device)
-            result["parity"][str(dtype)] = True
-        except Exception:
-            result["errors"][f"parity of {dtype}"] = traceback.format_exc(limit=-5)
-        free(setting.device)
+    """Parity of each backend and dtype that is measured."""
+    for backend in setting.backends:
+        for dtype in (torch.float32, torch.bfloat16):
+            name = f"{backend}, {dtype}"
+            result["parity"][name] = False
+            try:
+                check_parity(setting.sizes.parity, dtype, backend, setting.device)
+                result["parity"][name] = True
+            except Exception:
+                result["errors"][f"parity of {name}"] = traceback.format_exc(limit=-5)
+            free(setting.device)
 
 
 def measure(setting: Setting, result: dict[str, Any], write: Callable[[], None]) -> None:
@@ -424,11 +556,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="the JSON to write")
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
-    parser.add_argument("--backend", default="triton")
+    parser.add_argument("--backends", nargs="+", choices=list(GOALS), default=list(GOALS))
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--quick", action="store_true", help="tiny sizes, three rounds")
-    parser.add_argument("--compile-limit", type=int, default=80, help="seconds that torch.compile gets, each time")
+    parser.add_argument("--compile-limit", type=int, default=50, help="seconds that torch.compile gets, each time")
     parser.add_argument("--tests", type=Path, help="JUnit XML of pytest to include; without green parity no figures")
+    parser.add_argument("--sanitizers", nargs="*", default=[], metavar="TOOL=OUTCOME", help="to include as they are")
     options = parser.parse_args()
     device = options.device
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -436,19 +569,21 @@ def main() -> int:
     if device.type == "cuda":
         device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)
+    reasons = {backend: backends.why_not(backend, device) for backend in options.backends}
     setting = Setting(
         device,
-        options.backend,
+        [backend for backend, reason in reasons.items() if reason is None],
         3 if options.quick else options.rounds,
         QUICK if options.quick else FULL,
         options.compile_limit,
     )
     result: dict[str, Any] = {
         **environment(device),
-        "backend": setting.backend,
+        "backends": reasons,
         "rounds": setting.rounds,
         "quick": options.quick,
         "tests": summary_of(options.tests) if options.tests else None,
+        "sanitizers": dict(outcome.split("=", 1) for outcome in options.sanitizers),
         "parity": {},
         "figures": {},
         "absolute": {},

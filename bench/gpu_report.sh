@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Tests and measures this checkout on a GPU: bash bench/gpu_report.sh [OUT.json] [-- OPTIONS OF bench.gpu]
 #
-# Installs the checkout into a throw-away environment, runs `pytest -m gpu`, then `python -m bench.gpu`, and writes both
-# into OUT.json (default bench/results/gpu-<device>.json). Under 8 minutes and offline: python3 must have torch, triton,
-# pytest, and to build scikit-build-core, pybind11, cmake and ninja. Exit status 0: all tests passed, all was measured.
+# Installs the checkout into a throw-away environment, runs `pytest -m gpu` and meanwhile a few of these tests under
+# compute-sanitizer, where that is found, then `python -m bench.gpu`, and writes all into OUT.json (default
+# bench/results/gpu-<device>.json). Under 8 minutes and offline: python3 must have torch, triton, pytest, and to build
+# scikit-build-core, pybind11, cmake and ninja. Exit status 0: all tests passed, no sanitizer failed, all was measured.
 #
 # Without a GPU, `bash bench/gpu_report.sh out.json -- --device cpu --quick --compile-limit 0` goes through the motions.
 set -uo pipefail
@@ -40,7 +41,7 @@ fi
 python=$scratch/venv/bin/python
 site=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 python3 -c 'import sys; print(*[p for p in sys.path if p.endswith("-packages")], sep="\n")' > "$site/parent.pth"
-if ! limited 60 "$python" -m pip --disable-pip-version-check install --quiet --no-index --no-build-isolation --no-deps \
+if ! limited 80 "$python" -m pip --disable-pip-version-check install --quiet --no-index --no-build-isolation --no-deps \
   --force-reinstall "$root"; then
   echo "the checkout could not be installed: python3 needs pip, scikit-build-core, pybind11, cmake and ninja; see above" >&2
   exit 1
@@ -64,14 +65,47 @@ fi
 section "tests"
 # No plugins, and none of pyproject.toml's options for them: only pytest itself is needed.
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
-limited 160 "$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -o addopts= -p no:cacheprovider \
-  -ra --strict-markers --tb=short --durations=5 -m gpu --junitxml="$scratch/tests.xml" "$root/tests/test_gpu.py" >&2
+pytest=("$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -o addopts= -p no:cacheprovider
+  --strict-markers --tb=short -m gpu "$root/tests/test_gpu.py")
+
+# sanitized TOOL [OPTIONS]: the outcome of a few of the CUDA kernels' tests under a tool of compute-sanitizer, on stdout.
+# It watches our kernels alone: PyTorch's would take long.
+nvcc=$(command -v nvcc)
+sanitizer=$(PATH=$PATH:$(dirname "${nvcc:-/usr/local/cuda/bin/nvcc}") command -v compute-sanitizer)
+sanitized() {
+  if $on_cpu || [ -z "$sanitizer" ]; then
+    echo "not found"
+    return
+  fi
+  limited 120 "$sanitizer" --tool "$@" --kernel-name kns=nexus --error-exitcode 99 "${pytest[@]}" -q \
+    -k "cuda and (test_who_takes_part or test_many_chunks or test_two_runs)" > "$scratch/$1.log" 2>&1
+  case $? in
+    0) echo passed ;;
+    124 | 137) echo "timed out" ;;
+    *) echo failed ;;
+  esac
+}
+# Beside the tests, which nobody times. Without the allocator's cache each tensor is an allocation that memcheck knows;
+# calls of CUDA that fail, and are meant to, are no errors: libraries ask so for what there is.
+PYTORCH_NO_CUDA_MEMORY_CACHING=1 sanitized memcheck --report-api-errors no > "$scratch/memcheck" &
+sanitized racecheck > "$scratch/racecheck" &
+limited 150 "${pytest[@]}" -ra --durations=5 --junitxml="$scratch/tests.xml" >&2
 tests=$?
+wait
+sanitizers=()
+unsound=0
+for tool in memcheck racecheck; do
+  outcome=$(cat "$scratch/$tool")
+  sanitizers+=("$tool=$outcome")
+  printf '%s: %s\n' "$tool" "$outcome" >&2
+  case $outcome in passed | "not found") ;; *) tail -n 30 "$scratch/$tool.log" >&2 ;; esac
+  if [ "$outcome" = failed ]; then unsound=1; fi
+done
 
 section "figures"
 if $on_cpu; then export TRITON_INTERPRET=1; fi
-limited 210 "$python" -m bench.gpu --out "$out" --tests "$scratch/tests.xml" "$@"
+limited 210 "$python" -m bench.gpu --out "$out" --tests "$scratch/tests.xml" --sanitizers "${sanitizers[@]}" "$@"
 figures=$?
 
 section "done: tests $tests, figures $figures, $out"
-[ "$tests" -eq 0 ] && [ "$figures" -eq 0 ]
+[ "$tests" -eq 0 ] && [ "$unsound" -eq 0 ] && [ "$figures" -eq 0 ]

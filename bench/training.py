@@ -23,31 +23,10 @@ from nexus_fused import NexusAdamW
 
 from .__main__ import arguments, started, write
 from .contenders import NEXUS, OPTIONS, K, ratio
+from .decoder import Decoder
 
 VOCABULARY, WIDTH, LAYERS, TOKENS = 8192, 640, 8, 64
 WARM_UP = 2  # rounds that are not counted
-
-
-class Decoder(nn.Module):
-    """Tokens [batch, TOKENS], int64, to the mean cross entropy of predicting each from those before it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tokens, self.positions = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(TOKENS, WIDTH)
-        self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(
-                WIDTH, WIDTH // 64, 4 * WIDTH, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
-            )
-            for _ in range(LAYERS)
-        )
-        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCABULARY, bias=False)
-        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(TOKENS - 1))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.tokens(tokens[:, :-1]) + self.positions.weight[: TOKENS - 1]
-        for layer in self.layers:
-            x = layer(x, src_mask=self.mask, is_causal=True)
-        return nn.functional.cross_entropy(self.head(self.norm(x)).flatten(0, 1), tokens[:, 1:].flatten())
 
 
 class Training:
@@ -59,7 +38,7 @@ class Training:
     def __init__(self, name: str, make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> None:
         self.name, self.seconds, self.in_hooks = name, 0.0, 0.0
         torch.manual_seed(0)
-        self.model = Decoder()
+        self.model = Decoder(VOCABULARY, WIDTH, LAYERS, TOKENS)
         self.params = list(self.model.parameters())
         self.optimizer = make(self.params)
         for p in self.params:  # after the optimizer's own hooks

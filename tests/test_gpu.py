@@ -1,15 +1,17 @@
-"""What only a GPU shows of the Triton backend: `pytest -m gpu`. Needs torch, triton and pytest, nothing else.
+"""What only a GPU shows of the backends "cuda" and "triton": `pytest -m gpu`. Needs torch, triton and pytest, nothing
+else; a backend that cannot run here is skipped.
 
 Function by function the kernels equal reference.py on the same device bit for bit. Only these roundings may differ:
-sums of float64 (norms, ‖D‖²) are taken in another order, and βᵗ is exp2(t·log2 β) where PyTorch takes a power, which
-is a few units of float64 in 1 − βᵗ for each 1/(1 − β). float32 scalars hide both, so whole runs below float64 are
-compared bit for bit too (fixed seeds; a scalar that falls on the border of two float32 values is one in 10⁷).
-In float64 they show: see `close_in_float64`.
+sums of float64 (norms, ‖D‖²) are taken in another order, and βᵗ, a power in PyTorch, is a power of another library or
+exp2(t·log2 β), which is a few units of float64 in 1 − βᵗ for each 1/(1 − β). float32 scalars hide both, so whole runs
+below float64 are compared bit for bit too (fixed seeds; a scalar that falls on the border of two float32 values is one
+in 10⁷). In float64 they show: see `close_in_float64`.
 """
 
 from __future__ import annotations
 
 import gc
+import shutil
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from test_parity import SIZES, compare, contents, make_cycle, make_table, run_fu
 from torch import nn
 
 import nexus_fused.table
-from nexus_fused import NexusAdamW, reference
+from nexus_fused import NexusAdamW, backends, reference
 from nexus_fused.cycle import MicroBatch
 
 if not torch.cuda.is_available():
@@ -31,8 +33,23 @@ pytestmark = [
 ]
 
 CUDA = torch.device("cuda", 0)
+FUSED = ["cuda", "triton"]  # the one that None takes first
 SHAPES = [(300, 257), (129,), (0, 4), (1,), (64, 33), (40000,)]
 BETA_UNITS = 1e-14  # what 20 units of float64 in 1 − βᵗ do to an update of length 1
+
+
+@pytest.fixture(params=FUSED)
+def backend(request):
+    """The name of one that runs here; the test is skipped where it does not."""
+    reason = backends.why_not(request.param, CUDA)
+    if reason is not None:
+        pytest.skip(f"{request.param}: {reason}")
+    return request.param
+
+
+def only(*names):
+    """Other backends than all of FUSED."""
+    return pytest.mark.parametrize("backend", names, indirect=True)
 
 
 def fresh_gradient(p, generator):
@@ -40,7 +57,7 @@ def fresh_gradient(p, generator):
     return torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.device, p.dtype)
 
 
-def build(dtypes, device=CUDA, backend="triton", **options):
+def build(dtypes, backend, device=CUDA, **options):
     """Parameters of SHAPES for each dtype in three groups, and their optimizer with K = 4."""
     generator = torch.Generator().manual_seed(0)
     params = [
@@ -106,11 +123,11 @@ def test_the_reference_scales_on_a_gpu_as_on_a_cpu():
             assert_same([on_cpu], [reference.scaled_gradient(g.to(CUDA), factor.to(CUDA), dtype).cpu()])
 
 
-def compare_outer_steps_in_float64(**table):
+def compare_outer_steps_in_float64(name, **table):
     """As test_parity.compare, for βᵗ of another rounding."""
     results = []
-    for backend in ("reference", "triton"):
-        made, cycle = make_table(torch.float64, device=CUDA, **table), make_cycle(backend, device=CUDA)
+    for which in ("reference", name):
+        made, cycle = make_table(torch.float64, device=CUDA, **table), make_cycle(which, device=CUDA)
         cycle.walk_length.fill_(0.03)
         run_function("outer_step", made, cycle, MicroBatch([reference.sq_norm(made)], 2))
         results.append(contents(made, cycle))
@@ -119,37 +136,37 @@ def compare_outer_steps_in_float64(**table):
     torch.testing.assert_close(left_sums, right_sums, rtol=1e-12, atol=0, equal_nan=True)
 
 
-def compare_all(dtype, **table):
-    compare("inner_step", "triton", dtype, device=CUDA, **table)
+def compare_all(name, dtype, **table):
+    compare("inner_step", name, dtype, device=CUDA, **table)
     if dtype == torch.float64:
-        compare_outer_steps_in_float64(**table)
+        compare_outer_steps_in_float64(name, **table)
     else:
-        compare("outer_step", "triton", dtype, device=CUDA, **table)
+        compare("outer_step", name, dtype, device=CUDA, **table)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 class TestKernelParity:
     @pytest.mark.parametrize("size", SIZES)
     @pytest.mark.parametrize("offset", [0, 1, 3])
-    def test_sizes_and_alignments(self, dtype, size, offset):
+    def test_sizes_and_alignments(self, backend, dtype, size, offset):
         sizes = [size, 5, size]
         made = make_table(dtype, sizes, offset=offset, device=CUDA)
-        torch.testing.assert_close(sq_norm("triton", made), reference.sq_norm(made), rtol=1e-12, atol=0)
+        torch.testing.assert_close(sq_norm(backend, made), reference.sq_norm(made), rtol=1e-12, atol=0)
         for touched in ((), (0, 1, 2), (1,)):
-            compare_all(dtype, sizes=sizes, offset=offset, touched=touched)
+            compare_all(backend, dtype, sizes=sizes, offset=offset, touched=touched)
 
-    def test_many_chunks(self, dtype):
-        compare_all(dtype, sizes=[1_000_003, 3, 200_000], touched=(0, 2), flatten=True)
+    def test_many_chunks(self, backend, dtype):
+        compare_all(backend, dtype, sizes=[1_000_003, 3, 200_000], touched=(0, 2), flatten=True)
 
     @pytest.mark.parametrize("amsgrad", [False, True])
-    def test_who_takes_part(self, dtype, amsgrad):
+    def test_who_takes_part(self, backend, dtype, amsgrad):
         for touched in ((), (0,), (0, 1), (0, 1, 2, 3)):
-            compare_all(dtype, sizes=[50, 60, 7000, 80], touched=touched, gradients=(1, 2), amsgrad=amsgrad)
+            compare_all(backend, dtype, sizes=[50, 60, 7000, 80], touched=touched, gradients=(1, 2), amsgrad=amsgrad)
 
     @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-    def test_skipped_step(self, dtype, bad):
+    def test_skipped_step(self, backend, dtype, bad):
         for touched in ((), (0,), (0, 1)):
-            compare_all(dtype, sizes=[4000, 9], touched=touched, bad=bad)
+            compare_all(backend, dtype, sizes=[4000, 9], touched=touched, bad=bad)
 
 
 # The optimizer
@@ -161,11 +178,11 @@ class TestOptimizerParity:
     @pytest.mark.parametrize("options", SETTINGS, ids=str)
     @pytest.mark.parametrize("dtypes", [[dtype] for dtype in DTYPES] + [DTYPES], ids=str)
     @pytest.mark.parametrize("irregular", [False, True], ids=["all gradients", "missing and NaN gradients"])
-    def test_reference_on_the_same_device(self, dtypes, options, irregular):
+    def test_reference_on_the_same_device(self, backend, dtypes, options, irregular):
         """Three and a half cycles; the last is ended early."""
         results, optimizers = [], []
-        for backend in ("triton", "reference"):
-            params, optimizer = build(dtypes, backend=backend, **options)
+        for which in (backend, "reference"):
+            params, optimizer = build(dtypes, which, **options)
             train(optimizer, params, 14, missing=irregular, nan_at=(1, 7) if irregular else ())
             optimizer.outer_step()
             results.append(contents_of(optimizer))
@@ -176,32 +193,32 @@ class TestOptimizerParity:
             (close_in_float64 if left.dtype == torch.float64 else assert_same)([left], [right])
 
     @pytest.mark.parametrize("options", SETTINGS, ids=str)
-    def test_reference_on_a_cpu(self, options):
+    def test_reference_on_a_cpu(self, backend, options):
         """In float64, so that no rounding to float32 hides a difference of the formula."""
         results = []
-        for device, backend in ((CUDA, "triton"), (torch.device("cpu"), "reference")):
-            params, optimizer = build([torch.float64], device, backend, **options)
+        for device, which in ((CUDA, backend), (torch.device("cpu"), "reference")):
+            params, optimizer = build([torch.float64], which, device, **options)
             train(optimizer, params, 14, missing=True, nan_at=(4,))
             optimizer.outer_step()
             results.append(contents_of(optimizer))
         close_in_float64(*results)
 
 
-def test_two_runs_give_the_same_bits():
+def test_two_runs_give_the_same_bits(backend):
     results = []
     for _ in range(2):
-        params, optimizer = build(DTYPES, amsgrad=True)
+        params, optimizer = build(DTYPES, backend, amsgrad=True)
         train(optimizer, params, 10, missing=True, nan_at=(2,))
         results.append(contents_of(optimizer))
     assert_same(*results)
 
 
-def test_resuming_in_mid_cycle_gives_the_same_bits():
-    straight, optimizer = build(DTYPES)
+def test_resuming_in_mid_cycle_gives_the_same_bits(backend):
+    straight, optimizer = build(DTYPES, backend)
     train(optimizer, straight, 6)
-    halves, first = build(DTYPES)
+    halves, first = build(DTYPES, backend)
     train(first, halves, 6)
-    resumed, second = build(DTYPES)
+    resumed, second = build(DTYPES, backend)
     with torch.no_grad():
         for p, q in zip(resumed, halves, strict=True):
             p.copy_(q)
@@ -224,10 +241,12 @@ def no_synchronization():
 
 
 @pytest.mark.parametrize("kind", ["float", "tensor", "tensor on the device"])
-def test_the_host_never_waits(no_synchronization, kind):
+def test_the_host_never_waits(no_synchronization, backend, kind):
     """Whole cycles and outer_step(), with new gradients and a new lr in each step and a loss scale on the device."""
     lr = 1e-2 if kind == "float" else torch.tensor(1e-2, device="cpu" if kind == "tensor" else CUDA)
-    params, optimizer = build([torch.float32, torch.bfloat16], lr=lr, capturable=kind == "tensor on the device")
+    params, optimizer = build(
+        [torch.float32, torch.bfloat16], backend, lr=lr, capturable=kind == "tensor on the device"
+    )
     if kind == "tensor on the device":  # schedulers of some versions read it
         schedule = lambda: optimizer.param_groups[0]["lr"].mul_(0.9)  # noqa: E731
     else:
@@ -251,8 +270,8 @@ def test_the_host_never_waits(no_synchronization, kind):
     assert optimizer.metrics()["skipped_inner_steps"] == 0
 
 
-def test_overflow_on_the_device_skips_the_step():
-    params, optimizer = build([torch.float32])
+def test_overflow_on_the_device_skips_the_step(backend):
+    params, optimizer = build([torch.float32], backend)
     train(optimizer, params, 2)
     before = [p.detach().clone() for p in params]
     optimizer.found_inf = torch.ones((), device=CUDA)
@@ -261,7 +280,7 @@ def test_overflow_on_the_device_skips_the_step():
     assert optimizer.metrics()["skipped_inner_steps"] == 1
 
 
-def test_addresses_that_change_make_no_difference(monkeypatch):
+def test_addresses_that_change_make_no_difference(monkeypatch, backend):
     """New memory for each gradient, None before it, or always the same memory; the table is uploaded only when an
     address changed, and once per step then."""
     uploads = []
@@ -270,7 +289,7 @@ def test_addresses_that_change_make_no_difference(monkeypatch):
     results = []
     for fixed in (True, False):
         generator = torch.Generator().manual_seed(2)
-        params, optimizer = build([torch.bfloat16])
+        params, optimizer = build([torch.bfloat16], backend)
         for p in params:
             p.grad = torch.zeros_like(p)
         kept = []
@@ -290,11 +309,12 @@ def test_addresses_that_change_make_no_difference(monkeypatch):
     assert_same(*results)
 
 
-def test_launches():
-    """Of kernels, copies not counted: 3 for an inner step and 4 for an outer one, twice that for two dtypes."""
+def test_launches(backend):
+    """Of kernels, copies not counted: as many for two dtypes as twice for one."""
+    inner, outer = {"cuda": (2, 2), "triton": (3, 4)}[backend]
     counts = {}
     for dtypes in ([torch.float32], [torch.float32, torch.bfloat16]):
-        params, optimizer = build(dtypes)
+        params, optimizer = build(dtypes, backend)
         for p in params:
             p.grad = torch.randn(p.shape, device=CUDA).to(p.dtype)
         for _ in range(4):
@@ -306,8 +326,8 @@ def test_launches():
     if not any(counts[1]):
         pytest.skip("torch.profiler sees no kernels here")
     for n, names in counts.items():
-        assert max(map(len, names[:3])) <= 3 * n, names
-        assert len(names[3]) <= 4 * n, names
+        assert max(map(len, names[:3])) <= inner * n, names
+        assert len(names[3]) <= outer * n, names
 
 
 def kernels_of(function):
@@ -319,12 +339,13 @@ def kernels_of(function):
     return kernel_launches(function)
 
 
-def test_nothing_is_compiled_twice(monkeypatch):
+@only("triton")
+def test_nothing_is_compiled_twice(monkeypatch, backend):
     """Hyperparameters, position, number of groups and parameters, sizes, who has a gradient: all at run time."""
     import triton
 
     compiled = []
-    params, optimizer = build([torch.float32])
+    params, optimizer = build([torch.float32], backend)
     train(optimizer, params, 5, missing=True, nan_at=(1,))
     optimizer.outer_step()
     monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **kwargs: compiled.append(kwargs["repr"]))
@@ -333,7 +354,7 @@ def test_nothing_is_compiled_twice(monkeypatch):
     train(optimizer, params, 9, missing=True)
     for shapes, inner_steps in ([(1,)], 1), ([(16,)] * 40, 2), ([(70_000,), (16384,)], 16), ([(3, 5)] * 7, 17):
         params = [nn.Parameter(torch.randn(shape, device=CUDA)) for shape in shapes]
-        optimizer = NexusAdamW([{"params": [p]} for p in params], inner_steps=inner_steps, backend="triton")
+        optimizer = NexusAdamW([{"params": [p]} for p in params], inner_steps=inner_steps, backend=backend)
         train(optimizer, params, inner_steps)
         train(optimizer, params, 1)
         optimizer.outer_step()
@@ -344,7 +365,7 @@ def test_nothing_is_compiled_twice(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_more_than_int32_elements(dtype):
+def test_more_than_int32_elements(backend, dtype):
     """A parameter of 2³¹ + 4099 elements moves as a small one made of pieces of it.
 
     Its gradients are small integers, so that sums of squares are exact in any order; a second small parameter has the
@@ -363,7 +384,7 @@ def test_more_than_int32_elements(dtype):
     small = nn.Parameter(torch.cat([big[r] for r in ranges]))
     filler = nn.Parameter(torch.zeros(64, dtype=dtype, device=CUDA))
     big = nn.Parameter(big)
-    options = {"lr": 1e-2, "inner_lr": 1.0, "inner_steps": 2, "weight_decay": 0.1, "backend": "triton"}
+    options = {"lr": 1e-2, "inner_lr": 1.0, "inner_steps": 2, "weight_decay": 0.1, "backend": backend}
     theirs, ours = NexusAdamW([small, filler], **options), NexusAdamW([big], **options)
     big.grad = torch.empty_like(big)
     for _ in range(4):
@@ -392,12 +413,12 @@ def free_memory():
     torch.cuda.empty_cache()
 
 
-def test_a_stream_with_work_in_flight():
+def test_a_stream_with_work_in_flight(backend):
     """Forward, backward and step on a stream of their own, each gradient late, give the default stream's bits."""
     results = []
     side = torch.cuda.Stream(CUDA)
     for stream in (torch.cuda.default_stream(CUDA), side):
-        params, optimizer = build([torch.float32, torch.bfloat16])
+        params, optimizer = build([torch.float32, torch.bfloat16], backend)
         inputs = [torch.randn(p.shape, generator=torch.Generator().manual_seed(3)).to(p) for p in params]
         torch.cuda.synchronize()
         with torch.cuda.stream(stream):
@@ -414,11 +435,11 @@ def test_a_stream_with_work_in_flight():
 
 
 @pytest.mark.parametrize("dtypes", [[torch.float32, torch.bfloat16], [torch.float64, torch.float16]], ids=str)
-def test_the_norm_beside_the_backward_pass(dtypes):
+def test_the_norm_beside_the_backward_pass(backend, dtypes):
     """Late gradients, a second pass that accumulates in place while the first is summed, edits: the same bits."""
     results = []
     for overlap_norm in (False, True):
-        params, optimizer = build(dtypes, overlap_norm=overlap_norm)
+        params, optimizer = build(dtypes, backend, overlap_norm=overlap_norm)
         inputs = [torch.randn(p.shape, generator=torch.Generator().manual_seed(3)).to(p) for p in params]
         for step in range(13):
             some = list(zip(params, inputs, strict=True))
@@ -436,11 +457,11 @@ def test_the_norm_beside_the_backward_pass(dtypes):
     assert_same(*results)
 
 
-def test_a_captured_backward_pass_is_summed_in_step():
+def test_a_captured_backward_pass_is_summed_in_step(backend):
     """Its replays write the same gradients again without calling a hook."""
     results = []
     for overlap_norm in (False, True):
-        params, optimizer = build([torch.float32], overlap_norm=overlap_norm)
+        params, optimizer = build([torch.float32], backend, overlap_norm=overlap_norm)
         x = torch.ones((), device=CUDA)
 
         def backward(params=params, x=x):
@@ -464,39 +485,236 @@ def test_a_captured_backward_pass_is_summed_in_step():
     assert_same(*results)
 
 
+# Steps captured into CUDA graphs
+
+
+class Training:
+    """Cycles of forward and backward passes on inputs that lie in memory of their own, with a step after each: eagerly
+    or captured. The learning rate lies on the device, so that a graph's replays follow it, and γ with it."""
+
+    def __init__(self, backend, **options):
+        lr = torch.tensor(1e-2, device=CUDA)
+        self.params, self.optimizer = build(
+            [torch.float32, torch.bfloat16], backend, **{"lr": lr, "capturable": True, **options}
+        )
+        self.inputs = self.new_inputs()
+
+    def new_inputs(self):
+        """Those of each micro-batch."""
+        return [[torch.zeros_like(p, requires_grad=False) for p in self.params] for _ in range(4)]
+
+    def prepare(self, seed):
+        """What comes before a cycle: new inputs, a scheduled learning rate."""
+        generator = torch.Generator().manual_seed(seed)
+        for inputs in self.inputs:
+            for x in inputs:
+                x.copy_(fresh_gradient(x, generator))
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(1e-2 / (1 + seed))
+
+    def step(self, k):
+        self.optimizer.zero_grad(set_to_none=True)
+        # Elementwise, since matrix products may differ between streams.
+        sum((p * x).sin().float().sum() for p, x in zip(self.params, self.inputs[k], strict=True)).backward()
+        self.optimizer.step()
+
+    def cycle(self):
+        for k in range(4):
+            self.step(k)
+
+    def warm_up(self):
+        """A cycle on a side stream, as torch recommends before a capture."""
+        side = torch.cuda.Stream(CUDA)
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self.cycle()
+        torch.cuda.current_stream().wait_stream(side)
+
+    def capture(self):
+        self.optimizer.zero_grad(set_to_none=True)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.cycle()
+        return graph
+
+    def results(self):
+        return contents_of(self.optimizer)
+
+
+def two_after_a_cycle(backend, **options):
+    """A training that is going to be captured and its twin, which never is and takes its norms in step()."""
+    pair = Training(backend, **options), Training(backend)
+    for training in pair:
+        training.prepare(0)
+        training.warm_up()
+    return pair
+
+
+def assert_equal_training(captured, eager):
+    """After one more cycle of both, eagerly."""
+    for training in (captured, eager):
+        training.prepare(100)
+        training.cycle()
+    assert_same(captured.results(), eager.results())
+    assert captured.optimizer.metrics() == eager.optimizer.metrics()
+
+
+everywhere = only(*FUSED, "reference")
+
+
+class TestGraphs:
+    @pytest.mark.parametrize(
+        ("backend", "overlap_norm"),
+        [(name, overlap) for name in FUSED for overlap in (False, True)] + [("reference", False)],
+        indirect=["backend"],
+    )
+    def test_replays_equal_eager_steps(self, backend, overlap_norm):
+        """With new inputs and learning rates at each replay, eager cycles in between, and metrics of either."""
+        captured, eager = two_after_a_cycle(backend, overlap_norm=overlap_norm)
+        graph = captured.capture()
+        for seed, replayed in enumerate((True, True, False, True, False, False, True), start=1):
+            for training in (captured, eager):
+                training.prepare(seed)
+            graph.replay() if replayed else captured.cycle()
+            eager.cycle()
+            assert captured.optimizer.metrics() == eager.optimizer.metrics()
+            assert captured.optimizer.at_boundary
+        assert_same(captured.results(), eager.results())
+        assert_equal_training(captured, eager)
+
+    @only(*FUSED)
+    def test_eager_steps_at_the_addresses_that_were_captured(self, backend):
+        """Gradients that lie ready in memory of their own; the graph has not run when eager steps read them."""
+        captured, eager = two_after_a_cycle(backend)
+        generator = torch.Generator().manual_seed(5)
+        for training in (captured, eager):
+            for p in training.params:
+                p.grad = torch.zeros_like(p)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(4):
+                captured.optimizer.step()
+        for replayed in (False, True, False):
+            for p, q in zip(captured.params, eager.params, strict=True):
+                gradient = fresh_gradient(p, generator)
+                p.grad.copy_(gradient)
+                q.grad.copy_(gradient)
+            for _ in range(4):
+                eager.optimizer.step()
+                if not replayed:
+                    captured.optimizer.step()
+            if replayed:
+                graph.replay()
+            assert_same(captured.results(), eager.results())
+
+    @only(*FUSED)
+    def test_two_graphs(self, backend):
+        """Alive at the same time, each with inputs and gradients of its own, replayed in any order."""
+        captured, eager = two_after_a_cycle(backend)
+        graphs, inputs = [], []
+        for seed in (1, 2):
+            inputs.append([captured.new_inputs(), eager.new_inputs()])
+            captured.inputs, eager.inputs = inputs[-1]
+            graphs.append(captured.capture())
+            for training in (captured, eager):
+                training.prepare(seed)
+                training.cycle()
+        for seed, which in enumerate((0, 1, 1, 0, None, 1, 0), start=3):
+            captured.inputs, eager.inputs = inputs[which or 0]
+            for training in (captured, eager):
+                training.prepare(seed)
+            captured.cycle() if which is None else graphs[which].replay()
+            eager.cycle()
+        assert_same(captured.results(), eager.results())
+        assert_equal_training(captured, eager)
+
+    @everywhere
+    def test_refused_without_capturable(self, backend):
+        captured, eager = two_after_a_cycle(backend)
+        captured.optimizer.param_groups[1]["capturable"] = False
+        self.refused(captured, "capturable is False in parameter group 1")
+        assert_equal_training(captured, eager)
+
+    @everywhere
+    def test_refused_in_mid_cycle(self, backend):
+        captured, eager = two_after_a_cycle(backend)
+        for training in (captured, eager):
+            training.step(0)
+        self.refused(captured, "in mid-cycle, after 1 of 4 inner steps: begin the capture at a boundary")
+        for training in (captured, eager):
+            for k in range(1, 4):
+                training.step(k)
+        assert_equal_training(captured, eager)
+
+    @everywhere
+    def test_refused_before_a_first_cycle(self, backend):
+        captured, eager = Training(backend), Training(backend)
+        for p in captured.params:
+            p.grad = torch.ones_like(p)
+        self.refused(captured, r"run at least one whole cycle \(4 steps\) before the capture")
+        assert_equal_training(captured, eager)
+
+    @everywhere
+    def test_ended_in_mid_cycle(self, backend):
+        """The next step tells; what was captured has not run, and training goes on from before it."""
+        captured, eager = two_after_a_cycle(backend)
+        captured.optimizer.zero_grad(set_to_none=True)
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            captured.step(0)
+            captured.step(1)
+        with pytest.raises(RuntimeError, match="ended in mid-cycle, after 2 of 4 inner steps"):
+            captured.step(0)
+        assert captured.optimizer.at_boundary
+        assert_equal_training(captured, eager)
+        graph = captured.capture()
+        for training in (captured, eager):
+            training.prepare(7)
+        graph.replay()
+        eager.cycle()
+        assert_equal_training(captured, eager)
+
+    @staticmethod
+    def refused(training, message):
+        """step() raises while it is captured; leaving `torch.cuda.graph` ends the capture, also then."""
+        with pytest.raises(RuntimeError, match=message), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            training.optimizer.step()
+        assert not torch.cuda.is_current_stream_capturing()
+
+
 needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
 @needs_two
-def test_another_current_device():
+def test_another_current_device(backend):
     results = []
     for current in (0, 1):
         with torch.cuda.device(current):
-            params, optimizer = build([torch.float32], torch.device("cuda", 1))
+            params, optimizer = build([torch.float32], backend, torch.device("cuda", 1))
             train(optimizer, params, 9)
             results.append(contents_of(optimizer))
     assert_same(*results)
 
 
 @needs_two
-def test_parameters_on_two_devices():
+def test_parameters_on_two_devices(backend):
     """The norm is one over both."""
     results = []
     for devices in ((0, 0), (0, 1)):
-        params = [p for d in devices for p in build([torch.float32], torch.device("cuda", d))[0]]
+        params = [p for d in devices for p in build([torch.float32], backend, torch.device("cuda", d))[0]]
         params = [nn.Parameter(p.detach()) for p in params]
-        optimizer = NexusAdamW(params, lr=1e-2, inner_lr=0.05, backend="triton")
+        optimizer = NexusAdamW(params, lr=1e-2, inner_lr=0.05, backend=backend)
         train(optimizer, params, 9)
         results.append([t.cpu() for t in contents_of(optimizer)])
     for left, right in zip(*results, strict=True):
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
 
 
-def test_devices_do_not_disturb_each_other():
+def test_devices_do_not_disturb_each_other(backend):
     """Two cycles on one device stand for two devices: each takes the norm over both tables, whoever goes first."""
     results = []
     for split in (False, True):
-        params, optimizer = build([torch.float32, torch.float64])
+        params, optimizer = build([torch.float32, torch.float64], backend)
         if split:
             ((cycle, tables),) = optimizer._work
             second = type(cycle)(cycle.device, cycle.inner_steps, cycle.backend)
@@ -511,22 +729,37 @@ def test_devices_do_not_disturb_each_other():
 # Which backend runs
 
 
+def test_cuda_runs_where_it_was_built():
+    """Where a machine has a CUDA compiler. Else all of its tests would be skipped, and nobody would notice."""
+    kernels = pytest.importorskip("nexus_fused._C")
+    if torch.version.hip is not None or not (kernels.CUDA_TARGETS or shutil.which("nvcc")):
+        pytest.skip("no GPU of NVIDIA's, or no CUDA compiler")
+    assert kernels.CUDA_TARGETS, "nvcc is there, but nexus_fused was built without its CUDA kernels"
+    reason = backends.why_not("cuda", CUDA)
+    if torch.cuda.get_device_capability(CUDA) < (8, 0) or "update the driver" in (reason or ""):
+        pytest.skip(reason)
+    assert reason is None
+
+
 @pytest.mark.filterwarnings("error::UserWarning:nexus_fused")
-def test_none_means_triton():
-    _, optimizer = build([torch.float32], backend=None)
-    assert [cycle.backend.__name__ for cycle in optimizer._cycles.values()] == ["nexus_fused.triton"]
+def test_none_means_cuda_and_else_triton(monkeypatch):
+    running = [name for name in FUSED if backends.why_not(name, CUDA) is None]
+    for name in running:
+        _, optimizer = build([torch.float32], None)
+        assert [cycle.backend.__name__ for cycle in optimizer._cycles.values()] == [f"nexus_fused.{name}"]
+        monkeypatch.setattr(f"nexus_fused.{name}.why_not_on", lambda device, dtype: "not here")
 
 
-def test_cpu_tensors_are_refused():
+def test_cpu_tensors_are_refused(backend):
     with pytest.raises(RuntimeError, match=r"its kernels run on a GPU .* backend='(cpu|reference)' would run"):
-        build([torch.float32], torch.device("cpu"))
+        build([torch.float32], backend, torch.device("cpu"))
 
 
-def test_grad_scaler():
+def test_grad_scaler(backend):
     """torch's own, with a scale that is a power of two and an overflow: as if the gradients were not scaled."""
     results = []
     for scaled in (False, True):
-        params, optimizer = build([torch.float32])
+        params, optimizer = build([torch.float32], backend)
         scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10, enabled=scaled)
         generator = torch.Generator().manual_seed(4)
         for step in range(6):
