@@ -6,6 +6,8 @@
 
 #include "look.h"
 
+#include <structmember.h>  // PyMemberDef, before Python 3.12
+
 #include "nexus_math.h"
 
 namespace py = pybind11;
@@ -36,6 +38,9 @@ const DLPackExchangeAPI* api;
 PyGetSetDef *grad_attribute, *version_attribute;
 PyCFunction is_neg;
 
+PyTypeObject* dtensor_type;  // null until there is one
+Py_ssize_t local_offset, spec_offset;
+
 PyGetSetDef* attribute(const py::object& type, const char* name) {
   const py::object found = type.attr(name);
   return Py_IS_TYPE(found.ptr(), &PyGetSetDescr_Type) ? reinterpret_cast<PyGetSetDescrObject*>(found.ptr())->d_getset
@@ -61,16 +66,55 @@ bool prepare_to_look(const py::object& tensor, const py::object& parameter) {
   return api->major == 1 && api->tensor_from_object && grad_attribute && version_attribute && is_neg;
 }
 
+// Where an object of a type with __slots__ keeps one of them; 0 if it does not.
+Py_ssize_t slot(const py::object& type, const char* name) {
+  const py::object found = py::getattr(type, name, py::none());
+  if (!Py_IS_TYPE(found.ptr(), &PyMemberDescr_Type)) return 0;
+  return reinterpret_cast<PyMemberDescrObject*>(found.ptr())->d_member->offset;
+}
+
+// Has look() see through DTensors, if this PyTorch keeps their parts where it knows; else they are left to Python.
+void prepare_to_look_at_dtensors(const py::object& type) {
+  local_offset = slot(type, "_local_tensor");
+  spec_offset = slot(type, "_spec");
+  if (local_offset && spec_offset) dtensor_type = reinterpret_cast<PyTypeObject*>(type.ptr());
+}
+
 py::object get(PyObject* object, const PyGetSetDef* attribute) {
   PyObject* value = attribute->get(object, attribute->closure);
   if (!value) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(value);
 }
 
-int64_t version_of(PyObject* tensor) { return PyLong_AsLongLong(get(tensor, version_attribute).ptr()); }
+PyObject* at(PyObject* object, Py_ssize_t offset) {
+  return *reinterpret_cast<PyObject**>(reinterpret_cast<char*>(object) + offset);
+}
+
+bool is_dtensor(PyObject* object) { return dtensor_type && Py_IS_TYPE(object, dtensor_type); }
+
+// This process's part of a DTensor, any other tensor as it is.
+PyObject* part_of(PyObject* tensor) { return is_dtensor(tensor) ? at(tensor, local_offset) : tensor; }
+
+// Whether two tensors are both DTensors, spread alike over one mesh, or neither is one. FSDP2 gives a gradient the very
+// description of its parameter.
+bool spread_alike(PyObject* a, PyObject* b) {
+  if (!is_dtensor(a) || !is_dtensor(b)) return !is_dtensor(a) && !is_dtensor(b);
+  PyObject *one = at(a, spec_offset), *other = at(b, spec_offset);
+  const int equal = one == other ? 1 : one && other ? PyObject_RichCompareBool(one, other, Py_EQ) : 0;
+  if (equal < 0) throw py::error_already_set();
+  return equal;
+}
+
+int64_t count(PyObject* tensor) { return PyLong_AsLongLong(get(tensor, version_attribute).ptr()); }
+
+// Of a DTensor: the writes through it and those into its part.
+int64_t version_of(PyObject* tensor) {
+  PyObject* part = part_of(tensor);
+  return count(tensor) + (part == tensor || !part ? 0 : count(part));
+}
 
 bool read(PyObject* object, DLTensor& out) {
-  if (!Py_IS_TYPE(object, tensor_type) && !Py_IS_TYPE(object, parameter_type)) return false;
+  if (!object || !Py_IS_TYPE(object, tensor_type) && !Py_IS_TYPE(object, parameter_type)) return false;
   if (api->tensor_from_object(object, &out) == 0) return true;
   PyErr_Clear();  // sparse, for example
   return false;
@@ -110,7 +154,7 @@ py::tuple look(const py::list& params, int64_t rows, bool use, int64_t addresses
   for (Py_ssize_t i = 0; i < n; ++i) {
     PyObject* param = PyList_GET_ITEM(params.ptr(), i);
     DLTensor own, gradient;
-    if (!read(param, own) || address(own) != segments[i].weight) {
+    if (!read(part_of(param), own) || address(own) != segments[i].weight) {
       unusual.append(i);
       written.append(i);  // perhaps: Python compares again
       continue;
@@ -121,12 +165,13 @@ py::tuple look(const py::list& params, int64_t rows, bool use, int64_t addresses
     const py::object grad = get(param, grad_attribute);
     if (grad.is_none()) continue;
     PyObject*& known = pointer<PyObject*>(objects)[i];
-    const bool fits = read(grad.ptr(), gradient) && alike(gradient, own, segments[i].length);
+    PyObject* part = part_of(grad.ptr());
+    const bool fits = spread_alike(param, grad.ptr()) && read(part, gradient) && alike(gradient, own, segments[i].length);
     const int64_t found = fits && segments[i].length ? address(gradient) : -1;
-    const bool asked = grad.ptr() == known && found == segments[i].grad && segments[i].length > 1;
-    if (fits && (asked || !negated(grad.ptr()))) {
+    const bool asked = part == known && found == segments[i].grad && segments[i].length > 1;
+    if (fits && (asked || !negated(part))) {
       pointer<int64_t>(addresses)[i] = found;
-      known = grad.ptr();
+      known = part;
     } else {
       unusual.append(i);
       known = nullptr;
@@ -152,6 +197,7 @@ bool take_versions(const py::list& params, int64_t versions, bool alone) {
 
 void define_look(py::module_& m) {
   m.def("prepare_to_look", &prepare_to_look);
+  m.def("prepare_to_look_at_dtensors", &prepare_to_look_at_dtensors);
   m.def("look", &look);
   m.def("take_versions", &take_versions);
 }

@@ -163,6 +163,19 @@ class Cycle:
         counts[2].fill_(taken)
         self.reset()
 
+    def results_of_parameters(self) -> Tensor:
+        """What the parameters of this cycle alone brought to the finished one, other ranks' others: [n_groups + 2]
+        float64, ‖D‖² of each group, moves and lost moves."""
+        sums, counts = self.results
+        return torch.cat([sums[2 * len(self.factor) : 3 * len(self.factor)], counts[:2].double()])
+
+    def set_results_of_parameters(self, values: Tensor | None) -> None:
+        """Puts others in their place; None: zeros, since another cycle's hold all."""
+        sums, counts = self.results
+        values = torch.zeros(len(self.factor) + 2, dtype=torch.float64) if values is None else values
+        sums[2 * len(self.factor) : 3 * len(self.factor)] = values[:-2].to(sums.device, non_blocking=True)
+        counts[:2] = values[-2:].to(counts.device, torch.int64, non_blocking=True)
+
     def forget_finished(self, *, keep_memory: bool) -> None:
         """As if no cycle had finished. keep_memory: replays may finish one in `results`."""
         for result in self.results:

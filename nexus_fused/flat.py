@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .distributed import as_part_of, local_part, part_like
+
 BUCKET_BYTES = 512 * 2**20  # bounds what construction needs beside parameters and state
 ALIGNMENT = 64  # bytes: a cache line, the widest vector register
 
@@ -77,7 +79,7 @@ class Bucket:
 
 @dataclass(slots=True, eq=False)
 class Segment:
-    """One parameter: where its memory is and what shape that has."""
+    """One parameter: where its memory is and what shape that has; of a DTensor, this rank's part."""
 
     param: Tensor
     dtype: torch.dtype
@@ -101,7 +103,18 @@ class Segment:
     @property
     def where(self) -> str:
         """How an error names this parameter."""
-        return f"parameter {self.index} of group {self.group} (shape {tuple(self.shape)})"
+        return f"parameter {self.index} of group {self.group} (shape {tuple(self.param.shape)})"
+
+    @property
+    def local(self) -> Tensor:
+        """The parameter's part on this rank, wherever it lies now."""
+        return local_part(self.param)
+
+    @property
+    def version(self) -> int:
+        """Grows with every write that autograd sees: through a DTensor, or into its local part."""
+        local = self.local
+        return self.param._version + (local._version if local is not self.param else 0)
 
     @property
     def theta_name(self) -> str:
@@ -116,7 +129,7 @@ class Segment:
     @property
     def weight(self) -> Tensor:
         """Flat view of the values the model runs on (of their dense twin for a parameter with gaps)."""
-        return flat_view(self.param if self.staged is None else self.staged)
+        return flat_view(self.local if self.staged is None else self.staged)
 
     def buffer(self, name: str) -> Tensor:
         """Flat view of this parameter's part of a bucket's buffer."""
@@ -131,11 +144,11 @@ class Segment:
         return self.buffer("walk") if self.low_precision else self.weight
 
     def shaped(self, name: str) -> Tensor:
-        """The parameter's part of a buffer, in its shape and with a storage of just its own bytes.
+        """The parameter's part of a buffer, in its shape and with a storage of just its own bytes; a DTensor for one.
 
         DLPack makes that storage. A plain view would drag the whole buffer into every checkpoint of one parameter.
         """
-        return shaped_like(self.buffer(name), self)
+        return as_part_of(shaped_like(self.buffer(name), self), self.param)
 
     def adopt(self, *, restart: bool, shown: Tensor | None = None) -> None:
         """Takes over values that somebody else wrote into the parameter.
@@ -145,7 +158,7 @@ class Segment:
         float32 value; the others keep their precision.
         """
         if self.staged is not None:
-            self.staged.copy_(self.param.detach())
+            self.staged.copy_(self.local.detach())
         if self.low_precision:
             if shown is None:
                 shown = self.walk if self.touched else self.theta
@@ -163,39 +176,42 @@ class Segment:
             if own is None:  # a walk's buffer, at a boundary
                 continue
             if entry and name in entry:
-                own.copy_(
-                    entry[name] if isinstance(entry[name], Tensor) else torch.tensor(float(entry[name]), device="cpu")
-                )
+                value = entry[name]
+                if name == "step":
+                    own.copy_(value if isinstance(value, Tensor) else torch.tensor(float(value), device="cpu"))
+                else:
+                    local_part(own).copy_(part_like(value, self.param))
             elif name == "master":
                 self.theta.copy_(self.weight)
             else:
-                own.zero_()
+                local_part(own).zero_()
         if entry and "master" in entry and not self.low_precision:
-            self.param.detach().copy_(entry["master"])
+            self.local.detach().copy_(part_like(entry["master"], self.param))
 
 
 def shaped_like(flat: Tensor, segment: Segment) -> Tensor:
     """`flat` (real, one-dimensional) with the shape, strides and complexness of the segment, own storage."""
     own = torch.from_dlpack(flat) if flat.numel() else torch.empty_like(flat)
-    if segment.param.is_complex():
+    if segment.dtype.is_complex:
         own = torch.view_as_complex(own.view(-1, 2))
     return own.as_strided(segment.shape, segment.strides)
 
 
 def make_segment(param: Tensor, *, group: int, index: int, state: dict[str, Any]) -> Segment:
     """Describes `param`; nothing is allocated for it but the dense twin of a parameter with gaps."""
-    dtype = real_dtype(param.dtype)
-    dense = is_dense(param)
-    staged = None if dense else param.detach().clone(memory_format=torch.contiguous_format).resolve_conj().resolve_neg()
+    dtype, local = real_dtype(param.dtype), local_part(param)
+    staged = None
+    if not is_dense(local):
+        staged = local.detach().clone(memory_format=torch.contiguous_format).resolve_conj().resolve_neg()
     return Segment(
         param=param,
         dtype=param.dtype,
         group=group,
         index=index,
-        shape=param.shape,
-        param_strides=param.stride(),
-        strides=param.stride() if staged is None else staged.stride(),
-        numel=param.numel() * (2 if param.is_complex() else 1),
+        shape=local.shape,
+        param_strides=local.stride(),
+        strides=local.stride() if staged is None else staged.stride(),
+        numel=local.numel() * (2 if param.is_complex() else 1),
         low_precision=STATE_DTYPE[dtype] != dtype,
         state=state,
         staged=staged,

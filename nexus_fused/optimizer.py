@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import backends, capture, checkpoint, hyperparameters, overlap, reference
+from . import backends, capture, checkpoint, distributed, hyperparameters, overlap, reference
 from .cycle import GROUP_KEYS, PREPARED_CYCLES, Cycle, MicroBatch, combine, summarize
+from .distributed import local_part
 from .flat import Segment, make_segment, real_dtype
 from .table import Table
 
@@ -55,6 +56,15 @@ class NexusAdamW(Optimizer):
             `step()` is then called without the scaler. Once a hook or `step()` was captured into a CUDA graph, whose
             replays call no hooks, `step()` reads all gradients again. RuntimeError with the reference, and in a run of
             several processes.
+        norm_group: a process group whose ranks hold other parameters of the same model, as the stages of a pipeline
+            do: ‖g‖ is that of the gradients of all of them, and skipping is common. Their parameters, and what this
+            rank has of DTensors, add up; replicas must not be in one group.
+
+    Parameters may be DTensors, of FSDP2's `fully_shard` or tensor parallelism, on any device mesh: each rank updates
+    its part, and the norm is summed over the ranks that parameters are sharded over; parameters beside them that are no
+    DTensors count as replicated. All ranks call `step()` together. Where ranks communicate, construction, loading and
+    `add_param_group()` compare inner_steps, the cycle's position and the parameters on all of them, and so does each
+    step under TORCH_DISTRIBUTED_DEBUG=INFO or DETAIL: RuntimeError on all ranks that names the difference.
 
     Raises ValueError or TypeError that names the parameter group before anything is modified.
     """
@@ -82,8 +92,10 @@ class NexusAdamW(Optimizer):
         backend: str | None = None,
         flatten: bool = True,
         overlap_norm: bool = False,
+        norm_group: Any = None,
     ) -> None:
         self._configure(hyperparameters.inner_steps(inner_steps), backend, fused, flatten, overlap_norm)
+        self._ranks.norm_group = norm_group
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -103,6 +115,8 @@ class NexusAdamW(Optimizer):
         }
         hyperparameters.group_row({"base_lr": lr, **defaults}, 0, self._inner_steps)
         super().__init__(params, defaults)
+        self._built = True
+        self._compare_ranks("at construction")
 
     def _configure(
         self, inner_steps: int, backend: str | None, fused: bool | None, flatten: bool, overlap_norm: bool
@@ -112,11 +126,11 @@ class NexusAdamW(Optimizer):
         self._inner_steps = inner_steps
         self._backend, self._fused, self._flatten = backend, fused, flatten
         self._overlap_norm, self._overlap = overlap_norm, overlap.Overlap() if overlap_norm else None
-        self._tables: dict[tuple[torch.device, torch.dtype], Table] = {}
-        self._cycles: dict[torch.device, Cycle] = {}
+        self._tables: dict[tuple[torch.device, torch.dtype, tuple[int, ...]], Table] = {}
+        self._cycles: dict[tuple[torch.device, tuple[int, ...]], Cycle] = {}  # as tables: by device and ranks
         self._frozen: list[tuple[int, int, Tensor]] = []  # group, index, parameter: no state yet
         self._position = 0
-        self._work: list[tuple[Cycle, list[Table]]] = []  # each device's cycle with its tables
+        self._work: list[tuple[Cycle, list[Table]]] = []  # each cycle with its tables
         self._rows: list[list[float | Tensor]] = []
         self._just_loaded = False
         self._outer: list[dict[str, Any]] | None = None  # inside outer_weights(): the groups' data of the walk
@@ -124,6 +138,8 @@ class NexusAdamW(Optimizer):
         self._capture: int | None = None  # the capture into a CUDA graph in which the running cycle began
         self._was_captured = False  # at any time
         self._warm = False  # a cycle was finished since parameters came
+        self._ranks = distributed.Ranks()
+        self._built = False
 
     # Parameters
 
@@ -151,6 +167,8 @@ class NexusAdamW(Optimizer):
             self.param_groups.pop()
             raise
         self._show_cycle_data()
+        if self._built:
+            self._compare_ranks("after add_param_group()")
 
     def _register(self, params: list[tuple[int, int, Tensor]], *, flatten: bool) -> None:
         """Gives parameters (group, index, tensor) state and a place in a table; frozen ones wait for a gradient."""
@@ -160,26 +178,31 @@ class NexusAdamW(Optimizer):
             waits = hyperparameters.is_frozen(entry[2]) and not self.state.get(entry[2])
             (waiting if waits else live).append(entry)
         found: dict[torch.device, ModuleType] = {}
-        for device, dtype in {(p.device, real_dtype(p.dtype)): None for _, _, p in live}:
+        for device, dtype in {(local_part(p).device, real_dtype(p.dtype)): None for _, _, p in live}:
             backend = backends.resolve(self._backend, self._fused, device, dtype)
             if self._overlap_norm:
                 overlap.check_backend(backend, device)
+                overlap.check_params([p for _, _, p in live])
             if found.get(device) is not reference:  # one for all dtypes of a device
                 found[device] = backend
         self._extend_tables(live, flatten=flatten)
         self._frozen += waiting
-        # The same order, and so the same sum of squares, whenever a dtype or device came.
-        self._tables = dict(sorted(self._tables.items(), key=lambda item: str(item[0])))
-        tables: dict[torch.device, list[Table]] = defaultdict(list)
+        # The same order, and so the same sum of squares, whenever a dtype or device came, and on all ranks.
+        firsts = {key: (*map(str, key[:2]), table.first) for key, table in self._tables.items()}
+        self._tables = dict(sorted(self._tables.items(), key=lambda item: firsts[item[0]]))
+        segments = sorted((s for t in self._tables.values() for s in t.segments), key=lambda s: (s.group, s.index))
+        self._ranks.follow([segment.param for segment in segments])
+        tables: dict[tuple[torch.device, tuple[int, ...]], list[Table]] = defaultdict(list)
         for table in self._tables.values():
-            tables[table.device].append(table)
+            tables[table.device, table.ranks].append(table)
         if not tables:  # all frozen so far
-            found[torch.device("cpu")], tables[torch.device("cpu")] = reference, []
+            found[torch.device("cpu")], tables[torch.device("cpu"), ()] = reference, []
         known = list(self._cycles.values())
-        for device, backend in found.items():
-            self._cycles.setdefault(device, Cycle(device, self._inner_steps, backend)).backend = backend
-        self._cycles = {device: self._cycles[device] for device in tables}
-        self._work = [(self._cycles[device], members) for device, members in tables.items()]
+        cycles = {key: self._cycles.get(key) or Cycle(key[0], self._inner_steps, found[key[0]]) for key in tables}
+        for cycle in cycles.values():
+            cycle.backend = found.get(cycle.device, cycle.backend)
+        self._cycles = cycles
+        self._work = [(cycles[key], members) for key, members in tables.items()]
         if self._overlap is not None:
             for cycle, members in self._work:
                 for table in members:
@@ -194,13 +217,13 @@ class NexusAdamW(Optimizer):
 
     def _extend_tables(self, params: list[tuple[int, int, Tensor]], *, flatten: bool) -> None:
         """Gives parameters state and a row in the table of their device and dtype; all of them or none."""
-        fresh: dict[tuple[int, torch.device, torch.dtype], list[Segment]] = defaultdict(list)
+        fresh: dict[tuple[int, torch.device, torch.dtype, tuple[int, ...]], list[Segment]] = defaultdict(list)
         for group, index, param in params:
-            key = group, param.device, real_dtype(param.dtype)
+            key = group, local_part(param).device, real_dtype(param.dtype), distributed.shard_ranks(param)
             fresh[key].append(make_segment(param, group=group, index=index, state=self.state[param]))
         try:
-            for (group, device, dtype), segments in fresh.items():
-                table = self._tables.setdefault((device, dtype), Table(device, dtype))
+            for (group, device, dtype, ranks), segments in fresh.items():
+                table = self._tables.setdefault((device, dtype, ranks), Table(device, dtype, ranks))
                 table.extend(segments, flatten=flatten)
                 table.set_amsgrad(group, self.param_groups[group]["amsgrad"])
                 if self._position > 0:
@@ -275,14 +298,21 @@ class NexusAdamW(Optimizer):
         return loss
 
     def _sq_norms(self) -> list[Tensor]:
-        """‖g‖² of each table, as `MicroBatch.sq_norms`."""
+        """‖g‖² of all tables and ranks, as `MicroBatch.sq_norms`."""
         if self._overlap is None:
-            return [cycle.backend.sq_norm(table) for cycle, tables in self._work for table in tables]
+            norms = [(table.ranks, cycle.backend.sq_norm(table)) for cycle, tables in self._work for table in tables]
+            return self._add_norms(norms)
         if self._was_captured:
             self._overlap.stop()
         elif getattr(self, "found_inf", None) is not None:
             self._overlap.forget()  # GradScaler.unscale_ writes gradients without changing their versions
-        return [self._overlap.sq_norm(table) for _, tables in self._work for table in tables]
+        return self._add_norms([(t.ranks, self._overlap.sq_norm(t)) for _, tables in self._work for t in tables])
+
+    def _add_norms(self, sq_norms: list[tuple[tuple[int, ...], Tensor]]) -> list[Tensor]:
+        """The same over all ranks."""
+        if not self._ranks.norm_is_shared:
+            return [sq_norm for _, sq_norm in sq_norms]
+        return self._ranks.add([(ranks, sq_norm.sum()) for ranks, sq_norm in sq_norms], "the norm")
 
     @torch.no_grad()
     def outer_step(self) -> None:
@@ -301,6 +331,8 @@ class NexusAdamW(Optimizer):
         self._check_members()
         if self._overlap_norm and gradients:  # a process group may have come since
             overlap.check_processes()
+        if self._ranks.communicates and torch.distributed.get_debug_level() != torch.distributed.DebugLevel.OFF:
+            self._compare_ranks("in step() or outer_step()")
         self._follow_capture()
         rows = [hyperparameters.group_row(g, i, self._inner_steps) for i, g in enumerate(self.param_groups)]
         if self._frozen and gradients:
@@ -322,14 +354,14 @@ class NexusAdamW(Optimizer):
         Each captured step has gradient addresses and hyperparameters of its own, which every replay copies to the
         device again. The host sees no replay: once steps were captured, others copy theirs again too.
         """
-        current = capture.capture_id([cycle.device for cycle, _ in self._work])
+        current = capture.capture_id(list(dict.fromkeys(cycle.device for cycle, _ in self._work)))
         if self._position > 0 and current != self._capture:
             self._refuse_to_cut_a_cycle()
         if current is not None:
             self._check_capture()
         self._capture = current
         self._was_captured |= current is not None
-        on_gpu = next(iter(self._cycles)).type == "cuda"
+        on_gpu = self._work[0][0].device.type == "cuda"
         prepares = on_gpu and current is None and any(group["capturable"] for group in self.param_groups)
         count = PREPARED_CYCLES * self._inner_steps
         for cycle, tables in self._work:
@@ -368,6 +400,11 @@ class NexusAdamW(Optimizer):
     def _check_capture(self) -> None:
         """Raises for what a CUDA graph could not replay."""
         capture.check_hyperparameters(self.param_groups)
+        if self._ranks.communicates:
+            raise RuntimeError(
+                "step() is being captured into a CUDA graph, but it communicates with other ranks, which is not "
+                "supported there: leave step() out of the graph"
+            )
         amsgrad = [(b.amsgrad, self.param_groups[b.group]["amsgrad"]) for t in self._tables.values() for b in t.buckets]
         thawing = any(param.grad is not None for _, _, param in self._frozen)
         if not self._warm or thawing or any(now != wanted for now, wanted in amsgrad):
@@ -399,6 +436,34 @@ class NexusAdamW(Optimizer):
             for table in self._tables.values():
                 table.set_amsgrad(index, group["amsgrad"])
 
+    def _compare_ranks(self, when: str, error: Exception | None = None, loads: int | None = None) -> None:
+        """Raises RuntimeError on all ranks that communicate if they disagree; see `check_ranks`."""
+        if self._ranks.communicates:
+            position = self._position if loads is None else loads
+            self._ranks.check(*self._agreed(position, error), when)
+
+    def check_ranks(self, group: Any = None) -> None:
+        """Raises RuntimeError on all ranks of a process group (None: the default one), naming the first difference,
+        unless inner_steps, cycle_position and the parameters (shapes, dtypes, shardings, frozen or not) are the same.
+
+        All of them call it. Where step() communicates that is done without asking, for the ranks it concerns, when the
+        optimizer is built or loaded; use it for replicas that others keep equal, as DistributedDataParallel does.
+        """
+        here, params = self._agreed(self._position, None)
+        distributed.compare(here, params, group or torch.distributed.group.WORLD, "in check_ranks()")
+
+    def _agreed(self, position: int, error: Exception | None) -> tuple[dict[str, Any], list[str]]:
+        """What all ranks must have in common, and a line for each parameter."""
+        live = {segment.param for table in self._tables.values() for segment in table.segments}
+        params = [
+            f"{tuple(p.shape)} {p.dtype}{' in use' if p in live else ' frozen'} in group {index}"
+            + (f" {p.placements} on {p.device_mesh.shape}" if distributed.is_dtensor(p) else "")
+            for index, group in enumerate(self.param_groups)
+            for p in group["params"]
+        ]
+        here = {"what fails": str(error), "inner_steps": self._inner_steps, "cycle_position": position}
+        return here, params
+
     def _adopt_writes(self) -> None:
         """What others wrote must be in masters and anchors before these are copied or saved."""
         for table in self._tables.values():
@@ -413,8 +478,20 @@ class NexusAdamW(Optimizer):
             cycle.backend.outer_step(tables, cycle, micro_batch, taken)
             for table in tables:
                 table.finish_outer_step()
+        self._share_results()
         self._set_position(0)
         self._warm = True
+
+    def _share_results(self) -> None:
+        """Adds up over all ranks what `metrics()` shows and each rank knows of its own parameters only.
+
+        Here, once in a cycle, so that `metrics()` does not wait for other ranks: it may be called on one only.
+        """
+        if self._ranks.norm_is_shared:
+            parts = [(ranks, cycle.results_of_parameters()) for (_, ranks), cycle in self._cycles.items()]
+            totals = self._ranks.add(parts, "the metrics")
+            for cycle, total in zip_longest(self._cycles.values(), totals):
+                cycle.set_results_of_parameters(total)
 
     def _set_position(self, position: int) -> None:
         self._position = position
@@ -446,6 +523,9 @@ class NexusAdamW(Optimizer):
         written into a parameter inside becomes θ, and that parameter's walk starts anew from it.
         """
         self._refuse_inside_outer_weights("outer_weights()")
+        # FSDP2 keeps the root's weights gathered after a forward pass without a backward one, which would hide θ here,
+        # and θ would hide the walk afterwards.
+        self._ranks.reshard()
         with torch.no_grad():
             self._look(gradients=False)
             anchored = [table for table in self._tables.values() if table.shows_cycle_buffers]
@@ -460,6 +540,7 @@ class NexusAdamW(Optimizer):
         try:
             yield
         finally:
+            self._ranks.reshard()
             for group, data in zip(self.param_groups, self._outer, strict=True):
                 group.update(data)
             self._outer = None
@@ -546,7 +627,13 @@ class NexusAdamW(Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
         self._check_members()
-        groups, entries, foreign = checkpoint.check(state_dict, self.param_groups, self._inner_steps)
+        try:
+            groups, entries, foreign = checkpoint.check(state_dict, self.param_groups, self._inner_steps)
+        except (ValueError, TypeError) as error:
+            self._compare_ranks("in load_state_dict()", error)
+            raise
+        position = groups[0].get("cycle_position", 0) if groups else 0
+        self._compare_ranks("in load_state_dict()", loads=position)
         self._adopt_writes()
         self._restore(groups, entries)
         self.state.update(foreign)
@@ -604,6 +691,11 @@ class NexusAdamW(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_inside_outer_weights("copying or pickling the optimizer")
+        if self._ranks.norm_group is not None:
+            raise RuntimeError(
+                "an optimizer with a process group cannot be copied or pickled: save its state_dict(), build another "
+                "one with its own group and load that"
+            )
         self._check_members()
         if self._capture is not None:
             self._follow_capture()
@@ -631,6 +723,7 @@ class NexusAdamW(Optimizer):
         params = [(g, i, p) for g, group in enumerate(groups) for i, p in enumerate(group["params"])]
         self._register(params, flatten=self._flatten)
         self._restore(loaded, {p: entry for p, entry in entries.items() if isinstance(p, Tensor)})
+        self._built = True
         self.state.update({key: value for key, value in entries.items() if not isinstance(key, Tensor)})
         self._just_loaded = state["_just_loaded"]
         next(iter(self._cycles.values())).finished = state["_finished"]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .distributed import is_dtensor
 from .flat import Segment
 from .table import CHUNK_ELEMENTS, Table
 
@@ -34,6 +35,15 @@ def check_processes() -> None:
         raise RuntimeError(
             f"overlap_norm=True in a run of {distributed.get_world_size()} processes: gradients are reduced across "
             "them after their squares were summed, and the norm would be wrong: use overlap_norm=False"
+        )
+
+
+def check_params(params: list[Tensor]) -> None:
+    """RuntimeError for DTensors: FSDP2 sets their gradients after the hooks."""
+    if any(map(is_dtensor, params)):
+        raise RuntimeError(
+            "overlap_norm=True, but parameters are DTensors, whose gradients are set without calling hooks: use "
+            "overlap_norm=False"
         )
 
 

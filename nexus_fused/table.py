@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import capture
 from .cycle import Replayed, upload
+from .distributed import dtensor_type, is_dtensor, local_part, same_layout
 from .flat import STATE_DTYPE, Bucket, Segment, bucketed, owns_its_memory, real_dtype, shaped_like
 
 # The columns of a table, all int64: addresses in bytes, `length` in real elements, `chunk` the number of the segment's
@@ -41,14 +42,16 @@ with contextlib.suppress(ImportError):
 class Table:
     """All segments of one device and dtype, of all groups, and the flat buffers behind them.
 
+    ranks: those that the parameters, all of them DTensors then, are sharded over; () where this rank has all of each.
     `segments` stand in the order of `rows`; `params` are theirs. In the same order: `addresses` of this micro-batch's
     gradients (0: none, -1: one without elements), and `pointers` and `versions` of the parameters when we last looked.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self.device, self.dtype = device, dtype
+    def __init__(self, device: torch.device, dtype: torch.dtype, ranks: tuple[int, ...] = ()) -> None:
+        self.device, self.dtype, self.ranks = device, dtype, ranks
         self.segments: list[Segment] = []
         self.params: list[Tensor] = []
+        self._has_dtensors = False
         self.buckets: list[Bucket] = []
         self.addresses, self.pointers, self.versions = array("q"), array("q"), array("q")
         self.copies: dict[int, Tensor] = {}  # row: this micro-batch's gradient, where it had other strides
@@ -71,6 +74,11 @@ class Table:
         self._on_device: tuple[Tensor, ...] = ()
         self.capturing, self.replayed = False, Replayed()  # into a CUDA graph
 
+    @property
+    def first(self) -> tuple[int, int]:
+        """Group and index of the first parameter."""
+        return min((s.group, s.index) for s in self.segments)
+
     def extend(self, segments: list[Segment], *, flatten: bool) -> None:
         """Gives the segments (all of one group) zero state, and moves their weights into flat memory if allowed."""
         buckets: list[Bucket] = []
@@ -90,7 +98,7 @@ class Table:
             if flatten:
                 self._flatten(bucket, members)
         seen = {s: (self.pointers[s.row], self.versions[s.row]) for s in self.segments}
-        seen.update((s, (s.param.data_ptr(), s.param._version)) for s in segments)
+        seen.update((s, (s.local.data_ptr(), s.version)) for s in segments)
         self._enlist(self.segments + segments, self.buckets + buckets, seen)
 
     def forget(self, segments: list[Segment]) -> None:
@@ -107,6 +115,9 @@ class Table:
         # In the groups' order, whenever a parameter came: the norm is summed in that order, also after a resume.
         self.segments, self.buckets = sorted(segments, key=lambda s: (s.group, s.index)), buckets
         self.params = [s.param for s in self.segments]
+        self._has_dtensors = any(map(is_dtensor, self.params))
+        if _quick_look is not None and self._has_dtensors:
+            _C.prepare_to_look_at_dtensors(dtensor_type())
         self._objects = array("q", bytes(8 * len(self.segments)))
         self._states = [s.state for s in self.segments]
         self._counts_alone = False
@@ -120,7 +131,10 @@ class Table:
         self._refresh()
 
     def _flatten(self, bucket: Bucket, members: list[Segment]) -> None:
-        movable = [s for s in members if s.staged is None and s.numel and owns_its_memory(s.param)]
+        # A DTensor's part stays where it lies: FSDP2 gathers from there.
+        movable = [
+            s for s in members if s.staged is None and s.numel and s.local is s.param and owns_its_memory(s.param)
+        ]
         if not movable:
             return
         flat = torch.empty(bucket.numel, dtype=self.dtype, device=self.device)
@@ -146,7 +160,7 @@ class Table:
         counts = [-(-s.numel // CHUNK_ELEMENTS) for s in self.segments]
         chunks = 0
         for s, grad, count in zip(self.segments, self.addresses, counts, strict=True):
-            weight = (s.param if s.staged is None else s.staged).data_ptr()
+            weight = (s.local if s.staged is None else s.staged).data_ptr()
 
             def address(name: str, s: Segment = s) -> int:
                 return s.buffer(name).data_ptr() if name in s.bucket.buffers else 0
@@ -164,8 +178,7 @@ class Table:
             first_rows = torch.searchsorted(groups, torch.arange(self.segments[-1].group + 2 if rows else 1))
             first_chunks = torch.cat([self.rows[:, CHUNK], torch.tensor([chunks])])[first_rows]
             starts = torch.stack([first_rows, first_chunks], dim=1)
-        parts = self.rows, row_of_chunk, starts
-        self._on_device = tuple(torch.empty_like(part, device=self.device) for part in parts)
+        self._on_device = tuple(torch.empty_like(t, device=self.device) for t in (self.rows, row_of_chunk, starts))
         upload(row_of_chunk, self._on_device[1])
         upload(starts, self._on_device[2])
         self.chunks = chunks
@@ -235,10 +248,12 @@ class Table:
             everything = list(range(len(self.segments)))
             return everything, everything
         buffers = (values.buffer_info()[0] for values in (addresses, self.pointers, self.versions, self._objects))
-        return _quick_look(self.params, self.rows.data_ptr(), use, *buffers)
+        # Else each attribute of a DTensor is preceded by a search for its `__torch_function__`.
+        with torch._C.DisableTorchFunctionSubclass() if self._has_dtensors else contextlib.nullcontext():
+            return _quick_look(self.params, self.rows.data_ptr(), use, *buffers)
 
     def _read_gradient(self, segment: Segment, addresses: array[int], use: bool) -> None:
-        param, row = segment.param, segment.row
+        param, row = segment.local, segment.row
         if param.data_ptr() != self.pointers[row] and self._was_converted(segment):
             raise RuntimeError(
                 f"{segment.where} was {self.dtype} on {self.device} with strides {segment.param_strides} when the "
@@ -246,9 +261,12 @@ class Table:
                 f"{param.stride()}: convert or move the model (model.half(), model.to(...)) first and build the "
                 "optimizer after it"
             )
-        grad = param.grad if use else None
+        grad = segment.param.grad if use else None
         if grad is None:
             return
+        if not same_layout(grad, segment.param):
+            self.copies[row] = grad = _redistributed(segment, grad)
+        grad = local_part(grad)
         fits = grad.layout is torch.strided and grad.shape == segment.shape
         if not fits or grad.dtype is not param.dtype or grad.device != self.device:
             raise RuntimeError(_misfit(segment, grad))
@@ -270,7 +288,7 @@ class Table:
         )
 
     def _was_converted(self, segment: Segment) -> bool:
-        param = segment.param
+        param = segment.local
         return (
             real_dtype(param.dtype) is not self.dtype
             or param.device != self.device
@@ -280,8 +298,8 @@ class Table:
 
     def was_written(self, segment: Segment) -> bool:
         """Whether somebody else wrote into the parameter, or replaced its storage, since we last looked."""
-        param, row = segment.param, segment.row
-        return param._version != self.versions[row] or param.data_ptr() != self.pointers[row]
+        row = segment.row
+        return segment.version != self.versions[row] or segment.local.data_ptr() != self.pointers[row]
 
     def adopt_writes(self, *, restart: bool, look: bool = True) -> None:
         """Takes over what others wrote into the parameters since the last look; see `Segment.adopt`.
@@ -306,16 +324,16 @@ class Table:
     def _remember(self, segments: list[Segment]) -> None:
         for segment in segments:
             self._counts_alone = False  # who writes may also have made views
-            pointer = segment.param.data_ptr()
+            pointer = segment.local.data_ptr()
             self._outdated |= pointer != self.pointers[segment.row]
-            self.pointers[segment.row], self.versions[segment.row] = pointer, segment.param._version
+            self.pointers[segment.row], self.versions[segment.row] = pointer, segment.version
         self._refresh()
 
     def wrote(self, segments: list[Segment]) -> None:
         """Tells autograd, and the check for other writers, that a kernel wrote these segments' weights."""
         for segment in self._staged:
             if segment in segments:
-                segment.param.detach().copy_(segment.staged)  # type: ignore[arg-type]
+                segment.local.detach().copy_(segment.staged)  # type: ignore[arg-type]
         if segments is self.segments and _take_versions is not None:
             torch.autograd.graph.increment_version(self.params)
             # Mostly each is one more than when we looked; views of one tensor, though, share one count.
@@ -323,11 +341,14 @@ class Table:
         else:
             torch.autograd.graph.increment_version([s.param for s in segments])
             for segment in segments:
-                self.versions[segment.row] = segment.param._version
+                self.versions[segment.row] = segment.version
 
     def gradient(self, segment: Segment) -> Tensor | None:
         """This micro-batch's gradient of a segment, dense with its strides; None without one."""
-        return self.copies.get(segment.row, segment.param.grad) if self.addresses[segment.row] else None
+        if not self.addresses[segment.row]:
+            return None
+        copied = self.copies.get(segment.row)
+        return copied if copied is not None else local_part(segment.param.grad)
 
     def with_gradient(self) -> list[Segment]:
         """The segments that have a gradient in this micro-batch."""
@@ -459,6 +480,17 @@ def _swap(a: Tensor, b: Tensor) -> None:
     b.copy_(kept)
 
 
+def _redistributed(segment: Segment, grad: Tensor) -> Tensor:
+    """This rank's part of a gradient that is spread otherwise than its parameter, or has not been reduced yet."""
+    param: Any = segment.param
+    if is_dtensor(grad) and is_dtensor(param) and grad.device_mesh == param.device_mesh:  # type: ignore[attr-defined]
+        return local_part(grad.redistribute(param.device_mesh, param.placements))  # type: ignore[attr-defined]
+    raise RuntimeError(
+        f"the gradient of {segment.where} is a {type(grad).__name__} and its parameter a {type(param).__name__}, or "
+        "they are DTensors on different meshes: set p.grad to None or to a tensor that is spread as p is"
+    )
+
+
 def _misfit(segment: Segment, grad: Tensor) -> str:
     """Why this gradient cannot be used, and what to do."""
     if grad.layout is not torch.strided:
@@ -468,6 +500,6 @@ def _misfit(segment: Segment, grad: Tensor) -> str:
         )
     return (
         f"the gradient of {segment.where} has shape {tuple(grad.shape)}, {grad.dtype} on {grad.device}, its parameter "
-        f"{tuple(segment.shape)}, {segment.param.dtype} on {segment.param.device}: "
+        f"{tuple(segment.shape)}, {segment.param.dtype} on {segment.local.device}: "
         "set p.grad to None or to a tensor like p"
     )

@@ -720,7 +720,7 @@ def test_devices_do_not_disturb_each_other(backend):
             second = type(cycle)(cycle.device, cycle.inner_steps, cycle.backend)
             second.grow(len(optimizer.param_groups))
             optimizer._work = [(cycle, tables[:1]), (second, tables[1:])]
-            optimizer._cycles = {cycle.device: cycle, torch.device("meta"): second}
+            optimizer._cycles = {(cycle.device, ()): cycle, (torch.device("meta"), ()): second}
         train(optimizer, params, 9)
         results.append(contents_of(optimizer))
     assert_same(*results)

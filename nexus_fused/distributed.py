@@ -1,0 +1,274 @@
+"""Several processes: DTensors and their local parts, one norm over all shards, ranks that must agree.
+
+Everything that communicates is here, on torch.distributed's process groups. A DTensor's local part is taken as it lies,
+once per look at it: operations on DTensors would be dispatched one by one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import hashlib
+import sys
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# DTensors and their local parts
+
+
+def dtensor_type() -> Any:
+    """torch.distributed.tensor.DTensor where somebody has imported it, without which there are none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return getattr(module, "DTensor", None)
+
+
+def is_dtensor(tensor: Any) -> bool:
+    """Whether this is a tensor that a DeviceMesh holds together."""
+    kind = dtensor_type()
+    return kind is not None and isinstance(tensor, kind)
+
+
+def local_part(tensor: Any) -> Tensor:
+    """This rank's part of a DTensor, in the same memory; any other tensor as it is."""
+    part: Tensor = tensor
+    if is_dtensor(tensor):
+        with torch.no_grad():
+            part = tensor.to_local()
+            part = part.wait() if hasattr(part, "wait") else part  # its values may still be under way
+    return part
+
+
+def as_part_of(local: Tensor, like: Any) -> Tensor:
+    """A DTensor whose part on this rank is `local`, laid out as `like` is; `local` itself where that is no DTensor."""
+    if is_dtensor(like):
+        layout = like.device_mesh, like.placements
+        local = dtensor_type().from_local(local, *layout, run_check=False, shape=like.shape, stride=like.stride())
+    return local
+
+
+def part_like(value: Any, like: Any) -> Tensor:
+    """This rank's part of `value`, a DTensor or a whole tensor, as `like` is laid out; communicates only for a DTensor
+    that is laid out otherwise."""
+    if is_dtensor(like):
+        layout = like.device_mesh, like.placements
+        if is_dtensor(value):
+            value = value.redistribute(*layout)
+        else:
+            tensor = sys.modules["torch.distributed.tensor"]
+            value = tensor.distribute_tensor(value.to(like.device), *layout, src_data_rank=None)
+    return local_part(value)
+
+
+def same_layout(a: Any, b: Any) -> bool:
+    """Whether two tensors are both DTensors, spread alike over one mesh, or neither is one."""
+    if not is_dtensor(a) or not is_dtensor(b):
+        return not is_dtensor(a) and not is_dtensor(b)
+    return bool(a.device_mesh == b.device_mesh and a.placements == b.placements)
+
+
+def why_not(param: Any) -> str | None:
+    """Why this parameter of another engine, or this DTensor, cannot be updated, and what to do; None if it can."""
+    if getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False):
+        return (
+            "belongs to FullyShardedDataParallel (FSDP1), which shows flattened shards that change from step to step: "
+            "use torch.distributed.fsdp.fully_shard (FSDP2)"
+        )
+    if hasattr(param, "ds_id"):
+        return (
+            "is a placeholder of DeepSpeed's ZeRO-3, whose values lie elsewhere: use "
+            "torch.distributed.fsdp.fully_shard (FSDP2)"
+        )
+    if is_dtensor(param):
+        if param.device_mesh.get_coordinate() is None:
+            return "is a DTensor on a mesh that this rank is no part of: give each rank the parameters that it holds"
+        if any(placement.is_partial() for placement in param.placements):
+            return "is a DTensor with a partial placement, which no rank knows: redistribute it to Shard or Replicate"
+        if type(local_part(param)) is not Tensor:
+            return f"is a DTensor of {type(local_part(param)).__name__}: use DTensors of plain tensors"
+    return None
+
+
+def shard_ranks(param: Any) -> tuple[int, ...]:
+    """The ranks, this one among them, that the elements of a parameter are spread over; () if this rank has all."""
+    if not is_dtensor(param):
+        return ()
+    mesh, placements = param.device_mesh, param.placements
+    where = [
+        slice(None) if not placement.is_replicate() else coordinate
+        for placement, coordinate in zip(placements, mesh.get_coordinate(), strict=True)
+    ]
+    ranks = mesh.mesh[tuple(where)].flatten().tolist()
+    return tuple(ranks) if len(ranks) > 1 else ()
+
+
+def find_fsdp_modules(params: list[Tensor]) -> list[weakref.ref[Any]]:
+    """The modules under `fully_shard` that hold these parameters.
+
+    Nothing leads from a parameter to its module, so the garbage collector is asked for all of them: once, when DTensors
+    are registered.
+    """
+    fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    ours = {id(param) for param in params if is_dtensor(param)}
+    if fsdp is None or not ours:
+        return []
+    modules = [found for found in gc.get_objects() if issubclass(type(found), fsdp)]
+    return [weakref.ref(module) for module in modules if any(id(param) in ours for param in module.parameters())]
+
+
+# Ranks
+
+
+class Ranks:
+    """The ranks that an optimizer's result depends on, and what is exchanged with them.
+
+    norm_group: ranks with other parameters of the model, whose norms are added. displacement_group: ranks with the same
+    parameters and walks of their own. Shards: found in the parameters.
+    """
+
+    def __init__(self, norm_group: Any = None, displacement_group: Any = None) -> None:
+        self.norm_group, self.displacement_group = norm_group, displacement_group
+        self.modules: list[weakref.ref[Any]] = []  # under fully_shard
+        # Of each sum over shards: the group, its device, and which classes of parameters count on this rank.
+        self._sums: list[tuple[Any, torch.device, set[tuple[int, ...]]]] = []
+        self._groups: dict[tuple[int, ...], Any] = {}
+
+    @property
+    def communicates(self) -> bool:
+        """Whether steps do."""
+        return bool(self._sums) or self.norm_group is not None or self.displacement_group is not None
+
+    def follow(self, params: list[Any]) -> None:
+        """Learns over which ranks these parameters, all that are stepped, are sharded.
+
+        Where the ranks of one class of parameters contain those of another, such as (data, tensor) and (data), one sum
+        serves both: the smaller one's parameters are replicated over the other dimensions of the mesh, and only the
+        replica with the first rank counts. Parameters that are no DTensors are replicas too.
+        """
+        classes: dict[tuple[int, ...], Any] = {}
+        for param in params:
+            classes.setdefault(shard_ranks(param), param)
+        largest = [ranks for ranks in classes if ranks and not any(set(ranks) < set(other) for other in classes)]
+        self._sums = []
+        self.modules = find_fsdp_modules(params)
+        taken: set[tuple[int, ...]] = set()
+        for ranks in largest:
+            inside = {other for other in classes if set(other) <= set(ranks) and other not in taken}
+            taken |= inside
+            counted = {other for other in inside if ranks[0] in (other or (dist.get_rank(),))}
+            device = torch.device(classes[ranks].device_mesh.device_type)
+            self._sums.append((self._group(ranks, classes[ranks]), device, counted))
+
+    def _group(self, ranks: tuple[int, ...], param: Any) -> Any:
+        if ranks not in self._groups:
+            mesh = param.device_mesh
+            dims = [i for i, placement in enumerate(param.placements) if not placement.is_replicate()]
+            dims = [i for i in dims if mesh.size(i) > 1]
+            self._groups[ranks] = (
+                mesh.get_group(dims[0])
+                if len(dims) == 1
+                else dist.new_group(list(ranks), use_local_synchronization=True)
+            )
+        return self._groups[ranks]
+
+    @property
+    def norm_is_shared(self) -> bool:
+        """Whether other ranks have a part in the norm."""
+        return bool(self._sums) or self.norm_group is not None
+
+    def add(self, parts: list[tuple[tuple[int, ...], Tensor]], what: str) -> list[Tensor]:
+        """Sums over all ranks of what each knows of its own parameters; the sum of those returned is the whole.
+
+        parts: float64 tensors of one shape, each with the ranks that the parameters it tells of are sharded over. One
+        tensor is reduced for each set of ranks that no other one contains, and one over `norm_group`.
+        """
+        totals = [value for _, value in parts] if not self._sums else []
+        for group, device, counted in self._sums:
+            counting = [value.to(device) for of, value in parts if of in counted]
+            total = sum(counting, torch.zeros_like(parts[0][1], device=device))
+            with explained(f"the sum of {what} over the shards", group):
+                dist.all_reduce(total, group=group)
+            totals.append(total)
+        if self.norm_group is not None:
+            device = _device_of(self.norm_group, totals[0].device)
+            total = sum((value.to(device) for value in totals), torch.zeros_like(totals[0], device=device))
+            with explained(f"the sum of {what} over norm_group", self.norm_group):
+                dist.all_reduce(total, group=self.norm_group)
+            totals = [total]
+        return totals
+
+    def reshard(self) -> None:
+        """Frees the gathered weights of FSDP2 modules: the next forward pass gathers what the shards hold then."""
+        for known in self.modules:
+            module = known()
+            if module is not None:
+                module.reshard()
+
+    def check(self, here: dict[str, Any], params: list[str], when: str) -> None:
+        """Raises RuntimeError on all ranks that communicate, naming the first difference, where they disagree.
+
+        here: what must be the same on all of them. params: a line for each parameter, which must be the same too, but
+        over `norm_group`. Waits for all of them, and for the device.
+        """
+        for group, _, _ in self._sums:
+            compare(here, params, group, when)
+        if self.displacement_group is not None:
+            compare(here, params, self.displacement_group, when)
+        if self.norm_group is not None:
+            compare(here, [], self.norm_group, when)
+
+
+def _device_of(group: Any, device: torch.device) -> torch.device:
+    """Where a group reduces values of `device`: there if it can, else on the device it is made for."""
+    types = [kind.type for kind in group._device_types]
+    return device if device.type in types else torch.device(types[0])
+
+
+def compare(here: dict[str, Any], params: list[str], group: Any, when: str) -> None:
+    """Raises RuntimeError on all ranks of the group that names the first difference; waits for all of them.
+
+    A digest decides, so that agreement costs four numbers however large the model and the group are.
+    """
+    here = {**here, "the number of parameters": len(params), **{f"parameter {i}": p for i, p in enumerate(params)}}
+    digest = hashlib.sha256(repr(here).encode()).digest()
+    halves = [int.from_bytes(digest[i : i + 7], "big") for i in (0, 7)]
+    bounds = torch.tensor([*halves, *(-half for half in halves)], device=_device_of(group, torch.device("cpu")))
+    with explained(f"the comparison of ranks {when}", group):
+        dist.all_reduce(bounds, dist.ReduceOp.MAX, group=group)
+        most, least = bounds.tolist()[:2], [-value for value in bounds.tolist()[2:]]
+        if most == least:
+            return
+        everyone: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(everyone, here, group=group)
+    ranks = dist.get_process_group_ranks(group)
+    for key in dict.fromkeys(key for there in everyone for key in there):
+        values = [there.get(key, "missing") for there in everyone]
+        if any(value != values[0] for value in values):
+            other = next(i for i, value in enumerate(values) if value != values[0])
+            raise RuntimeError(
+                f"ranks disagree {when} about {key}: {values[0]} on rank {ranks[0]}, {values[other]} on rank "
+                f"{ranks[other]}: build and load the optimizer in the same way on all ranks, and call step() and "
+                "outer_step() equally often"
+            )
+
+
+@contextlib.contextmanager
+def explained(what: str, group: Any) -> Iterator[None]:
+    """Adds to a collective's error what it was for."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.distributed's, timeouts too
+        raise RuntimeError(
+            f"NexusAdamW on rank {dist.get_rank()}: {what} failed between ranks "
+            f"{_shown(dist.get_process_group_ranks(group))}. Either one of them has stopped, or they did not all call "
+            "step() and outer_step() equally often; TORCH_DISTRIBUTED_DEBUG=INFO has them compared at each step. "
+            f"What torch.distributed says: {error}"
+        ) from error
+
+
+def _shown(ranks: tuple[int, ...] | list[int]) -> str:
+    return ", ".join(map(str, ranks)) if len(ranks) <= 8 else f"{ranks[0]}, {ranks[1]} … {ranks[-1]} ({len(ranks)})"
