@@ -10,6 +10,7 @@ What to watch for:
 * prepare() wraps the optimizer in an object that passes on only what every optimizer has: keep a name for your own,
   whose outer_weights(), metrics() and outer_step() you need.
 * save_state() and load_state() may fall anywhere in a cycle. Weights to publish are saved inside outer_weights().
+  (use_seedable_sampler makes Accelerate shuffle an epoch that was resumed half-way as it did before.)
 * With mixed_precision="fp16" an overflow skips the inner step on the device, where Accelerate cannot see it: its
   optimizer_step_was_skipped stays False and a prepared scheduler advances. metrics() counts the skipped steps.
 """
@@ -22,7 +23,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, skip_first_batches
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import DataLoaderConfiguration, broadcast_object_list, set_seed
 from torch import nn
 
 from nexus_fused import NexusAdamW
@@ -40,7 +41,12 @@ def train(
     Returns the model, its optimizer and the loss of θ at SAVE_AFTER micro-batches (NaN after resuming).
     """
     set_seed(0)
-    accelerator = Accelerator(cpu=True, mixed_precision=mixed_precision, gradient_accumulation_steps=accumulation)
+    accelerator = Accelerator(
+        cpu=True,
+        mixed_precision=mixed_precision,
+        gradient_accumulation_steps=accumulation,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
+    )
     model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 1))
     nexus = NexusAdamW(model.parameters(), lr=1e-2, inner_lr=0.05, inner_steps=K)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(nexus, MICRO_BATCHES * accelerator.num_processes)

@@ -5,7 +5,10 @@
 What to watch for:
 * gradient_accumulation_steps=1 (the Trainer's default). Each optimizer step is one micro-batch, so what the Trainer
   counts in steps (max_steps, warmup, save_steps, eval_steps, logging_steps) are micro-batches, K to a cycle.
-* max_grad_norm=0 turns the Trainer's clipping off; its default of 1.0 is harmless here, but reads all gradients again.
+* max_grad_norm=0 turns the Trainer's clipping off. Its default of 1.0 is harmless here, as the walk is normalized, but
+  reads and writes all gradients once more. (transformers 5 measures the norm for its log whatever you set.)
+* A training that ends in mid-cycle ends on a point of the walk: make max_steps a multiple of K, or call
+  trainer.optimizer.optimizer.outer_step() before you save the model.
 * Checkpoints may fall anywhere: resuming continues bit for bit. In mid-cycle the saved model is a point of the walk;
   save_steps a multiple of K makes it θ, what you want to publish or to load as the best model.
 * Evaluations read θ through outer_weights(), see NexusTrainer; eval_steps a multiple of K needs no subclass.

@@ -4,8 +4,9 @@
 
 What to watch for:
 * The loop is yours: step() after every backward(), and no fabric.no_backward_sync(). Nobody can warn you here.
-* fabric.setup() wraps the optimizer. The wrapper passes everything on: outer_weights(), outer_step(), metrics() work.
-* fabric.save() and fabric.load() may fall anywhere in a cycle; a scheduler's state goes in beside the others.
+* fabric.setup() wraps the optimizer and passes everything on: outer_weights(), outer_step() and metrics() work.
+* fabric.save() and fabric.load() may fall anywhere in a cycle. They hold what you put into the state: a scheduler, and
+  under "16-mixed" the GradScaler, which you then hand over in MixedPrecision(..., scaler=...).
 * fabric.clip_gradients() is never needed; under "16-mixed" Fabric refuses it for an optimizer that, like this one or
   torch's fused AdamW, handles the loss scale itself.
 """
