@@ -3,23 +3,41 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import operator
+import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from itertools import zip_longest
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import backends, capture, checkpoint, distributed, hyperparameters, overlap, reference
+from . import backends, capture, checkpoint, distributed, hosts, hyperparameters, overlap, reference
 from .cycle import GROUP_KEYS, PREPARED_CYCLES, Cycle, MicroBatch, combine, summarize
 from .distributed import local_part
 from .flat import Segment, make_segment, real_dtype
 from .table import Table
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _of_the_optimizer(method: Method) -> Method:
+    """Has a method that sets attributes work on the optimizer itself, also where it is called on a host's wrapper.
+
+    Lightning's wrappers imitate the class of what they wrap, so our methods run with a wrapper as `self`. Reading its
+    attributes reaches the optimizer, but whatever they set would stay in the wrapper, unseen by the next `step()`.
+    """
+
+    @functools.wraps(method)
+    def call(self: NexusAdamW, *args: Any, **kwargs: Any) -> Any:
+        return method(self._itself(), *args, **kwargs)
+
+    return cast(Method, call)
 
 
 class NexusAdamW(Optimizer):
@@ -121,6 +139,8 @@ class NexusAdamW(Optimizer):
     def _configure(
         self, inner_steps: int, backend: str | None, fused: bool | None, flatten: bool, overlap_norm: bool
     ) -> None:
+        self._itself = weakref.ref(self)
+        self._watch = hosts.AccumulationWatch()
         backends.check_choice(backend, fused)
         overlap.check_choice(overlap_norm)
         self._inner_steps = inner_steps
@@ -143,6 +163,7 @@ class NexusAdamW(Optimizer):
 
     # Parameters
 
+    @_of_the_optimizer
     @torch.no_grad()
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a parameter group as torch.optim does; in mid-cycle it joins the walk from here, with a Γ of its own."""
@@ -276,6 +297,7 @@ class NexusAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._watch.look((p for group in self.param_groups for p in group["params"]), closure)
         self._look(gradients=True)
         last = self._position + 1 == self._inner_steps
         if not last:
@@ -314,6 +336,7 @@ class NexusAdamW(Optimizer):
             return [sq_norm for _, sq_norm in sq_norms]
         return self._ranks.add([(ranks, sq_norm.sum()) for ranks, sq_norm in sq_norms], "the norm")
 
+    @_of_the_optimizer
     @torch.no_grad()
     def outer_step(self) -> None:
         """Ends a partial cycle: applies the displacement so far. Gradients that wait are not used.
@@ -515,6 +538,7 @@ class NexusAdamW(Optimizer):
 
     # Looking
 
+    @_of_the_optimizer
     @contextlib.contextmanager
     def outer_weights(self) -> Iterator[None]:
         """Shows θ in the parameters, for evaluations and checkpoints in mid-cycle; puts the walk back, bit for bit.
@@ -581,6 +605,7 @@ class NexusAdamW(Optimizer):
 
     # Saving and loading
 
+    @_of_the_optimizer
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
         """torch.optim.AdamW's state, in mid-cycle with each parameter's anchor (below float32: walk).
@@ -616,6 +641,7 @@ class NexusAdamW(Optimizer):
             packed = hook(self, packed) or packed
         return packed
 
+    @_of_the_optimizer
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads NexusAdamW's state of any position, or AdamW's, in place. float32 state stays float32.
@@ -677,6 +703,7 @@ class NexusAdamW(Optimizer):
         self._rows, self._just_loaded = [], True
         self._show_cycle_data()
 
+    @_of_the_optimizer
     @torch.no_grad()
     def materialize_anchors(self) -> None:
         """Makes the state hold anchors equal to the weights, so that a load that fills only keys it finds can receive a

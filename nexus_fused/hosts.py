@@ -1,0 +1,79 @@
+"""Whether a host accumulates gradients, where that can be seen: the walk wants a step() after every micro-batch.
+
+Several backward passes before a step() are allowed, so counting them says nothing. But Accelerate states, for the whole
+process, whether a step follows a backward pass (the Hugging Face Trainer sets the same flag), and Lightning's Trainer
+hands step() a closure that leads to its settings. A host that was never imported drives nothing, so nothing is imported
+here.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import warnings
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class AccumulationWatch:
+    """Looks at every `step()` of one optimizer, and warns once."""
+
+    def __init__(self) -> None:
+        self._warned = False
+        self._looked = False  # at what Accelerate did between two steps
+        self._hook: torch.utils.hooks.RemovableHandle | None = None
+        self._unfinished = 0  # backward passes that Accelerate said no step would follow
+
+    def look(self, params: Iterable[Tensor], closure: Callable[[], Any] | None) -> None:
+        """Warns (UserWarning) where the host accumulates; after the backward pass, before gradients are used."""
+        if self._warned:
+            return
+        if closure is not None:
+            self._warn("Lightning's Trainer", "accumulate_grad_batches", _lightning(closure))
+        if not self._looked:
+            self._warn("Accelerate or the Trainer above it", "gradient_accumulation_steps", self._accelerate(params))
+
+    def _accelerate(self, params: Iterable[Tensor]) -> int:
+        """Micro-batches per step: a hook counts backward passes from the first step to the second, then it goes."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook, self._looked = None, True
+            return self._unfinished + 1
+        param = next((p for p in params if p.grad is not None and p.requires_grad), None)
+        if "accelerate.state" not in sys.modules:
+            self._looked = True
+        elif param is not None:
+            self._hook = param.register_post_accumulate_grad_hook(functools.partial(_count, weakref.ref(self)))
+        return 1
+
+    def _warn(self, host: str, setting: str, micro_batches: int) -> None:
+        if micro_batches <= 1:
+            return
+        self._warned = True
+        warnings.warn(
+            f"{host} accumulates the gradients of {micro_batches} micro-batches before each step() of NexusAdamW, so "
+            f"that the walk takes one inner step where it should take {micro_batches}: set {setting} to 1 (a cycle of "
+            "inner_steps micro-batches takes its place), or filter this warning if you mean it",
+            stacklevel=4,
+        )
+
+
+def _count(watch: weakref.ref[AccumulationWatch], _: Tensor) -> None:
+    """The hook: was this backward pass one that no step follows?"""
+    known = watch()
+    if known is not None and not torch.compiler.is_compiling():
+        known._unfinished += not sys.modules["accelerate.state"].GradientState().sync_gradients
+
+
+def _lightning(closure: Callable[[], Any]) -> int:
+    """Micro-batches per step, from the module that Lightning's Trainer binds to the closure; 1 for other closures."""
+    for package in ("lightning.pytorch", "pytorch_lightning"):
+        kind = getattr(sys.modules.get(package), "LightningModule", ())
+        for argument in getattr(closure, "args", ()):
+            if isinstance(argument, kind):
+                return int(argument.trainer.accumulate_grad_batches)
+    return 1

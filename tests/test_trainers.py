@@ -1,0 +1,455 @@
+"""The scripts of docs/trainers under the real libraries, and the warnings of hosts.py.
+
+They need the extra `trainers`; without it the tests of the missing library are skipped (.ci/run refuses that).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import assert_same, build, run, values
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from nexus_fused import NexusAdamW, hosts
+
+SCRIPTS = Path(__file__).parent.parent / "docs" / "trainers"
+PACKAGES = {
+    "huggingface": ("transformers", "accelerate"),
+    "accelerate_run": ("accelerate",),
+    "lightning_fabric": ("lightning",),
+    "lightning_trainer": ("lightning",),
+}
+K = 4
+BARE = {  # a Trainer of Lightning that leaves nothing behind
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+# What the libraries warn of is theirs to mend; what we warn of is an error, as everywhere.
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.filterwarnings("error:.*NexusAdamW")]
+
+
+def load(name):
+    """The script as a module."""
+    for package in PACKAGES.get(name, ()):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed: pip install 'nexus_fused[trainers]'")
+    spec = importlib.util.spec_from_file_location(f"trainers_{name}", SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The models are so small that threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def thetas():
+    """Weights at every boundary of the optimizers stepped meanwhile, oldest first."""
+    seen = []
+
+    def look(optimizer, args, kwargs):
+        if optimizer.at_boundary:
+            seen.append([p.detach().clone() for group in optimizer.param_groups for p in group["params"]])
+
+    handle = register_optimizer_step_post_hook(look)
+    yield seen
+    handle.remove()
+
+
+@pytest.fixture
+def accelerate_reset():
+    """Accelerate keeps its state in the process: each test begins and leaves without."""
+    state = pytest.importorskip("accelerate.state", reason="accelerate is not installed")
+    state.AcceleratorState._reset_state(reset_partial_state=True)
+    state.GradientState._reset_state()
+    yield
+    state.AcceleratorState._reset_state(reset_partial_state=True)
+    state.GradientState._reset_state()
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    """A group of this process alone."""
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def assert_same_end(unbroken, resumed):
+    """Weights and optimizer, bit for bit: (model, optimizer) or their state_dicts."""
+    (model, optimizer), (other, other_optimizer) = (
+        [part if isinstance(part, dict) else part.state_dict() for part in end] for end in (unbroken, resumed)
+    )
+    torch.testing.assert_close(model, other, rtol=0, atol=0)
+    torch.testing.assert_close(optimizer["state"], other_optimizer["state"], rtol=0, atol=0)
+    assert str(optimizer["param_groups"]) == str(other_optimizer["param_groups"])
+
+
+def set_weights(model, weights):
+    with torch.no_grad():
+        for p, value in zip(model.parameters(), weights, strict=True):
+            p.copy_(value)
+
+
+def regression_loss(model, weights, x, y):
+    set_weights(model, weights)
+    with torch.no_grad():
+        return float(nn.functional.mse_loss(model(x), y))
+
+
+def check_scripted_run(script, ends, loss, thetas, x, y):
+    """Of a script that returns (model, optimizer, loss of θ): the resumed run ends the same, θ was seen, it learned."""
+    (model, optimizer), resumed = ends
+    assert_same_end((model, optimizer), resumed)
+    cycles = script.MICRO_BATCHES // K
+    assert all(state["step"] == cycles for state in optimizer.state.values())
+    assert optimizer.metrics()["skipped_inner_steps"] == 0
+    seen = thetas[:cycles]
+    assert loss == regression_loss(model, seen[script.SAVE_AFTER // K - 1], x, y)
+    assert regression_loss(model, seen[-1], x, y) < regression_loss(model, seen[0], x, y)
+
+
+def fabric_options(precision):
+    if precision != "16-mixed":
+        return {"precision": precision}
+    from lightning.fabric.plugins import MixedPrecision  # by its name alone Fabric would take bf16 on a CPU
+
+    return {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**10))]}
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+def test_lightning_fabric(tmp_path, thetas, precision):
+    script = load("lightning_fabric")
+    model, optimizer, loss = script.train(str(tmp_path), **fabric_options(precision))
+    resumed, resumed_optimizer, _ = script.train(str(tmp_path), resume=True, **fabric_options(precision))
+    ends = (model, optimizer), (resumed, resumed_optimizer)
+    check_scripted_run(script, ends, loss, thetas, *script.micro_batch(script.MICRO_BATCHES))
+
+
+def trainer_options(precision):
+    if precision != "16-mixed":
+        return {"precision": precision}
+    from lightning.pytorch.plugins import MixedPrecision
+
+    return {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**10))]}
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+def test_lightning_trainer(tmp_path, thetas, precision):
+    """Epochs of 6 micro-batches and cycles of 4: the first and the third epoch end in mid-cycle."""
+    script = load("lightning_trainer")
+    validated = []
+
+    class Record(script.lightning.Callback):
+        def on_validation_batch_start(self, trainer, module, *_):
+            if not trainer.sanity_checking:
+                validated.append(values(module.parameters()))
+
+    callbacks = [script.ShowOuterWeights(), Record(), script.ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)]
+    trainer = script.train(str(tmp_path), callbacks=callbacks, **trainer_options(precision))
+    optimizer = trainer.optimizers[0]
+    assert all(state["step"] == 6 for state in optimizer.state.values())
+    assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(0)  # the schedule counted micro-batches
+    for epoch, theta in enumerate([thetas[0], thetas[2], thetas[3], thetas[5]]):
+        for seen in validated[2 * epoch : 2 * epoch + 2]:  # two batches of validation
+            assert_same(seen, theta)
+
+    saved = torch.load(tmp_path / "epoch=2.ckpt", weights_only=True)
+    assert saved["optimizer_states"][0]["param_groups"][0]["cycle_position"] == 2
+    again = script.train(str(tmp_path), resume_from=str(tmp_path / "epoch=2.ckpt"), **trainer_options(precision))
+    assert_same_end((trainer.model, optimizer), (again.model, again.optimizers[0]))
+
+
+def test_lightning_trainer_ends_in_mid_cycle(tmp_path, thetas):
+    """The callback applies the partial cycle; an exception in validation puts the walk back."""
+    script = load("lightning_trainer")
+    trainer = script.train(str(tmp_path), max_epochs=1)
+    assert trainer.optimizers[0].at_boundary
+    assert all(state["step"] == 2 for state in trainer.optimizers[0].state.values())
+
+    class Fail(script.lightning.Callback):
+        def on_validation_batch_start(self, trainer, module, *_):
+            if not trainer.sanity_checking:
+                raise ZeroDivisionError
+
+    failing = script.lightning.Trainer(callbacks=[script.ShowOuterWeights(), Fail()], **BARE)
+    model = script.Regression()
+    with pytest.raises(ZeroDivisionError):
+        failing.fit(model, script.make_loader(6, seed=1), script.make_loader(1, seed=2))
+    optimizer = failing.optimizers[0]
+    assert optimizer.cycle_position == 2
+    walk = values(model.parameters())
+    optimizer.outer_step()  # raises inside outer_weights()
+    assert not all(torch.equal(p, w) for p, w in zip(model.parameters(), walk, strict=True))
+
+
+def test_lightning_refuses_clipping_with_a_scaler(tmp_path):
+    """As the scripts say."""
+    script = load("lightning_trainer")
+    with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):
+        script.train(str(tmp_path), gradient_clip_val=1.0, **trainer_options("16-mixed"))
+    fabric = load("lightning_fabric").Fabric(accelerator="cpu", **fabric_options("16-mixed"))
+    model = nn.Linear(3, 2)
+    model, optimizer = fabric.setup(model, NexusAdamW(model.parameters()))
+    with pytest.raises(NotImplementedError, match="Gradient clipping"):
+        fabric.clip_gradients(model, optimizer, max_norm=1.0)
+
+
+class TestLightningWrappers:
+    """Objects that imitate the optimizer's class but hold it: what our methods set must not stay in them."""
+
+    @pytest.fixture(params=["fabric", "trainer"])
+    def wrap(self, request):
+        pytest.importorskip("lightning", reason="lightning is not installed")
+        if request.param == "fabric":
+            from lightning.fabric import Fabric
+
+            return Fabric(accelerator="cpu").setup_optimizers
+        from lightning.pytorch.core.optimizer import LightningOptimizer
+
+        return LightningOptimizer
+
+    def test_outer_step(self, wrap):
+        (params, optimizer), (others, plain) = build(), build()
+        wrapper = wrap(optimizer)
+        run(optimizer, params, 2)
+        run(plain, others, 2)
+        wrapper.outer_step()
+        plain.outer_step()
+        assert wrapper.cycle_position == optimizer.cycle_position == 0
+        assert str(wrapper.metrics()) == str(plain.metrics())
+        assert_same(values(params), values(others))
+
+    def test_outer_weights(self, wrap):
+        params, optimizer = build()
+        wrapper, theta = wrap(optimizer), values(params)
+        run(optimizer, params, 2)
+        walk = values(params)
+        with wrapper.outer_weights():
+            assert_same(values(params), theta)
+            assert wrapper.state_dict()["param_groups"][0]["cycle_position"] == 0
+            assert "anchor" not in wrapper.state_dict()["state"][0]
+            with pytest.raises(RuntimeError, match=r"inside outer_weights\(\)"):
+                optimizer.step()
+        assert_same(values(params), walk)
+        assert optimizer.cycle_position == 2
+
+    def test_loading(self, wrap):
+        (params, optimizer), (others, plain) = build(), build()
+        run(plain, others, 2)
+        wrapper = wrap(optimizer)
+        with torch.no_grad():
+            for p, q in zip(params, others, strict=True):
+                p.copy_(q)
+        wrapper.materialize_anchors()
+        assert "anchor" in optimizer.state[params[0]]
+        wrapper.load_state_dict(plain.state_dict())
+        assert optimizer.cycle_position == 2
+        run(optimizer, params, 3, first_seed=2)
+        run(plain, others, 3, first_seed=2)
+        assert_same(values(params), values(others))
+
+    def test_add_param_group(self, wrap):
+        params, optimizer = build()
+        late = nn.Parameter(torch.ones(3))
+        wrap(optimizer).add_param_group({"params": [late]})
+        run(optimizer, [*params, late], K)
+        assert optimizer.state[late]["step"] == 1
+
+
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_accelerate(tmp_path, thetas, accelerate_reset, mixed_precision):
+    script = load("accelerate_run")
+    model, optimizer, loss = script.train(str(tmp_path), mixed_precision=mixed_precision)
+    resumed, resumed_optimizer, _ = script.train(str(tmp_path), resume=True, mixed_precision=mixed_precision)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0)
+    torch.manual_seed(0)
+    nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 1))  # draws what the script draws before its data
+    x = torch.randn(8 * script.MICRO_BATCHES, 8)
+    ends = (model, optimizer), (resumed, resumed_optimizer)
+    check_scripted_run(script, ends, loss, thetas, x, x.sum(1, keepdim=True).sin())
+
+
+def test_accelerate_with_a_scaler(accelerate_reset):
+    """An overflow skips the inner step; Accelerate does not know, as the script says."""
+    load("accelerate_run")
+    from accelerate import Accelerator
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    Accelerator(cpu=True)  # whose own fp16 needs a GPU
+    model = nn.Linear(6, 4)
+    nexus = NexusAdamW(model.parameters())
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    optimizer = AcceleratedOptimizer(nexus, scaler=scaler)
+    for i in range(K + 1):
+        x = torch.full((3, 6), float("inf") if i == 2 else 1.0)
+        scaler.scale(model(x).square().mean()).backward()
+        optimizer.step()
+        assert not optimizer.step_was_skipped
+        optimizer.zero_grad()
+    assert nexus.metrics()["skipped_inner_steps"] == 1
+    assert scaler.get_scale() == 2.0**9
+    assert nexus.cycle_position == 1
+
+
+@pytest.mark.parametrize("by_class", [False, True], ids=["optimizers", "optimizer_cls_and_kwargs"])
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_huggingface(tmp_path, thetas, accelerate_reset, by_class, bf16):
+    script = load("huggingface")
+    from transformers import TrainerCallback
+
+    evaluated = []
+
+    class Record(TrainerCallback):
+        def on_prediction_step(self, args, state, control, model=None, **kwargs):
+            evaluated.append((state.global_step, values(model.parameters())))
+
+    options = {"max_steps": 10, "by_class": by_class, "bf16": bf16, "logging_steps": 1}
+    trainer = script.make_trainer(
+        str(tmp_path), **options, eval_strategy="steps", eval_steps=5, save_strategy="steps", save_steps=6
+    )
+    trainer.add_callback(Record())
+    order = list(trainer.model.parameters())
+    trainer.train()
+    nexus = trainer.optimizer.optimizer
+    assert type(nexus) is NexusAdamW
+    assert all(state["step"] == 2 for state in nexus.state.values())
+    assert nexus.cycle_position == 2
+
+    # θ in the order of the parameter groups, evaluations in the model's.
+    position = {p: i for i, p in enumerate(p for group in nexus.param_groups for p in group["params"])}
+    expected = {5: thetas[0], 10: thetas[1]}
+    assert {step for step, _ in evaluated} == {5, 10}
+    for step, seen in evaluated:
+        assert_same(seen, [expected[step][position[p]] for p in order])
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert losses[1] < losses[0]
+
+    again = script.make_trainer(str(tmp_path), **options)
+    with torch.no_grad():
+        next(again.model.parameters()).zero_()  # what is loaded counts
+    again.train(resume_from_checkpoint=f"{tmp_path}/checkpoint-6")
+    assert_same_end((trainer.model, nexus), (again.model, again.optimizer.optimizer))
+
+
+@pytest.mark.parametrize("save_after", [10, 8], ids=["mid-cycle", "boundary"])
+def test_torchtitan_style(tmp_path, thetas, save_after):
+    script = load("torchtitan_style")
+    model, optimizer, loss = script.train(str(tmp_path), save_after=save_after)
+    resumed, resumed_optimizer, _ = script.train(str(tmp_path), resume=True, save_after=save_after)
+    ends = (model, optimizer), (resumed, resumed_optimizer)
+    check_scripted_run(script, ends, loss, thetas, *script.micro_batch(script.MICRO_BATCHES))
+
+
+def test_torchtitan_style_errors(tmp_path, monkeypatch):
+    script = load("torchtitan_style")
+    parts = [nn.Linear(2, 2), nn.Linear(2, 2)]
+    with pytest.raises(ValueError, match="pipeline"):
+        script.build_optimizers(parts)
+    script.train(str(tmp_path))
+    monkeypatch.setattr(NexusAdamW, "materialize_anchors", lambda self: None)
+    with pytest.raises(Exception, match=r"materialize_anchors\(\)"):  # dcp wraps it
+        script.train(str(tmp_path), resume=True)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_torchrun_alone(tmp_path, thetas, process_group, precision):
+    script = load("torchrun")
+    path = tmp_path / "checkpoint.pt"
+    model, optimizer, loss = script.train(path, precision=precision)
+    resumed, resumed_optimizer, _ = script.train(path, resume=True, precision=precision)
+    ends = (model, optimizer), (resumed, resumed_optimizer)
+    check_scripted_run(script, ends, loss, thetas, *script.micro_batch(script.MICRO_BATCHES, 0))
+
+
+@pytest.mark.parametrize(("name", "options"), [("torchrun", ["--precision", "fp16"]), ("accelerate_run", [])])
+def test_two_processes(tmp_path, name, options):
+    """Both end with the same bits, and so do the runs resumed in mid-cycle."""
+    if name in PACKAGES:
+        load(name)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(SCRIPTS / f"{name}.py"), "--out", str(tmp_path), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    ends = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    for rank in range(2):
+        assert_same_end(ends[0]["unbroken"], ends[rank]["unbroken"])
+        assert_same_end(ends[0]["unbroken"], ends[rank]["resumed"])
+    _, optimizer = ends[0]["unbroken"]
+    assert all(state["step"] == 6 and state["exp_avg"].any() for state in optimizer["state"].values())
+    if name == "accelerate_run":  # the scheduler took a step per process and micro-batch
+        assert optimizer["param_groups"][0]["lr"] == pytest.approx(0)
+
+
+class TestAccumulationIsNoticed:
+    def test_accelerate(self, tmp_path, accelerate_reset):
+        script = load("accelerate_run")
+        with pytest.warns(UserWarning, match=r"Accelerate.* 3 micro-batches.*gradient_accumulation_steps to 1") as seen:
+            script.train(str(tmp_path), accumulation=3)
+        assert len([w for w in seen if "NexusAdamW" in str(w.message)]) == 1
+
+    def test_huggingface(self, tmp_path, accelerate_reset):
+        script = load("huggingface")
+        with pytest.warns(UserWarning, match=r"Trainer.* 2 micro-batches.*gradient_accumulation_steps to 1") as seen:
+            script.make_trainer(str(tmp_path), max_steps=4, gradient_accumulation_steps=2).train()
+        assert len([w for w in seen if "NexusAdamW" in str(w.message)]) == 1
+
+    def test_lightning(self, tmp_path):
+        script = load("lightning_trainer")
+        with pytest.warns(UserWarning, match=r"Lightning.* 3 micro-batches.*accumulate_grad_batches to 1") as seen:
+            script.train(str(tmp_path), accumulate_grad_batches=3)
+        assert len([w for w in seen if "NexusAdamW" in str(w.message)]) == 1
+
+    def test_as_an_error_it_comes_before_the_step(self):
+        script = load("lightning_trainer")
+        trainer, model = script.lightning.Trainer(accumulate_grad_batches=2, **BARE), script.Regression()
+        before = values(model.parameters())
+        with warnings.catch_warnings(), pytest.raises(UserWarning, match="accumulate_grad_batches"):
+            trainer.fit(model, script.make_loader(4, seed=1))
+        assert_same(values(model.parameters()), before)
+        assert trainer.optimizers[0].at_boundary
+
+    def test_several_backward_passes_of_ones_own(self, accelerate_reset):
+        """Allowed, also where Accelerate is imported; and the hook that counts goes after the second step."""
+        pytest.importorskip("accelerate", reason="accelerate is not installed")
+        model = nn.Linear(3, 2)
+        optimizer = NexusAdamW(model.parameters())
+        hooked = []
+        for _ in range(5):
+            for _ in range(3):
+                model(torch.ones(1, 3)).sum().backward()
+            optimizer.step(lambda: None)
+            hooked.append(bool(model.weight._post_accumulate_grad_hooks))
+            optimizer.zero_grad()
+        assert hooked == [True, False, False, False, False]
+
+    def test_nothing_is_imported(self, monkeypatch):
+        for name in ("accelerate.state", "lightning.pytorch", "pytorch_lightning"):
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        (p,) = params = [nn.Parameter(torch.ones(3))]
+        p.grad = torch.ones(3)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            hosts.AccumulationWatch().look(params, lambda: None)
+        assert not p._post_accumulate_grad_hooks
+        assert "accelerate.state" not in sys.modules
