@@ -14,9 +14,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# One process imports torch, the ranks are forked from it: it has started no threads that a fork would lose.
+# One process imports torch, the ranks are forked from it: it has started no threads that a fork would lose. Optimizers
+# and DDP import torch._dynamo when they are first used, which takes seconds on each rank.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "nexus_fused"])
+_context.set_forkserver_preload(
+    ["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "nexus_fused"]
+)
 
 
 def on_ranks(n: int, function: Callable[..., Any], *args: Any, timeout: float = 30) -> list[Any]:
