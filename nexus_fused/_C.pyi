@@ -23,8 +23,12 @@ def outer_step(
     walk_length: int,
     displacement_sq: int,
     partials: int,
+    displaced: bool,
     threads: int,
     /,
+) -> None: ...
+def displace(
+    rows: int, n: int, chunks: int, dtype: int, factor: int, share: float, in_weight: bool, threads: int, /
 ) -> None: ...
 def prepare_to_look(tensor: type, parameter: type, /) -> bool: ...
 def look(

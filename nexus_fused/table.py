@@ -24,7 +24,7 @@ COLUMNS = (
     "weight", "grad", "theta", "walk", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step",
     "length", "group", "touched", "chunk",
 )  # fmt: skip
-GRAD, TOUCHED, CHUNK = (COLUMNS.index(name) for name in ("grad", "touched", "chunk"))
+WEIGHT, GRAD, TOUCHED, CHUNK = (COLUMNS.index(name) for name in ("weight", "grad", "touched", "chunk"))
 
 CHUNK_ELEMENTS = 16384  # one partial sum each: fixes the order of summation, whatever the number of threads
 
@@ -58,6 +58,10 @@ class Table:
         self.displacement_sq: Tensor  # ΣD² of each chunk
         self.sq_norm: Tensor  # Σg² of all chunks, [1], where a kernel adds them up
         self.arrivals: Tensor  # blocks of a grid that have finished, [1] int32; 0 between launches
+        # Where ranks average their displacements: whether those of parameters below float32 are rounded to their dtype,
+        # and, before a displaced outer step, != 0 for each segment that had a gradient on any rank, int64 on `device`.
+        self.reduces_low_precision = False
+        self.moved: Tensor
         self._objects = array("q")  # of `_quick_look`
         self._states: list[dict[str, Any]] = []  # the segments'
         self._counts_alone = False  # writing into one parameter is known to change no other's version
@@ -200,6 +204,26 @@ class Table:
             self._stale = self._stale_touched = False
         rows, row_of_chunk, starts = self._on_device
         return rows, row_of_chunk, starts, touch
+
+    def displaced_on_device(self) -> tuple[Tensor, Tensor, Tensor, int]:
+        """The same for a displaced outer step: touched is who `moved` on any rank. `grad` is 0, and D lies at `walk`; or
+        it is where D lies in the parameter's dtype.
+        """
+        rows, row_of_chunk, starts, _ = self.on_device()
+        moved = self.moved != 0
+        rows[:, TOUCHED] = moved
+        rows[:, GRAD] = rows[:, WEIGHT] * moved if self.displacement_in_weight else 0
+        self._stale = True
+        return rows, row_of_chunk, starts, 2
+
+    @property
+    def displacement_in_weight(self) -> bool:
+        """Whether D goes to the weights in their dtype; else it goes to the walks, which in full precision are those."""
+        return self.reduces_low_precision and self.dtype != STATE_DTYPE[self.dtype]
+
+    def displacement(self, segment: Segment) -> Tensor:
+        """Flat view of the memory where `displace` leaves a segment's D."""
+        return segment.weight if self.displacement_in_weight else segment.walk
 
     def distrust_device(self) -> None:
         """Has the rows copied again: replays of captured steps may have put others there, or will."""
@@ -351,9 +375,9 @@ class Table:
             self.set_touched([s for s in moved if not s.touched] if self._touched else moved, True)
         self.copies.clear()
 
-    def finish_outer_step(self) -> None:
+    def finish_outer_step(self, *, displaced: bool = False) -> None:
         """After a backend's outer_step: all parameters hold θ, nothing of the cycle is left."""
-        self.wrote(self.moving())
+        self.wrote(self.segments if displaced else self.moving())
         self.set_touched(self.segments, False)
         self.hide_cycle_buffers()
         self.copies.clear()
