@@ -64,6 +64,18 @@ def cuda_outer_step(
     taken: int,
     displacement_sq: int,
     arrivals: int,
+    displaced: bool,
+    where: tuple[int, ...],
+    /,
+) -> None: ...
+def cuda_displace(
+    table: tuple[int, ...],
+    dtype: int,
+    cycle: tuple[int, ...],
+    norms: list[int],
+    micro_batch: tuple[int, ...],
+    share: float,
+    in_weight: bool,
     where: tuple[int, ...],
     /,
 ) -> None: ...

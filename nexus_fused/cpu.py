@@ -70,7 +70,7 @@ def inner_step(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch) -> No
 def outer_step(
     tables: list[Table], cycle: Cycle, micro_batch: MicroBatch | None, taken: int, *, displaced: bool = False
 ) -> None:
-    """Last inner step, displacement, AdamW and w ← θ in one pass. Moves 32 bytes per element, displaced 28 (float32)."""
+    """Last inner step, displacement, AdamW and w ← θ in one pass: 32 bytes per element, displaced 28 (float32)."""
     if not displaced:
         cycle.advance(micro_batch)
     for table in tables:

@@ -15,8 +15,8 @@ R ranks and average Γ, and a displaced `outer_step` goes on from there.
 
 A backend is a module with four functions: `sq_norm` of one `table.Table` (weights, gradients, state), `inner_step`,
 `outer_step` and `displace` of all tables of a device, with a `cycle.Cycle` (that device's scalars) and a
-`cycle.MicroBatch`. They update weights, state and scalars in place and return nothing but a norm. This one spends memory
-for clarity. A backend may have a fifth, `sum_squares` of one gradient, for overlap.py, with SMALLEST_HOOKED; its
+`cycle.MicroBatch`. They update weights, state and scalars in place and return nothing but a norm. This one spends
+memory for clarity. A backend may have a fifth, `sum_squares` of one gradient, for overlap.py, with SMALLEST_HOOKED; its
 `sq_norm` takes `summed`.
 
 Rounding: scalars are computed in float64, elements in the state's dtype (float32, for float64 parameters float64),
@@ -135,9 +135,9 @@ def outer_step(
 def displace(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch | None, share: float) -> None:
     """Last inner step and displacement of every parameter; D · share overwrites its walk.
 
-    That is the parameter's own memory, which an anchor must have been allocated for; below float32 the float32 walk or,
-    with `table.reduces_low_precision`, again the parameter, and D · share is rounded to its dtype. Also for parameters
-    that did not move, whose D is 0. θ is valid for all afterwards. `micro_batch`: as for `outer_step`, which must follow
+    That is the parameter's own memory, and its anchor must be allocated; below float32 the float32 walk or, with
+    `table.reduces_low_precision`, again the parameter, and D · share is rounded to its dtype. Also for parameters that
+    did not move, whose D is 0; θ is valid for all afterwards. `micro_batch`: as for `outer_step`, which must follow,
     with `displaced=True`. `share`: 1/R where the D of R ranks are summed. Nothing is counted: D is not rounded into w.
     """
     cycle.advance(micro_batch)

@@ -206,8 +206,8 @@ class Table:
         return rows, row_of_chunk, starts, touch
 
     def displaced_on_device(self) -> tuple[Tensor, Tensor, Tensor, int]:
-        """The same for a displaced outer step: touched is who `moved` on any rank. `grad` is 0, and D lies at `walk`; or
-        it is where D lies in the parameter's dtype.
+        """The same for a displaced outer step: `touched` is who `moved`, on any rank. `grad` is where their D lies in
+        the parameter's dtype, or 0 where it lies at `walk`.
         """
         rows, row_of_chunk, starts, _ = self.on_device()
         moved = self.moved != 0
@@ -218,7 +218,7 @@ class Table:
 
     @property
     def displacement_in_weight(self) -> bool:
-        """Whether D goes to the weights in their dtype; else it goes to the walks, which in full precision are those."""
+        """Whether `displace` rounds D into low-precision weights; else it goes to the walks."""
         return self.reduces_low_precision and self.dtype != STATE_DTYPE[self.dtype]
 
     def displacement(self, segment: Segment) -> Tensor:

@@ -10,10 +10,10 @@ import copy
 import pytest
 import torch
 from conftest import BACKENDS, DTYPES, assert_same, build, run, set_grads, values
-from test_parity import CPU, contents, make_cycle, make_table
+from test_parity import contents, make_cycle, make_table
 from torch import nn
 
-from nexus_fused import NexusAdamW, backends, reference
+from nexus_fused import NexusAdamW, reference
 from nexus_fused.cycle import MicroBatch
 from nexus_fused.table import CHUNK_ELEMENTS
 
