@@ -20,7 +20,7 @@ SMALLEST_HOOKED = CHUNK_ELEMENTS
 _DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
-def why_not_on(device: torch.device, dtype: torch.dtype) -> str | None:
+def why_not_on(device: torch.device, dtype: torch.dtype, *, displaced: bool = False) -> str | None:
     """None on a CPU, else why these kernels cannot update tensors there."""
     return None if device.type == "cpu" else f"its kernels run on CPU tensors and a parameter is on {device}"
 

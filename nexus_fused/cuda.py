@@ -19,7 +19,7 @@ SMALLEST_HOOKED = 0  # elements of a gradient: in step() each would be a launch 
 _DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
-def why_not_on(device: torch.device, dtype: torch.dtype) -> str | None:
+def why_not_on(device: torch.device, dtype: torch.dtype, *, displaced: bool = False) -> str | None:
     """None where the kernels can update tensors on `device`, else why not and what to do."""
     if not _C.CUDA_TARGETS:
         return (
