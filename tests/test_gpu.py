@@ -747,7 +747,7 @@ def test_none_means_cuda_and_else_triton(monkeypatch):
     for name in running:
         _, optimizer = build([torch.float32], None)
         assert [cycle.backend.__name__ for cycle in optimizer._cycles.values()] == [f"nexus_fused.{name}"]
-        monkeypatch.setattr(f"nexus_fused.{name}.why_not_on", lambda device, dtype: "not here")
+        monkeypatch.setattr(f"nexus_fused.{name}.why_not_on", lambda device, dtype, **_: "not here")
 
 
 def test_cpu_tensors_are_refused(backend):
