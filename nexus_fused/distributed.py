@@ -150,6 +150,7 @@ class Ranks:
         self.norm_group, self.displacement_group = norm_group, displacement_group
         self.displacement_dtype = displacement_dtype
         self.modules: list[weakref.ref[Any]] = []  # under fully_shard
+        self._known: set[int] = set()  # ids of the parameters whose modules were looked for
         # Of each sum over shards: the group, its device, and which classes of parameters count on this rank.
         self._sums: list[tuple[Any, torch.device, set[tuple[int, ...]]]] = []
         self._groups: dict[tuple[int, ...], Any] = {}
@@ -180,7 +181,9 @@ class Ranks:
             classes.setdefault(shard_ranks(param), param)
         largest = [ranks for ranks in classes if ranks and not any(set(ranks) < set(other) for other in classes)]
         self._sums = []
-        self.modules = find_fsdp_modules(params)
+        new = [param for param in params if id(param) not in self._known]
+        self.modules += find_fsdp_modules(new)
+        self._known.update(map(id, new))
         taken: set[tuple[int, ...]] = set()
         for ranks in largest:
             inside = {other for other in classes if set(other) <= set(ranks) and other not in taken}

@@ -290,6 +290,9 @@ def _stage():
         optimizer.step()
     with pytest.raises(RuntimeError, match="process group cannot be copied"):
         copy.deepcopy(optimizer)
+    frozen = NexusAdamW([nn.Parameter(torch.ones(2), requires_grad=False)], norm_group=dist.group.WORLD)
+    frozen.step()  # without any parameter to step
+    assert frozen.cycle_position == 1
     return [p.detach() for p in own], optimizer.metrics()
 
 
