@@ -347,8 +347,9 @@ class NexusAdamW(Optimizer):
         """The same over all ranks."""
         if not self._ranks.norm_is_shared:
             return [sq_norm for _, sq_norm in sq_norms]
-        none_here = [((), torch.zeros((), dtype=torch.float64))] * (not sq_norms)  # all parameters are frozen
-        return self._ranks.add([(ranks, sq_norm.sum()) for ranks, sq_norm in sq_norms] + none_here, "the norm")
+        if not sq_norms:  # all parameters are frozen
+            sq_norms = [((), torch.zeros((), dtype=torch.float64))]
+        return self._ranks.add([(ranks, sq_norm.sum()) for ranks, sq_norm in sq_norms], "the norm")
 
     @_of_the_optimizer
     @torch.no_grad()
