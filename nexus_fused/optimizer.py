@@ -490,7 +490,9 @@ class NexusAdamW(Optimizer):
         optimizer is built or loaded; use it for replicas that others keep equal, as DistributedDataParallel does.
         """
         here, params = self._agreed(self._position, None)
-        distributed.compare(here, params, group or torch.distributed.group.WORLD, "in check_ranks()")
+        found = distributed.difference(here, params, group or torch.distributed.group.WORLD, "in check_ranks()")
+        if found is not None:
+            raise RuntimeError(found)
 
     def _agreed(self, position: int, error: Exception | None) -> tuple[dict[str, Any], list[str]]:
         """What all ranks must have in common, and a line for each parameter."""
