@@ -150,6 +150,7 @@ class Ranks:
         self.norm_group, self.displacement_group = norm_group, displacement_group
         self.displacement_dtype = displacement_dtype
         self.modules: list[weakref.ref[Any]] = []  # under fully_shard
+        self._known: set[int] = set()  # ids of the parameters whose modules were looked for
         # Of each sum over shards: the group, its device, and which classes of parameters count on this rank.
         self._sums: list[tuple[Any, torch.device, set[tuple[int, ...]]]] = []
         self._groups: dict[tuple[int, ...], Any] = {}
@@ -180,7 +181,9 @@ class Ranks:
             classes.setdefault(shard_ranks(param), param)
         largest = [ranks for ranks in classes if ranks and not any(set(ranks) < set(other) for other in classes)]
         self._sums = []
-        self.modules = find_fsdp_modules(params)
+        new = [param for param in params if id(param) not in self._known]
+        self.modules += find_fsdp_modules(new)
+        self._known.update(map(id, new))
         taken: set[tuple[int, ...]] = set()
         for ranks in largest:
             inside = {other for other in classes if set(other) <= set(ranks) and other not in taken}
@@ -280,12 +283,16 @@ class Ranks:
         over `norm_group`. memory: where they lie, which decides what is sent over `displacement_group`. Waits for all
         of them, and for the device.
         """
-        for group, _, _ in self._sums:
-            compare(here, params, group, when)
+        groups = [(group, here, params) for group, _, _ in self._sums]
         if self.displacement_group is not None:
-            compare({**here, "the memory of parameters": memory}, params, self.displacement_group, when)
+            groups.append((self.displacement_group, {**here, "the memory of parameters": memory}, params))
         if self.norm_group is not None:
-            compare(here, [], self.norm_group, when)
+            groups.append((self.norm_group, here, []))
+        found = None
+        for group, shared, lines in groups:  # all of them whatever was found: others wait there
+            found = difference({"an earlier comparison": found, **shared}, lines, group, when) or found
+        if found is not None:
+            raise RuntimeError(found)
 
 
 def _beside(values: Tensor, like: Tensor) -> Tensor:
@@ -309,8 +316,8 @@ def _device_of(group: Any, device: torch.device) -> torch.device:
     return device if device.type in types else torch.device(types[0])
 
 
-def compare(here: dict[str, Any], params: list[str], group: Any, when: str) -> None:
-    """Raises RuntimeError on all ranks of the group that names the first difference; waits for all of them.
+def difference(here: dict[str, Any], params: list[str], group: Any, when: str) -> str | None:
+    """The first difference between the ranks of a group, as an error tells it; None if there is none. Waits for them.
 
     A digest decides, so that agreement costs four numbers however large the model and the group are.
     """
@@ -322,7 +329,7 @@ def compare(here: dict[str, Any], params: list[str], group: Any, when: str) -> N
         dist.all_reduce(bounds, dist.ReduceOp.MAX, group=group)
         most, least = bounds.tolist()[:2], [-value for value in bounds.tolist()[2:]]
         if most == least:
-            return
+            return None
         everyone: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(everyone, here, group=group)
     ranks = dist.get_process_group_ranks(group)
@@ -330,11 +337,12 @@ def compare(here: dict[str, Any], params: list[str], group: Any, when: str) -> N
         values = [there.get(key, "missing") for there in everyone]
         if any(value != values[0] for value in values):
             other = next(i for i, value in enumerate(values) if value != values[0])
-            raise RuntimeError(
+            return (
                 f"ranks disagree {when} about {key}: {values[0]} on rank {ranks[0]}, {values[other]} on rank "
                 f"{ranks[other]}: build and load the optimizer in the same way on all ranks, and call step() and "
                 "outer_step() equally often"
             )
+    return None
 
 
 @contextlib.contextmanager

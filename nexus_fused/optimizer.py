@@ -347,6 +347,8 @@ class NexusAdamW(Optimizer):
         """The same over all ranks."""
         if not self._ranks.norm_is_shared:
             return [sq_norm for _, sq_norm in sq_norms]
+        if not sq_norms:  # all parameters are frozen
+            sq_norms = [((), torch.zeros((), dtype=torch.float64))]
         return self._ranks.add([(ranks, sq_norm.sum()) for ranks, sq_norm in sq_norms], "the norm")
 
     @_of_the_optimizer
@@ -488,7 +490,9 @@ class NexusAdamW(Optimizer):
         optimizer is built or loaded; use it for replicas that others keep equal, as DistributedDataParallel does.
         """
         here, params = self._agreed(self._position, None)
-        distributed.compare(here, params, group or torch.distributed.group.WORLD, "in check_ranks()")
+        found = distributed.difference(here, params, group or torch.distributed.group.WORLD, "in check_ranks()")
+        if found is not None:
+            raise RuntimeError(found)
 
     def _agreed(self, position: int, error: Exception | None) -> tuple[dict[str, Any], list[str]]:
         """What all ranks must have in common, and a line for each parameter."""

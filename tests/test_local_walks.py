@@ -256,6 +256,25 @@ def _of_shards():
     return [whole(p) for p in params], optimizer.metrics()
 
 
+def _one_disagrees():
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    module = nn.Linear(6, 5)
+    fully_shard(module, mesh=mesh["shard"])
+    with pytest.raises(RuntimeError) as raised:
+        NexusAdamW(
+            module.parameters(),
+            inner_steps=4 + (dist.get_rank() == 3),
+            displacement_group=mesh.get_group("replicate"),
+        )
+    return str(raised.value)
+
+
+def test_ranks_of_all_groups_are_told():
+    """Two of four compare, and find no difference, before they would wait for the two that found one."""
+    for error in on_ranks(4, _one_disagrees):
+        assert "about inner_steps: 4 on rank 2, 5 on rank 3" in error
+
+
 def _of_replicas():
     torch.manual_seed(3)
     module = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))
