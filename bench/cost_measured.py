@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import gc
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,9 +27,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nexus_fused import NexusAdamW
 
 from .__main__ import started, write
-from .cost import ADAMW, LOCAL, LOCAL_BF16, SYNCHRONIZED, UNSHARDED, WIDE, Collective, Cost, costs, sent
+from .cost import ADAMW, LOCAL, LOCAL_BF16, SYNCHRONIZED, UNSHARDED, WIDE, Cost, costs, sent
 
-WIDTH, LAYERS = 512, 4  # sizes that shards divide and that fill flat memory without gaps
+WIDTH, LAYERS = 512, 2  # sizes that shards divide and that fill flat memory without gaps
 INNER_STEPS = 3
 RANKS = (1, 2, 4)
 
@@ -83,15 +84,23 @@ def written() -> int | None:
 
 
 def live() -> int:
-    """Bytes in the memory of all tensors that were made since `gc.freeze()`, each counted once."""
-    gc.collect()
-    found = [t for t in gc.get_objects() if issubclass(type(t), Tensor) and not issubclass(type(t), DTensor)]
-    storages = [t.untyped_storage() for t in found]
-    end, total = 0, 0
-    for start, stop in sorted((s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages):
-        total += max(0, stop - max(start, end))
-        end = max(end, stop)
-    return total
+    """Bytes in the memory of all tensors that were made since `gc.freeze()`, each counted once.
+
+    The least of some looks, since gloo's threads let go of a collective's tensor some time after it is done.
+    """
+    least = []
+    for _ in range(5):
+        time.sleep(0.01)
+        gc.collect()
+        found = [t for t in gc.get_objects() if issubclass(type(t), Tensor) and not issubclass(type(t), DTensor)]
+        storages = [t.untyped_storage() for t in found]
+        end, total = 0, 0
+        for start, stop in sorted((s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages):
+            total += max(0, stop - max(start, end))
+            end = max(end, stop)
+        least.append(total)
+        del found, storages
+    return min(least)
 
 
 class Measured(NamedTuple):
@@ -122,12 +131,16 @@ def modelled(ranks: int, shards: int, dtype: torch.dtype) -> dict[str, Cost]:
     return costs(ranks=ranks, shards=shards, dtype=dtype, inner_steps=INNER_STEPS, **sizes)
 
 
-def by_kind(collectives: list[Collective]) -> dict[tuple[str, int], list[float]]:
-    found: dict[tuple[str, int], list[float]] = defaultdict(lambda: [0, 0])
-    for c in collectives:
-        found[c.kind, c.ranks][0] += c.bytes
-        found[c.kind, c.ranks][1] += c.calls
-    return dict(found)
+def as_measured(cost: Cost) -> Measured:
+    """What a measurement of this cost should find with gloo, which reduces the whole tensor on all ranks where only
+    parts are asked for."""
+    collectives: dict[tuple[str, int], list[float]] = defaultdict(lambda: [0, 0])
+    by_gloo = 0.0
+    for c in cost.collectives:
+        collectives[c.kind, c.ranks][0] += c.bytes
+        collectives[c.kind, c.ranks][1] += c.calls
+        by_gloo += sent("all_reduce" if c.kind == "reduce_scatter" else c.kind, c.ranks, c.bytes)
+    return Measured(dict(collectives), round(by_gloo), round(cost.memory))
 
 
 def compared(run: Callable[..., list[Any]]) -> Iterator[dict[str, Any]]:
@@ -142,7 +155,7 @@ def compared(run: Callable[..., list[Any]]) -> Iterator[dict[str, Any]]:
         results = run(ranks, measure, layouts)
         for i, (shards, dtype) in enumerate(layouts):
             for method, cost in modelled(ranks, shards, dtype).items():
-                model = Measured(by_kind(cost.collectives), round(sent_by_gloo(cost.collectives)), round(cost.memory))
+                model = as_measured(cost)
                 measured: list[Measured] = [result[i][method] for result in results]
                 yield {
                     "ranks": ranks,
@@ -163,26 +176,18 @@ def _most(values: list[int | None]) -> int | None:
     return max((value for value in values if value is not None), default=None)
 
 
-def sent_by_gloo(collectives: list[Collective]) -> float:
-    """Bytes: gloo reduces the whole tensor on all ranks where only parts are asked for."""
-    kinds = {"reduce_scatter": "all_reduce"}
-    return sum(sent(kinds.get(c.kind, c.kind), c.ranks, c.bytes) for c in collectives)
-
-
 def _measure(method: str, shards: int, dtype: torch.dtype) -> Measured:
     gc.collect()
     gc.freeze()
     model, optimizer = _training(method, shards, dtype)
     micro_batch = torch.ones(1, WIDTH, dtype=next(model.parameters()).dtype)
-    most = 0
 
-    def cycle() -> None:
-        nonlocal most
+    def cycle(after_backward: Callable[[], None] = lambda: None) -> None:
         for k in range(INNER_STEPS):
             last = k == INNER_STEPS - 1
             with _reducing(model, method, last):
                 model(micro_batch).sum().backward()
-            most = max(most, live())
+            after_backward()
             if isinstance(optimizer, NexusAdamW) or last:
                 if not isinstance(optimizer, NexusAdamW):
                     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -190,8 +195,9 @@ def _measure(method: str, shards: int, dtype: torch.dtype) -> Measured:
                 # Else DDP, which looks for gradients in its buckets, would not find them there in no_sync(), and copy.
                 optimizer.zero_grad(set_to_none=isinstance(optimizer, NexusAdamW) or shards > 1)
 
+    held: list[int] = []
     cycle()
-    cycle()  # DDP has its final buckets now
+    cycle(lambda: held.append(live()))  # there is all state now, and DDP has its final buckets
     dist.barrier()
     start = written()
     with CountedCollectives() as counted:
@@ -201,7 +207,7 @@ def _measure(method: str, shards: int, dtype: torch.dtype) -> Measured:
     return Measured(
         dict(counted.found),
         None if start is None or end is None else end - start,
-        most if has_master else None,
+        max(held) if has_master else None,
     )
 
 
@@ -282,12 +288,12 @@ def show(out: Path | None) -> None:
     for name, figure in result["figures"].items():
         print(f"  {name}: {figure['value']:.4f}")
     for row in rows:
-        row.update(model=_as_json(row["model"]), measured=_as_json(row["measured"]))
+        row.update(model=as_json(row["model"]), measured=as_json(row["measured"]))
     result["sections"].append({"title": title, "rows": rows})
     write(result, out)
 
 
-def _as_json(measured: Measured) -> dict[str, Any]:
+def as_json(measured: Measured) -> dict[str, Any]:
     collectives = {
         f"{kind} over {ranks}": {"bytes": size, "calls": calls}
         for (kind, ranks), (size, calls) in sorted(measured.collectives.items())
