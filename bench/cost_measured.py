@@ -86,10 +86,11 @@ def written() -> int | None:
 def live() -> int:
     """Bytes in the memory of all tensors that were made since `gc.freeze()`, each counted once.
 
-    The least of some looks, since gloo's threads let go of a collective's tensor some time after it is done.
+    To be called under a TorchDispatchMode: all tensors then have Python objects, which the garbage collector finds. The
+    least of some looks, since gloo's threads let go of a collective's tensor some time after it is done.
     """
-    least = []
-    for _ in range(5):
+    looks = []
+    for _ in range(4):
         time.sleep(0.01)
         gc.collect()
         found = [t for t in gc.get_objects() if issubclass(type(t), Tensor) and not issubclass(type(t), DTensor)]
@@ -98,9 +99,9 @@ def live() -> int:
         for start, stop in sorted((s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages):
             total += max(0, stop - max(start, end))
             end = max(end, stop)
-        least.append(total)
+        looks.append(total)
         del found, storages
-    return min(least)
+    return min(looks)
 
 
 class Measured(NamedTuple):
@@ -179,36 +180,40 @@ def _most(values: list[int | None]) -> int | None:
 def _measure(method: str, shards: int, dtype: torch.dtype) -> Measured:
     gc.collect()
     gc.freeze()
-    model, optimizer = _training(method, shards, dtype)
-    micro_batch = torch.ones(1, WIDTH, dtype=next(model.parameters()).dtype)
-
-    def cycle(after_backward: Callable[[], None] = lambda: None) -> None:
-        for k in range(INNER_STEPS):
-            last = k == INNER_STEPS - 1
-            with _reducing(model, method, last):
-                model(micro_batch).sum().backward()
-            after_backward()
-            if isinstance(optimizer, NexusAdamW) or last:
-                if not isinstance(optimizer, NexusAdamW):
-                    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                # Else DDP, which looks for gradients in its buckets, would not find them there in no_sync(), and copy.
-                optimizer.zero_grad(set_to_none=isinstance(optimizer, NexusAdamW) or shards > 1)
-
-    held: list[int] = []
-    cycle()
-    cycle(lambda: held.append(live()))  # there is all state now, and DDP has its final buckets
-    dist.barrier()
-    start = written()
     with CountedCollectives() as counted:
-        cycle()
-    end = written()
+        model, optimizer = _training(method, shards, dtype)
+        for _ in range(2):  # then there is all state, and DDP has its final buckets
+            _cycle(model, optimizer, method)
+        dist.barrier()
+        counted.found.clear()
+        start = written()
+        memory = _cycle(model, optimizer, method)
+        end = written()
     has_master = isinstance(optimizer, NexusAdamW) or dtype == torch.float32
     return Measured(
         dict(counted.found),
         None if start is None or end is None else end - start,
-        max(held) if has_master else None,
+        memory if has_master else None,
     )
+
+
+def _cycle(model: nn.Module, optimizer: torch.optim.Optimizer, method: str) -> int:
+    """Trains; returns the most bytes that were alive after a backward pass."""
+    ours, most = isinstance(optimizer, NexusAdamW), 0
+    micro_batch = torch.ones(1, WIDTH, dtype=next(model.parameters()).dtype)
+    for k in range(INNER_STEPS):
+        last = k == INNER_STEPS - 1
+        with _reducing(model, method, last):
+            model(micro_batch).sum().backward()
+        most = max(most, live())
+        if ours or last:
+            if not ours:
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            # Else DDP, which looks for gradients in its buckets, would not find them there in no_sync(), and copy them.
+            in_buckets = isinstance(model, DistributedDataParallel) and not ours
+            optimizer.zero_grad(set_to_none=not in_buckets)
+    return most
 
 
 def _training(method: str, shards: int, dtype: torch.dtype) -> tuple[nn.Module, torch.optim.Optimizer]:
