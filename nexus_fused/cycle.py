@@ -173,8 +173,9 @@ class Cycle:
         """Puts others in their place; None: zeros, since another cycle's hold all."""
         sums, counts = self.results
         values = torch.zeros(len(self.factor) + 2, dtype=torch.float64) if values is None else values
-        sums[2 * len(self.factor) : 3 * len(self.factor)] = values[:-2].to(sums.device, non_blocking=True)
-        counts[:2] = values[-2:].to(counts.device, torch.int64, non_blocking=True)
+        values = values.to(sums.device, non_blocking=sums.device.type != "cpu")
+        sums[2 * len(self.factor) : 3 * len(self.factor)] = values[:-2]
+        counts[:2] = values[-2:]
 
     def forget_finished(self, *, keep_memory: bool) -> None:
         """As if no cycle had finished. keep_memory: replays may finish one in `results`."""

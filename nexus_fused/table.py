@@ -213,7 +213,15 @@ class Table:
     def layout(self) -> str:
         """Elements of each bucket and of what lies outside of them, which ranks that average them must share."""
         inside = [bucket.numel if bucket.flat is not None else 0 for bucket in self.buckets]
-        return f"{self.dtype} in buckets of {inside}, outside of them {[segment.numel for segment in self._strays]}"
+        outside = [segment.numel for segment in self._strays]
+        return f"{self.dtype} from parameter {self.first}: in buckets of {inside}, outside of them {outside}"
+
+    def checksum(self) -> int:
+        """Of the bits of all weights; waits for the device."""
+        bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[self.dtype.itemsize]
+        return sum(
+            int(s.weight.detach().view(bits).sum(dtype=torch.int64)) * (i + 1) for i, s in enumerate(self.segments)
+        )
 
     @property
     def is_current(self) -> bool:
