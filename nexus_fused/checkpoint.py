@@ -44,13 +44,16 @@ def check(
     position = _check_position(complete, inner_steps)
     for index, group in enumerate(complete):
         hyperparameters.group_row(group, index, inner_steps)
-        if position > 0:
+        # Of a group without parameters torch.distributed.checkpoint may bring nothing at all.
+        if position > 0 and (groups[index]["params"] or "cycle_position" in group):
             _check_cycle_data(group, index, inner_steps, len(groups[index]["params"]))
+        group["cycle_position"] = position
 
     foreign = {}
     for key, entry in state_dict["state"].items():
         if key in names:
-            entries[names[key]] = entry
+            # From a flattened state torch.distributed.checkpoint makes {} of what it does not find.
+            entries[names[key]] = {k: v for k, v in entry.items() if v != {}} if isinstance(entry, dict) else entry
         else:
             foreign[key] = deepcopy(entry)
     for index, group in enumerate(complete):
@@ -77,7 +80,7 @@ def _completed(loaded: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_position(groups: list[dict[str, Any]], inner_steps: int) -> int:
-    positions = {group.get("cycle_position", 0) for group in groups}
+    positions = {group["cycle_position"] for group in groups if "cycle_position" in group}
     if len(positions) > 1:
         raise ValueError(f"the loaded parameter groups stand at different positions of a cycle: {sorted(positions)}")
     position = positions.pop() if positions else 0
@@ -119,6 +122,11 @@ def _check_cycle_data(group: dict[str, Any], index: int, inner_steps: int, n_par
 
 def _no_anchor(where: str, param: Tensor) -> str:
     key = "walk" if STATE_DTYPE[real_dtype(param.dtype)] != real_dtype(param.dtype) else "anchor"
+    if not param.requires_grad:
+        return (
+            f"{where}, which is frozen here, has no {key!r}: torch.distributed.checkpoint drops the state of frozen "
+            "parameters, so freeze it after loading"
+        )
     return (
         f"{where} has no {key!r}: a distributed load fills only keys it finds, so call "
         "materialize_anchors() before it; otherwise the checkpoint is truncated"

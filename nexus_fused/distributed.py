@@ -109,8 +109,8 @@ def shard_ranks(param: Any) -> tuple[int, ...]:
 def find_fsdp_modules(params: list[Tensor]) -> list[weakref.ref[Any]]:
     """The modules under `fully_shard` that hold these parameters.
 
-    Nothing leads from a parameter to its module, so the garbage collector is asked for all of them: once, when DTensors
-    are registered.
+    Nothing leads from a parameter to its module, so the garbage collector is asked for all of them, which takes about
+    0.3 s.
     """
     fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
     ours = {id(param) for param in params if is_dtensor(param)}
@@ -132,7 +132,8 @@ class Ranks:
 
     def __init__(self, norm_group: Any = None, displacement_group: Any = None) -> None:
         self.norm_group, self.displacement_group = norm_group, displacement_group
-        self.modules: list[weakref.ref[Any]] = []  # under fully_shard
+        self._params: list[Any] = []
+        self._modules: list[weakref.ref[Any]] | None = None  # under fully_shard; None: not looked for yet
         # Of each sum over shards: the group, its device, and which classes of parameters count on this rank.
         self._sums: list[tuple[Any, torch.device, set[tuple[int, ...]]]] = []
         self._groups: dict[tuple[int, ...], Any] = {}
@@ -154,7 +155,7 @@ class Ranks:
             classes.setdefault(shard_ranks(param), param)
         largest = [ranks for ranks in classes if ranks and not any(set(ranks) < set(other) for other in classes)]
         self._sums = []
-        self.modules = find_fsdp_modules(params)
+        self._params, self._modules = params, None
         taken: set[tuple[int, ...]] = set()
         for ranks in largest:
             inside = {other for other in classes if set(other) <= set(ranks) and other not in taken}
@@ -203,7 +204,9 @@ class Ranks:
 
     def reshard(self) -> None:
         """Frees the gathered weights of FSDP2 modules: the next forward pass gathers what the shards hold then."""
-        for known in self.modules:
+        if self._modules is None:
+            self._modules = find_fsdp_modules(self._params)
+        for known in self._modules:
             module = known()
             if module is not None:
                 module.reshard()

@@ -257,9 +257,9 @@ class NexusAdamW(Optimizer):
                 del self.state[param]
             raise
 
-    def _thaw(self) -> None:
-        """Gives state to parameters that were frozen and have a gradient now."""
-        ready = [entry for entry in self._frozen if entry[2].grad is not None]
+    def _thaw(self, *, trainable: bool = False) -> None:
+        """Gives state to parameters that were frozen and have a gradient now, or with `trainable` may get one."""
+        ready = [entry for entry in self._frozen if entry[2].grad is not None or (trainable and entry[2].requires_grad)]
         for group, index, param in ready:
             hyperparameters.check_param(param, f"parameter {index} of group {group}")
         if ready:
@@ -552,6 +552,7 @@ class NexusAdamW(Optimizer):
         self._ranks.reshard()
         with torch.no_grad():
             self._look(gradients=False)
+            self._thaw(trainable=True)  # for a state_dict() inside
             anchored = [table for table in self._tables.values() if table.shows_cycle_buffers]
             for table in self._tables.values():
                 table.show_theta()
@@ -619,8 +620,10 @@ class NexusAdamW(Optimizer):
         self._adopt_writes()
         self._follow_amsgrad()
         if self._outer is None:
+            self._thaw(trainable=True)  # distributed checkpoints need the state of each parameter that trains
             for table in self._tables.values():
                 table.fill_untouched()
+                table.hand_out()
             self._show_cycle_data()
         hooks, self._optimizer_state_dict_post_hooks = self._optimizer_state_dict_post_hooks, OrderedDict()
         try:
@@ -700,6 +703,7 @@ class NexusAdamW(Optimizer):
             table.set_touched(table.segments, False)
             table.set_touched([s for s in table.segments if s.index in moved[s.group]], True)
             table.show_low_precision()
+            table.forget_handed_out()
         self._rows, self._just_loaded = [], True
         self._show_cycle_data()
 
@@ -712,6 +716,7 @@ class NexusAdamW(Optimizer):
         self._refuse_inside_outer_weights("materialize_anchors()")
         if self._inner_steps > 1:
             self._adopt_writes()
+            self._thaw(trainable=True)
             for table in self._tables.values():
                 table.ensure_cycle_buffers()
                 table.fill_untouched()
