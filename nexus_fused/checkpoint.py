@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from copy import deepcopy
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from . import hyperparameters
-from .cycle import GROUP_KEYS
+from .cycle import GROUP_KEYS, unpack
 from .flat import STATE_DTYPE, real_dtype
 
 _KEYS = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "anchor", "walk"}
@@ -41,11 +42,14 @@ def check(
             )
         names.update(zip(loaded["params"], group["params"], strict=True))
     complete = [_completed(loaded, group) for loaded, group in zip(saved, groups, strict=True)]
+    for group, own in zip(complete, groups, strict=True):
+        if not own["params"]:  # torch.distributed.checkpoint loses its data, or leaves those that it had here
+            for key in GROUP_KEYS:
+                group.pop(key, None)
     position = _check_position(complete, inner_steps)
     for index, group in enumerate(complete):
         hyperparameters.group_row(group, index, inner_steps)
-        # Of a group without parameters torch.distributed.checkpoint may bring nothing at all.
-        if position > 0 and (groups[index]["params"] or "cycle_position" in group):
+        if position > 0 and groups[index]["params"]:
             _check_cycle_data(group, index, inner_steps, len(groups[index]["params"]))
         group["cycle_position"] = position
 
@@ -57,11 +61,12 @@ def check(
         else:
             foreign[key] = deepcopy(entry)
     for index, group in enumerate(complete):
+        moved = set(unpack(group.get("touched", "0"))) if position > 0 else set()
         for i, param in enumerate(groups[index]["params"]):
             where = f"parameter {i} of group {index}"
             if entries.get(param):
                 _check_entry(entries[param], param, where, amsgrad=group["amsgrad"], position=position)
-            elif position > 0 and i in group["touched"]:
+            elif i in moved:
                 raise ValueError(
                     f"the loaded state is of position {position} of a cycle, but {_no_anchor(where, param)}"
                 )
@@ -112,7 +117,9 @@ def _check_cycle_data(group: dict[str, Any], index: int, inner_steps: int, n_par
     if (
         len(norms) != inner_steps
         or not all(isinstance(x, (int, float)) or (isinstance(x, Tensor) and x.numel() == 1) for x in lengths)
-        or not all(isinstance(i, int) and 0 <= i < n_params for i in touched)
+        or not isinstance(touched, str)
+        or not re.fullmatch("[0-9a-f]+", touched)
+        or max(unpack(touched), default=-1) >= n_params
     ):
         raise ValueError(
             f"the loaded cycle data of group {index} (walk_length, walk_sq_length, grad_norms, touched) do not fit "

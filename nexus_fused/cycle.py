@@ -19,6 +19,19 @@ GROUP_KEYS = (
 )  # fmt: skip
 
 
+def pack(indices: list[int]) -> str:
+    """Some parameters of a group as hexadecimal digits, bit i for number i.
+
+    One string: of a list torch's full_state_dict=True drops what is longer here than there, and all of an empty one.
+    """
+    return format(sum(1 << i for i in indices), "x")
+
+
+def unpack(digits: str) -> list[int]:
+    """The indices that `pack` packed; ValueError for another string."""
+    return [i for i, bit in enumerate(reversed(format(int(digits, 16), "b"))) if bit == "1"]
+
+
 PREPARED_CYCLES = 4  # that can be captured into CUDA graphs without a step outside of them in between
 
 

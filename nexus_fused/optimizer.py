@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import backends, capture, checkpoint, distributed, hosts, hyperparameters, overlap, reference
-from .cycle import GROUP_KEYS, PREPARED_CYCLES, Cycle, MicroBatch, combine, summarize
+from .cycle import GROUP_KEYS, PREPARED_CYCLES, Cycle, MicroBatch, combine, pack, summarize, unpack
 from .distributed import local_part
 from .flat import Segment, make_segment, real_dtype
 from .table import Table
@@ -276,7 +276,7 @@ class NexusAdamW(Optimizer):
                 if segment.touched:
                     touched[segment.group].append(segment.index)
         for index, group in enumerate(self.param_groups):
-            group.update(cycle.group_data(index), cycle_position=self._position, touched=sorted(touched[index]))
+            group.update(cycle.group_data(index), cycle_position=self._position, touched=pack(touched[index]))
 
     # Stepping
 
@@ -561,7 +561,7 @@ class NexusAdamW(Optimizer):
         for group in self.param_groups:
             zeros = {key: torch.zeros_like(group[key]) for key in ("walk_length", "walk_sq_length")}
             norms = [torch.zeros_like(norm) for norm in group["grad_norms"]]
-            group.update(zeros, cycle_position=0, touched=[], grad_norms=norms)
+            group.update(zeros, cycle_position=0, touched="0", grad_norms=norms)
         try:
             yield
         finally:
@@ -699,7 +699,7 @@ class NexusAdamW(Optimizer):
                 segment.restore(entries.get(segment.param))
             for index, group in enumerate(self.param_groups):
                 table.set_amsgrad(index, group["amsgrad"])
-            moved = [groups[i].get("touched", ()) if self._position > 0 else () for i in range(len(groups))]
+            moved = [unpack(group.get("touched", "0")) if self._position > 0 else [] for group in groups]
             table.set_touched(table.segments, False)
             table.set_touched([s for s in table.segments if s.index in moved[s.group]], True)
             table.show_low_precision()
