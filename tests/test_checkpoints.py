@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nexus_fused import NexusAdamW
 
-OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1, "inner_lr": 0.05, "inner_steps": 3}
+OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1, "inner_lr": 0.05}
 SAVED_AT = 3, 5  # a boundary and mid-cycle
 END = 10  # mid-cycle too
 UNFROZEN_AT = 4  # parameter 8, in mid-cycle
@@ -44,7 +44,7 @@ WAYS = {
 }
 
 
-def make(kind, dtype=torch.float32, *, taken=0, empty=True):
+def make(kind, dtype=torch.float32, *, taken=0, empty=True, inner_steps=3):
     """A model and its optimizer as they are after `taken` micro-batches, but for the values: one group partly frozen,
     one frozen, one empty."""
     module = model(dtype)
@@ -58,7 +58,7 @@ def make(kind, dtype=torch.float32, *, taken=0, empty=True):
     groups = [{"params": p[:4]}, {"params": [p[4], p[5], p[8]], "lr": 3e-3}, {"params": [p[9]]}, {"params": p[6:8]}]
     if empty:
         groups.insert(2, {"params": []})
-    return module, NexusAdamW(groups, **OPTIONS)
+    return module, NexusAdamW(groups, **OPTIONS, inner_steps=inner_steps)
 
 
 def advance(module, optimizer, start, end):
@@ -284,7 +284,7 @@ def _fail(folder):
                 (broken / ".metadata").unlink()
             else:
                 file = max(broken.glob("__1_*.distcp"))
-                file.write_bytes(file.read_bytes()[: -(file.stat().st_size // 2)])
+                file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
                 if fault == "no file":
                     file.unlink()
         dist.barrier()
@@ -332,3 +332,82 @@ def test_a_save_that_died(tmp_path):
     for message in on_ranks(2, _loads_the_rest, str(tmp_path)):
         assert message.startswith("CheckpointException")
         assert "metadata" in message
+
+
+def _does_not_fit(folder):
+    """What the checkpoint or the optimizer that loads it lacks."""
+    module, optimizer = make("fsdp")
+    for start, taken in ((0, 3), (3, 5)):
+        advance(module, optimizer, start, taken)
+        dcp.save(app(module, optimizer), checkpoint_id=f"{folder}/{taken}")
+    said = {}
+    for what in ("not materialized", "frozen"):
+        module, optimizer = make("fsdp", taken=5)
+        if what == "frozen":
+            optimizer.materialize_anchors()
+            next(module.parameters()).requires_grad_(False)
+        before = everything(module, optimizer)
+        state = copy.deepcopy(app(module, optimizer))
+        dcp.load(state, checkpoint_id=f"{folder}/5")
+        said[what] = _message(set_optimizer_state_dict, module, optimizer, state["optim"])
+        same(everything(module, optimizer), before)
+    module, optimizer = make("fsdp")
+    optimizer.materialize_anchors()
+    said["no anchors"] = _message(dcp.load, app(module, optimizer), checkpoint_id=f"{folder}/3")
+    # Another K: the checkpoint has fewer norms than there is room for.
+    module, optimizer = make("fsdp", inner_steps=4)
+    said["inner_steps"] = _message(dcp.load, app(module, optimizer), checkpoint_id=f"{folder}/3")
+    state = app(module, optimizer)
+    dcp.load(state, checkpoint_id=f"{folder}/3", planner=dcp.DefaultLoadPlanner(allow_partial_load=True))
+    with pytest.warns(UserWarning, match="inner_steps=3, this optimizer has 4, which it keeps"):
+        set_optimizer_state_dict(module, optimizer, state["optim"])
+    assert optimizer.inner_steps == 4
+    assert optimizer.at_boundary
+    return said
+
+
+def test_checkpoints_that_do_not_fit_are_explained(tmp_path):
+    for said in on_ranks(2, _does_not_fit, str(tmp_path)):
+        assert "parameter 0 of group 0 has no 'anchor'" in said["not materialized"]
+        assert "materialize_anchors()" in said["not materialized"]
+        assert "parameter 0 of group 0, which is frozen here, has no 'anchor'" in said["frozen"]
+        assert "freeze it after loading" in said["frozen"]
+        assert "Missing key in checkpoint state_dict: optim.state.0.weight.anchor" in said["no anchors"]
+        assert "grad_norms.3" in said["inner_steps"]
+
+
+# One process
+
+
+def test_a_parameter_that_was_unfrozen_is_saved(dtype):
+    """torch.distributed.checkpoint refuses to load a trainable parameter without state."""
+    module = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3)).to(dtype)
+    module[0].requires_grad_(False)
+    twin = copy.deepcopy(module)
+    optimizer, other = (NexusAdamW(m.parameters(), lr=1e-2, inner_lr=0.05) for m in (module, twin))
+    for m, o in ((module, optimizer), (twin, other)):
+        run(o, list(m[1].parameters()), 2)
+        m[0].requires_grad_(True)
+    fresh = copy.deepcopy(module)
+    loader = NexusAdamW(fresh.parameters(), lr=1e-2, inner_lr=0.05)
+    loader.materialize_anchors()
+    set_optimizer_state_dict(fresh, loader, copy.deepcopy(get_optimizer_state_dict(module, optimizer)))
+    with optimizer.outer_weights():
+        assert [int(entry["step"]) for entry in optimizer.state_dict()["state"].values()] == [0] * 4
+    for m, o in ((module, optimizer), (twin, other), (fresh, loader)):
+        run(o, list(m.parameters()), 6, 10)
+        assert_same(values(m.parameters()), values(module.parameters()))
+
+
+def test_what_a_failed_load_left_is_ours_again(dtype):
+    """It wrote anchors or masters and went no further: later writes into a parameter start its walk anew as ever."""
+    params, optimizer = build(dtype=dtype)
+    run(optimizer, params, 1)
+    for entry in optimizer.state_dict()["state"].values():
+        entry["walk" if "walk" in entry else "anchor"].zero_()
+    run(optimizer, params, 1, 1)
+    with torch.no_grad():
+        params[0].fill_(0.5)
+    run(optimizer, params[1:], 1, 2)
+    with optimizer.outer_weights():
+        assert_same(values(params[:1]), [torch.full_like(params[0], 0.5)])
