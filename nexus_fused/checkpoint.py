@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from copy import deepcopy
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from . import hyperparameters
-from .cycle import GROUP_KEYS, unpack
+from .cycle import GROUP_KEYS
 from .flat import STATE_DTYPE, real_dtype
 
 _KEYS = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "anchor", "walk"}
@@ -57,16 +56,17 @@ def check(
     for key, entry in state_dict["state"].items():
         if key in names:
             # From a flattened state torch.distributed.checkpoint makes {} of what it does not find.
-            entries[names[key]] = {k: v for k, v in entry.items() if v != {}} if isinstance(entry, dict) else entry
+            entries[names[key]] = entry
+            if isinstance(entry, dict):
+                entries[names[key]] = {k: v for k, v in entry.items() if not isinstance(v, dict) or v}
         else:
             foreign[key] = deepcopy(entry)
     for index, group in enumerate(complete):
-        moved = set(unpack(group.get("touched", "0"))) if position > 0 else set()
         for i, param in enumerate(groups[index]["params"]):
             where = f"parameter {i} of group {index}"
             if entries.get(param):
                 _check_entry(entries[param], param, where, amsgrad=group["amsgrad"], position=position)
-            elif i in moved:
+            elif position > 0 and group["touched"][i]:
                 raise ValueError(
                     f"the loaded state is of position {position} of a cycle, but {_no_anchor(where, param)}"
                 )
@@ -117,9 +117,7 @@ def _check_cycle_data(group: dict[str, Any], index: int, inner_steps: int, n_par
     if (
         len(norms) != inner_steps
         or not all(isinstance(x, (int, float)) or (isinstance(x, Tensor) and x.numel() == 1) for x in lengths)
-        or not isinstance(touched, str)
-        or not re.fullmatch("[0-9a-f]+", touched)
-        or max(unpack(touched), default=-1) >= n_params
+        or [type(flag) for flag in touched] != [bool] * n_params
     ):
         raise ValueError(
             f"the loaded cycle data of group {index} (walk_length, walk_sq_length, grad_norms, touched) do not fit "

@@ -12,24 +12,12 @@ from torch import Tensor
 HYPER = ("inner_lr", "lr", "beta1", "beta2", "eps", "weight_decay", "sign", "normalize")
 INNER_LR, LR, BETA1, BETA2, EPS, WEIGHT_DECAY, SIGN, NORMALIZE = range(8)
 
-# Keys of a parameter group that belong to the running cycle; the same keys at every position.
+# Keys of a parameter group that belong to the running cycle; the same keys at every position, and lists of the same
+# length: where it changes, torch.distributed.checkpoint mixes them with those that were there.
 GROUP_KEYS = (
     "cycle_position", "walk_length", "walk_sq_length", "touched", "grad_norms",
     "skipped_inner_steps", "skipped_outer_steps",
 )  # fmt: skip
-
-
-def pack(indices: list[int]) -> str:
-    """Some parameters of a group as hexadecimal digits, bit i for number i.
-
-    One string: of a list torch's full_state_dict=True drops what is longer here than there, and all of an empty one.
-    """
-    return format(sum(1 << i for i in indices), "x")
-
-
-def unpack(digits: str) -> list[int]:
-    """The indices that `pack` packed; ValueError for another string."""
-    return [i for i, bit in enumerate(reversed(format(int(digits, 16), "b"))) if bit == "1"]
 
 
 PREPARED_CYCLES = 4  # that can be captured into CUDA graphs without a step outside of them in between

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import backends, capture, checkpoint, distributed, hosts, hyperparameters, overlap, reference
-from .cycle import GROUP_KEYS, PREPARED_CYCLES, Cycle, MicroBatch, combine, pack, summarize, unpack
+from .cycle import GROUP_KEYS, PREPARED_CYCLES, Cycle, MicroBatch, combine, summarize
 from .distributed import local_part
 from .flat import Segment, make_segment, real_dtype
 from .table import Table
@@ -270,13 +270,10 @@ class NexusAdamW(Optimizer):
     def _show_cycle_data(self) -> None:
         """Puts the cycle's own data into the parameter groups, under the same keys at every position."""
         cycle = next(iter(self._cycles.values()))
-        touched: dict[int, list[int]] = defaultdict(list)
-        for table in self._tables.values():
-            for segment in table.segments:
-                if segment.touched:
-                    touched[segment.group].append(segment.index)
+        touched = {(s.group, s.index) for table in self._tables.values() for s in table.segments if s.touched}
         for index, group in enumerate(self.param_groups):
-            group.update(cycle.group_data(index), cycle_position=self._position, touched=pack(touched[index]))
+            flags = [(index, i) in touched for i in range(len(group["params"]))]
+            group.update(cycle.group_data(index), cycle_position=self._position, touched=flags)
 
     # Stepping
 
@@ -561,7 +558,7 @@ class NexusAdamW(Optimizer):
         for group in self.param_groups:
             zeros = {key: torch.zeros_like(group[key]) for key in ("walk_length", "walk_sq_length")}
             norms = [torch.zeros_like(norm) for norm in group["grad_norms"]]
-            group.update(zeros, cycle_position=0, touched="0", grad_norms=norms)
+            group.update(zeros, cycle_position=0, touched=[False] * len(group["params"]), grad_norms=norms)
         try:
             yield
         finally:
@@ -699,9 +696,9 @@ class NexusAdamW(Optimizer):
                 segment.restore(entries.get(segment.param))
             for index, group in enumerate(self.param_groups):
                 table.set_amsgrad(index, group["amsgrad"])
-            moved = [unpack(group.get("touched", "0")) if self._position > 0 else [] for group in groups]
+            moved = [s for s in table.segments if self._position > 0 and groups[s.group]["touched"][s.index]]
             table.set_touched(table.segments, False)
-            table.set_touched([s for s in table.segments if s.index in moved[s.group]], True)
+            table.set_touched(moved, True)
             table.show_low_precision()
             table.forget_handed_out()
         self._rows, self._just_loaded = [], True
