@@ -61,6 +61,7 @@ from .contenders import (
     train_nexus,
 )
 from .decoder import Decoder
+from .distributed import host_times
 
 ROOT = Path(__file__).resolve().parent.parent
 Shapes = list[tuple[int, ...]]
@@ -243,6 +244,17 @@ def host_time(setting: Setting) -> Figures:
             yield name, figure(quartiles(times[2 * K :]), at_most=goal, calls=setting.sizes.calls)
 
 
+def host_time_of_dtensors(setting: Setting) -> Figures:
+    """FSDP2's parameters over plain ones, in a group of this process alone."""
+    for backend in setting.backends:
+        n, rounds = len(setting.sizes.host), setting.rounds
+        sharded, plain = host_times(setting.device, backend, rounds, setting.synchronize, n=n)
+        yield (
+            f"{backend}: host time of step(), {n} DTensors / {n} plain parameters",
+            figure(ratio(sharded, plain), at_most=1.3),
+        )
+
+
 def bandwidths(setting: Setting) -> Figures:
     """Each kernel's bytes per second over those of a copy on the device."""
     numel = sum(map(math.prod, setting.sizes.kernels))
@@ -399,6 +411,7 @@ def _foreach(setting: Setting, shapes: Shapes, title: str, *, queued: bool, goal
 SECTIONS = [
     launches,
     host_time,
+    host_time_of_dtensors,
     bandwidths,
     cycle_of_large,
     cycle_of_small,

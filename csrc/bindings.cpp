@@ -36,14 +36,15 @@ struct Kernels {
   decltype(&baseline::sum_squares) sum_squares;
   decltype(&baseline::inner_step) inner_step;
   decltype(&baseline::outer_step) outer_step;
+  decltype(&baseline::displace) displace;
 };
 
 constexpr Kernels kVariants[] = {
 #if defined(NEXUS_HAVE_X86_VARIANTS)
-    {"avx512", avx512::sum_squares, avx512::inner_step, avx512::outer_step},
-    {"avx2", avx2::sum_squares, avx2::inner_step, avx2::outer_step},
+    {"avx512", avx512::sum_squares, avx512::inner_step, avx512::outer_step, avx512::displace},
+    {"avx2", avx2::sum_squares, avx2::inner_step, avx2::outer_step, avx2::displace},
 #endif
-    {"baseline", baseline::sum_squares, baseline::inner_step, baseline::outer_step},
+    {"baseline", baseline::sum_squares, baseline::inner_step, baseline::outer_step, baseline::displace},
 };
 
 bool runs_here(const std::string& name) {
@@ -97,11 +98,18 @@ void inner_step(int64_t rows, int64_t n, int64_t chunks, int dtype, int64_t fact
 }
 
 void outer_step(int64_t rows, int64_t n, int64_t chunks, int dtype, int64_t hyper, int64_t factor, int64_t walk_length,
-                int64_t displacement_sq, int64_t partials, int threads) {
+                int64_t displacement_sq, int64_t partials, bool displaced, int threads) {
   py::gil_scoped_release released;
   kernels->outer_step(pointer<const Segment>(rows), n, chunks, DType(dtype), pointer<const Hyper>(hyper),
                       pointer<const double>(factor), pointer<const double>(walk_length),
-                      pointer<double>(displacement_sq), pointer<double>(partials), threads);
+                      pointer<double>(displacement_sq), pointer<double>(partials), displaced, threads);
+}
+
+void displace(int64_t rows, int64_t n, int64_t chunks, int dtype, int64_t factor, double share, bool in_weight,
+              int threads) {
+  py::gil_scoped_release released;
+  kernels->displace(pointer<const Segment>(rows), n, chunks, DType(dtype), pointer<const double>(factor), share,
+                    in_weight, threads);
 }
 
 py::list instruction_sets() {
@@ -128,6 +136,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("add_up", &add_up);
   m.def("inner_step", &inner_step);
   m.def("outer_step", &outer_step);
+  m.def("displace", &displace);
   m.def("instruction_sets", &instruction_sets, "Those that were built and run on this processor, best first.");
   m.def("instruction_set", [] { return kernels->name; }, "The one in use.");
   m.def("set_instruction_set", &set_instruction_set, "For tests: results must be the same with each.");

@@ -59,9 +59,15 @@ inline void define_cuda(pybind11::module_& m) {
   m.def("cuda_outer_step", [](const std::array<int64_t, 6>& table, int dtype, bool amsgrad,
                               const std::array<int64_t, 8>& cycle, const Integers& norms,
                               const std::array<int64_t, 3>& micro_batch, int64_t taken, int64_t displacement_sq,
-                              int64_t arrivals, const std::array<int64_t, 4>& where) {
+                              int64_t arrivals, bool displaced, const std::array<int64_t, 4>& where) {
     outer_step(table_from(table), DType(dtype), amsgrad, cycle_from(cycle), micro_batch_from(norms, micro_batch), taken,
-               pointer<double>(displacement_sq), pointer<uint32_t>(arrivals), where_from(where));
+               pointer<double>(displacement_sq), pointer<uint32_t>(arrivals), displaced, where_from(where));
+  });
+  m.def("cuda_displace", [](const std::array<int64_t, 6>& table, int dtype, const std::array<int64_t, 8>& cycle,
+                            const Integers& norms, const std::array<int64_t, 3>& micro_batch, double share,
+                            bool in_weight, const std::array<int64_t, 4>& where) {
+    displace(table_from(table), DType(dtype), cycle_from(cycle), micro_batch_from(norms, micro_batch), share, in_weight,
+             where_from(where));
   });
 }
 

@@ -1,4 +1,4 @@
-// CPU kernels: sums of squares, inner step, fused outer step, over a table of segments.
+// CPU kernels: sums of squares, inner step, displacement, fused outer step, over a table of segments.
 //
 // Compiled once for each instruction set; NEXUS_ISA names the namespace (see CMakeLists.txt). Work is cut into chunks
 // of kChunk elements of one segment. Threads take chunks; whatever is summed is summed per chunk in 16 fixed lanes and
@@ -210,10 +210,78 @@ void table_inner_step(const Segment* segments, int64_t n, int64_t chunks, const 
   *lost_moves += total_lost;
 }
 
+// D = (θ − w) + γ·g/n; D · share overwrites the walk or, with `in_weight`, rounded the parameter.
+// Bytes per element, float32: reads anchor w g, writes w, or reads w g, writes anchor w (16); bfloat16: reads master walk
+// g, writes walk (14) or the parameter (12).
+template <class T>
+void chunk_displace(const Segment& segment, int64_t begin, int64_t end, double factor, double share, bool in_weight) {
+  using State = typename T::State;
+  const GradientScale<State> scale(factor);
+  const State part = State(share);
+  // A skipped last step has factor 0, and its gradient, which may hold NaN, is not looked at.
+  const bool with_gradient = segment.grad && factor != 0;
+  for (int64_t i = begin; i < end; i += kBlock) {
+    const int64_t n = std::min(kBlock, end - i);
+    const auto* g = pointer<const typename T::Storage>(segment.grad) + i;
+    State* theta = pointer<State>(segment.theta) + i;
+    State* walk = pointer<State>(segment.walk) + i;
+    State D[kBlock];
+    if (segment.touched) {
+      for (int64_t j = 0; j < n; ++j) D[j] = theta[j] - walk[j];
+    } else {
+      std::fill_n(D, n, State(0));
+      if (!T::low_precision) stream(theta, walk, n * sizeof(State));
+    }
+    if (with_gradient)
+      for (int64_t j = 0; j < n; ++j) D[j] = D[j] + scale(T::load(g[j]));
+    for (int64_t j = 0; j < n; ++j) D[j] = D[j] * part;
+    if constexpr (T::low_precision) {
+      if (in_weight) {
+        typename T::Storage rounded[kBlock];
+        for (int64_t j = 0; j < n; ++j) rounded[j] = T::store(D[j]);
+        stream(pointer<typename T::Storage>(segment.weight) + i, rounded, n * sizeof(rounded[0]));
+        continue;
+      }
+      if (!segment.touched) {
+        stream(walk, D, n * sizeof(State));
+        continue;
+      }
+    }
+    memcpy(walk, D, n * sizeof(State));
+  }
+}
+
+template <class T>
+void table_displace(const Segment* segments, int64_t n, int64_t chunks, const double* factor, double share,
+                    bool in_weight, int threads) {
+  for_each_chunk(segments, n, chunks, threads, [=](const Segment& segment, int64_t begin, int64_t end, int64_t) {
+    chunk_displace<T>(segment, begin, end, factor[segment.group], share, in_weight);
+  });
+}
+
+// w ← θ, for a parameter whose weight holds a displacement and that takes no part in the outer step.
+template <class T>
+void chunk_restore(const Segment& segment, int64_t begin, int64_t end) {
+  const auto* theta = pointer<const typename T::State>(segment.theta);
+  auto* weight = pointer<typename T::Storage>(segment.weight);
+  for (int64_t i = begin; i < end; i += kBlock) {
+    const int64_t n = std::min(kBlock, end - i);
+    if constexpr (T::low_precision) {
+      typename T::Storage rounded[kBlock];
+      for (int64_t j = 0; j < n; ++j) rounded[j] = T::store(theta[i + j]);
+      stream(weight + i, rounded, n * sizeof(rounded[0]));
+    } else {
+      stream(weight + i, theta + i, n * sizeof(theta[0]));
+    }
+  }
+}
+
 // D = (θ − w) + γ·g/n;  G = D/Γ;  θ ← AdamW(θ, G);  w ← θ. Returns ‖D‖² of the chunk.
 // Bytes per element, float32: reads anchor w g m v, writes w m v (32); bfloat16: reads master walk g m v, writes
-// master m v and the parameter (32).
-template <class T, bool amsgrad, bool touched, bool with_gradient>
+// master m v and the parameter (32). displaced: D is read in the gradient's place or, without one, the walk's. Bytes,
+// float32: reads anchor D m v, writes w m v (28); bfloat16: reads master D m v, writes master m v and the parameter (30,
+// with D in bfloat16 28).
+template <class T, bool amsgrad, bool touched, bool with_gradient, bool displaced>
 double chunk_outer_step(const Segment& segment, int64_t begin, int64_t end, double factor, double inv_walk_length,
                         const AdamW<typename T::State>& adamw) {
   using State = typename T::State;
@@ -235,8 +303,12 @@ double chunk_outer_step(const Segment& segment, int64_t begin, int64_t end, doub
     State displacement[kBlock];
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j) {
-      const State walked = touched ? from[j] - walk[j] : State(0);
-      displacement[j] = with_gradient ? walked + scale(T::load(g[j])) : walked;
+      if constexpr (displaced) {
+        displacement[j] = with_gradient ? T::load(g[j]) : walk[j];
+      } else {
+        const State walked = touched ? from[j] - walk[j] : State(0);
+        displacement[j] = with_gradient ? walked + scale(T::load(g[j])) : walked;
+      }
     }
     NEXUS_INDEPENDENT
     for (int64_t j = 0; j < n; ++j) {
@@ -258,18 +330,23 @@ double chunk_outer_step(const Segment& segment, int64_t begin, int64_t end, doub
 
 // The variant of chunk_outer_step for a segment.
 template <class T>
-auto outer_step_of(bool amsgrad, bool touched, bool with_gradient) {
+auto outer_step_of(bool amsgrad, bool touched, bool with_gradient, bool displaced) {
   const auto choose = [=](auto ams) {
     constexpr bool a = decltype(ams)::value;
-    if (!touched) return with_gradient ? chunk_outer_step<T, a, false, true> : chunk_outer_step<T, a, false, false>;
-    return with_gradient ? chunk_outer_step<T, a, true, true> : chunk_outer_step<T, a, true, false>;
+    const auto with = [=](auto gradient) {
+      constexpr bool g = decltype(gradient)::value;
+      if (displaced) return chunk_outer_step<T, a, true, g, true>;
+      return touched ? chunk_outer_step<T, a, true, g, false> : chunk_outer_step<T, a, false, g, false>;
+    };
+    return with_gradient ? with(std::true_type{}) : with(std::false_type{});
   };
   return amsgrad ? choose(std::true_type{}) : choose(std::false_type{});
 }
 
 template <class T>
 void table_outer_step(const Segment* segments, int64_t n, int64_t chunks, const Hyper* hyper, const double* factor,
-                      const double* walk_length, double* displacement_sq, double* partials, int threads) {
+                      const double* walk_length, double* displacement_sq, double* partials, bool displaced,
+                      int threads) {
   // Parameters mostly share group and step: two powers for a run of them, not for each.
   std::vector<AdamW<typename T::State>> adamw(n);
   AdamW<typename T::State> current;
@@ -286,10 +363,13 @@ void table_outer_step(const Segment* segments, int64_t n, int64_t chunks, const 
   for_each_chunk(segments, n, chunks, threads, [&](const Segment& segment, int64_t begin, int64_t end, int64_t chunk) {
     const int64_t group = segment.group;
     partials[chunk] = 0;
-    if (!(segment.touched || segment.grad) || !(walk_length[group] > 0)) return;
+    if (!(segment.touched || segment.grad) || !(walk_length[group] > 0)) {
+      if (displaced) chunk_restore<T>(segment, begin, end);
+      return;
+    }
     // A skipped last step has factor 0, and its gradient, which may hold NaN, is not looked at.
-    const bool with_gradient = segment.grad && factor[group] != 0;
-    const auto step = outer_step_of<T>(segment.max_exp_avg_sq, segment.touched, with_gradient);
+    const bool with_gradient = segment.grad && (displaced || factor[group] != 0);
+    const auto step = outer_step_of<T>(segment.max_exp_avg_sq, segment.touched, with_gradient, displaced);
     partials[chunk] = step(segment, begin, end, factor[group], hyper[group].normalize != 0 ? 1 / walk_length[group] : 1,
                            adamw[&segment - segments]);
   });
@@ -327,10 +407,17 @@ void inner_step(const Segment* segments, int64_t n, int64_t chunks, DType dtype,
 
 void outer_step(const Segment* segments, int64_t n, int64_t chunks, DType dtype, const Hyper* hyper,
                 const double* factor, const double* walk_length, double* displacement_sq, double* partials,
-                int threads) {
+                bool displaced, int threads) {
   with_dtype(dtype, [=](auto type) {
     table_outer_step<decltype(type)>(segments, n, chunks, hyper, factor, walk_length, displacement_sq, partials,
-                                     threads);
+                                     displaced, threads);
+  });
+}
+
+void displace(const Segment* segments, int64_t n, int64_t chunks, DType dtype, const double* factor, double share,
+              bool in_weight, int threads) {
+  with_dtype(dtype, [=](auto type) {
+    table_displace<decltype(type)>(segments, n, chunks, factor, share, in_weight, threads);
   });
 }
 

@@ -10,5 +10,7 @@
                   int64_t* moves, int64_t* lost_moves, int threads);                                                   \
   void outer_step(const Segment* segments, int64_t n, int64_t chunks, DType dtype, const Hyper* hyper,                 \
                   const double* factor, const double* walk_length, double* displacement_sq, double* partials,          \
-                  int threads);                                                                                        \
+                  bool displaced, int threads);                                                                        \
+  void displace(const Segment* segments, int64_t n, int64_t chunks, DType dtype, const double* factor, double share,   \
+                bool in_weight, int threads);                                                                          \
   }

@@ -1,4 +1,4 @@
-// CUDA kernels: squared norm, inner step, fused outer step, over a table of segments; one launch each.
+// CUDA kernels: squared norm, inner step, displacement, fused outer step, over a table of segments; one launch each.
 //
 // A grid of as many blocks as the chip holds walks the chunks of kChunk elements. A block works on one chunk at a time,
 // each thread on 16 bytes of every operand at a time. What is summed is summed per chunk, by threads in a fixed order,
@@ -360,6 +360,79 @@ __global__ void __launch_bounds__(kThreads, 3)
   if (last_table && blockIdx.x == 0) advance(cycle, micro_batch, step);  // no block of an inner step reads the sums
 }
 
+// Displacement
+
+template <class T>
+struct Displace {
+  using Storage = typename T::Storage;
+  using State = typename T::State;
+  const State* theta;  // null where the parameter has not moved
+  const Storage* g;    // null without one, or where the step is skipped
+  State *anchor, *walk;  // anchor: where w must be kept as θ; walk: w, and where D goes if it is not `rounded`
+  Storage* rounded;
+  GradientScale<State> scale;
+  State share;
+
+  template <int width, int batch, bool aligned>
+  __device__ __forceinline__ void apply(int i) {
+    static_assert(batch == 1, "three operands are enough in flight");
+    State old[width] = {}, w[width] = {};
+    Storage gradient[width] = {};
+    if (theta) load<true, aligned>(theta + i, old);
+    if (theta || anchor) load<true, aligned>(walk + i, w);
+    if (g) load<true, aligned>(g + i, gradient);
+    State D[width];
+#pragma unroll
+    for (int j = 0; j < width; ++j) {
+      D[j] = theta ? old[j] - w[j] : 0;
+      if (g) D[j] = D[j] + scale(T::load(gradient[j]));
+      D[j] = D[j] * share;
+    }
+    if constexpr (T::low_precision) {
+      if (rounded) {
+        Storage to[width];
+#pragma unroll
+        for (int j = 0; j < width; ++j) to[j] = T::store(D[j]);
+        store<aligned>(rounded + i, to);
+        return;
+      }
+    }
+    if (anchor) store<aligned>(anchor + i, w);
+    store<aligned>(walk + i, D);
+  }
+};
+
+// D = (θ − w) + γ·g/n; D · share overwrites the walk or, with `in_weight`, rounded the weight; for every parameter. Bytes
+// per element, float32: reads θ w g, writes w, or reads w g, writes θ w (16). Below: reads θ walk g, writes walk (14) or
+// the weight (12).
+template <class T>
+__global__ void __launch_bounds__(kThreads, 3)
+    displace_kernel(Table table, Cycle cycle, MicroBatch micro_batch, double share, bool in_weight, bool last_table) {
+  using Storage = typename T::Storage;
+  using State = typename T::State;
+  const InnerStep step(micro_batch);
+  int64_t group = -1;
+  Displace<T> work{};
+  work.share = State(share);
+  for (int64_t i = blockIdx.x; i < table.chunks; i += gridDim.x) {
+    const Chunk part(table, table.chunks - 1 - i);
+    const Segment& row = part.row;
+    if (row.group != group) {
+      group = row.group;
+      work.scale = GradientScale<State>(step.factor(cycle.hyper[group]));
+    }
+    const bool touched = is_touched(row, table.touch);
+    State* const theta = part.at<State>(row.theta);
+    work.theta = touched ? theta : nullptr;
+    work.g = step.taken ? part.at<const Storage>(row.grad) : nullptr;
+    work.anchor = !T::low_precision && !touched ? theta : nullptr;
+    work.walk = part.at<State>(row.walk);
+    work.rounded = T::low_precision && in_weight ? part.at<Storage>(row.weight) : nullptr;
+    for_each_element<T, 1>(work, part.n, all_aligned(theta, work.g, work.walk, work.rounded));
+  }
+  if (last_table && blockIdx.x == 0) advance(cycle, micro_batch, step);  // no block of this kernel reads the sums
+}
+
 // Outer step
 
 template <class T>
@@ -379,13 +452,13 @@ __device__ __noinline__ void compute(Scalars<T>& scalars, const Hyper& hyper, do
   scalars.inv_gamma = State(hyper.normalize != 0 ? 1 / walk_length : 1);
 }
 
-template <class T, bool amsgrad>
+template <class T, bool amsgrad, bool displaced>
 struct Update {
   using Storage = typename T::Storage;
   using State = typename T::State;
   const Scalars<T>& scalars;
-  const State *from, *walk;  // walk: `from` where the parameter has not moved
-  const Storage* g;          // null without one, or where the step is skipped
+  const State *from, *walk;  // walk: `from` where the parameter has not moved; displaced: D where it is not g
+  const Storage* g;          // null without one, or where the step is skipped; displaced: D, or null
   State *exp_avg, *exp_avg_sq, *max_exp_avg_sq, *theta;  // max_exp_avg_sq: null where the group has no maxima
   Storage* weight;
   double displacement_sq;
@@ -396,7 +469,7 @@ struct Update {
     State old[width], w[width], m[width], v[width], v_max[width];
     Storage gradient[width];
     load<true, aligned>(from + i, old);
-    load<true, aligned>(walk + i, w);
+    if (!displaced || !g) load<true, aligned>(walk + i, w);
     if (g) load<true, aligned>(g + i, gradient);
     load<true, aligned>(exp_avg + i, m);
     load<true, aligned>(exp_avg_sq + i, v);
@@ -409,8 +482,13 @@ struct Update {
     State next[width];
 #pragma unroll
     for (int j = 0; j < width; ++j) {
-      State D = old[j] - w[j];
-      if (g) D = D + scalars.scale(T::load(gradient[j]));
+      State D;
+      if constexpr (displaced) {
+        D = g ? T::load(gradient[j]) : w[j];
+      } else {
+        D = old[j] - w[j];
+        if (g) D = D + scalars.scale(T::load(gradient[j]));
+      }
       displacement_sq += double(D) * double(D);
       next[j] = scalars.adamw.template operator()<amsgrad>(old[j], D * scalars.inv_gamma, m[j], v[j], v_max[j]);
     }
@@ -427,7 +505,7 @@ struct Update {
   }
 };
 
-template <class T, bool amsgrad>
+template <class T, bool amsgrad, bool displaced>
 __device__ __forceinline__ double update(const Scalars<T>& scalars, const Chunk& part, bool touched, bool taken) {
   using Storage = typename T::Storage;
   using State = typename T::State;
@@ -435,7 +513,7 @@ __device__ __forceinline__ double update(const Scalars<T>& scalars, const Chunk&
   Storage* const weight = part.at<Storage>(row.weight);
   State* const theta = T::low_precision ? part.at<State>(row.theta) : pointer<State>(row.weight) + part.begin;
   const State* const from = touched ? part.at<const State>(row.theta) : theta;
-  Update<T, amsgrad> work{
+  Update<T, amsgrad, displaced> work{
       scalars,
       from,
       touched ? part.at<const State>(row.walk) : from,
@@ -453,10 +531,41 @@ __device__ __forceinline__ double update(const Scalars<T>& scalars, const Chunk&
   return work.displacement_sq;
 }
 
+// w ← θ, for a parameter whose weight holds a displacement and that takes no part.
+template <class T>
+struct Restore {
+  using Storage = typename T::Storage;
+  using State = typename T::State;
+  const State* theta;
+  Storage* weight;
+
+  template <int width, int batch, bool aligned>
+  __device__ __forceinline__ void apply(int i) {
+    State old[width];
+    load<true, aligned>(theta + i, old);
+    if constexpr (T::low_precision) {
+      Storage rounded[width];
+#pragma unroll
+      for (int j = 0; j < width; ++j) rounded[j] = T::store(old[j]);
+      store<aligned>(weight + i, rounded);
+    } else {
+      store<aligned>(weight + i, old);
+    }
+  }
+};
+
+template <class T>
+__device__ __forceinline__ void restore(const Chunk& part) {
+  Restore<T> work{part.at<const typename T::State>(part.row.theta), part.at<typename T::Storage>(part.row.weight)};
+  for_each_element<T, 1>(work, part.n, all_aligned(work.theta, work.weight));
+}
+
 // D = (θ − w) + γ·g/n;  G = D/Γ;  θ ← AdamW(θ, G);  w ← θ.  displacement_sq[chunk] = Σ D².
 // Bytes per element, float32: reads θ w g m v, writes w m v (32). Below: reads θ walk g m v, writes θ m v and the weight
 // (32). amsgrad: 8 more. Source: Algorithm 3 of arXiv 2604.09258; torch/optim/adam.py.
-template <class T, bool amsgrad>
+// displaced: D is read, in the gradient's place or, without one, the walk's; micro_batch is empty. Bytes, float32: reads
+// θ D m v, writes w m v (28). Below: reads θ D m v, writes θ m v and the weight (30, with D in the weight 28).
+template <class T, bool amsgrad, bool displaced>
 __global__ void __launch_bounds__(kThreads, 2)
     outer_step_kernel(Table table, Cycle cycle, MicroBatch micro_batch, int64_t taken, double* displacement_sq,
                       uint32_t* arrivals, bool first_table, bool last_table) {
@@ -480,7 +589,9 @@ __global__ void __launch_bounds__(kThreads, 2)
         if (threadIdx.x == 0) compute(scalars, hyper, double(updates) + 1, step.factor(hyper), walk_length);
         __syncthreads();
       }
-      sum = update<T, amsgrad>(scalars, part, touched, step.taken);
+      sum = update<T, amsgrad, displaced>(scalars, part, touched, displaced || step.taken);
+    } else if constexpr (displaced) {
+      restore<T>(part);
     }
     sum = block_sum(sum);
     if (threadIdx.x == 0) displacement_sq[chunk] = sum;
@@ -553,8 +664,10 @@ cudaError_t load_all() {
       load(sq_norm_kernel<T>);
       load(sum_squares_kernel<T>);
       load(inner_step_kernel<T>);
-      load(outer_step_kernel<T, false>);
-      load(outer_step_kernel<T, true>);
+      load(displace_kernel<T>);
+      load(outer_step_kernel<T, false, false>);
+      load(outer_step_kernel<T, true, false>);
+      load(outer_step_kernel<T, true, true>);
     });
   return error;
 }
@@ -616,11 +729,23 @@ void inner_step(const Table& table, DType dtype, const Cycle& cycle, const Micro
 }
 
 void outer_step(const Table& table, DType dtype, bool amsgrad, const Cycle& cycle, const MicroBatch& micro_batch,
-                int64_t taken, double* displacement_sq, uint32_t* arrivals, const Where& where) {
+                int64_t taken, double* displacement_sq, uint32_t* arrivals, bool displaced, const Where& where) {
   with_dtype(dtype, [&](auto type) {
     using T = decltype(type);
-    launch("outer_step", amsgrad ? outer_step_kernel<T, true> : outer_step_kernel<T, false>, table.chunks, where, table,
-           cycle, micro_batch, taken, displacement_sq, arrivals, where.first, where.last);
+    // Displaced ones are rare: one kernel, which also serves groups without maxima, is enough.
+    const auto kernel = displaced ? outer_step_kernel<T, true, true>
+                        : amsgrad ? outer_step_kernel<T, true, false>
+                                  : outer_step_kernel<T, false, false>;
+    launch("outer_step", kernel, table.chunks, where, table, cycle, micro_batch, taken, displacement_sq, arrivals,
+           where.first, where.last);
+  });
+}
+
+void displace(const Table& table, DType dtype, const Cycle& cycle, const MicroBatch& micro_batch, double share,
+              bool in_weight, const Where& where) {
+  with_dtype(dtype, [&](auto type) {
+    launch("displace", displace_kernel<decltype(type)>, table.chunks, where, table, cycle, micro_batch, share, in_weight,
+           where.last);
   });
 }
 

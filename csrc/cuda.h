@@ -57,8 +57,13 @@ void add_up(const double* partials, int64_t chunks, double* sq_norm, const Where
 
 void inner_step(const Table& table, DType dtype, const Cycle& cycle, const MicroBatch& micro_batch, const Where& where);
 
-// displacement_sq [chunks]; taken: inner steps of this cycle.
+// displacement_sq [chunks]; taken: inner steps of this cycle. displaced: table and micro_batch are those of a displaced
+// outer step, see Table.displaced_on_device; micro_batch has no norms.
 void outer_step(const Table& table, DType dtype, bool amsgrad, const Cycle& cycle, const MicroBatch& micro_batch,
-                int64_t taken, double* displacement_sq, uint32_t* arrivals, const Where& where);
+                int64_t taken, double* displacement_sq, uint32_t* arrivals, bool displaced, const Where& where);
+
+// in_weight: see Table.displacement_in_weight.
+void displace(const Table& table, DType dtype, const Cycle& cycle, const MicroBatch& micro_batch, double share,
+              bool in_weight, const Where& where);
 
 }  // namespace nexus::cuda

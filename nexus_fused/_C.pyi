@@ -23,8 +23,12 @@ def outer_step(
     walk_length: int,
     displacement_sq: int,
     partials: int,
+    displaced: bool,
     threads: int,
     /,
+) -> None: ...
+def displace(
+    rows: int, n: int, chunks: int, dtype: int, factor: int, share: float, in_weight: bool, threads: int, /
 ) -> None: ...
 def prepare_to_look(tensor: type, parameter: type, /) -> bool: ...
 def prepare_to_look_at_dtensors(dtensor: type | None, /) -> None: ...
@@ -61,6 +65,18 @@ def cuda_outer_step(
     taken: int,
     displacement_sq: int,
     arrivals: int,
+    displaced: bool,
+    where: tuple[int, ...],
+    /,
+) -> None: ...
+def cuda_displace(
+    table: tuple[int, ...],
+    dtype: int,
+    cycle: tuple[int, ...],
+    norms: list[int],
+    micro_batch: tuple[int, ...],
+    share: float,
+    in_weight: bool,
     where: tuple[int, ...],
     /,
 ) -> None: ...

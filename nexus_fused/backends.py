@@ -26,8 +26,13 @@ def available() -> dict[str, str | None]:
     return {name: why_not(name, cpu if name == "cpu" else gpu or cpu) for name in NAMES}
 
 
-def why_not(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
-    """None where the backend can update tensors of `dtype` on `device`, else the reason why not and the remedy."""
+def why_not(
+    name: str, device: torch.device, dtype: torch.dtype = torch.float32, *, displaced: bool = False
+) -> str | None:
+    """None where the backend can update tensors of `dtype` on `device`, else the reason why not and the remedy.
+
+    displaced: also with `displace` and displaced outer steps.
+    """
     if name == "reference":
         return None
     needed, remedy = _NEEDS[name]
@@ -35,7 +40,8 @@ def why_not(name: str, device: torch.device, dtype: torch.dtype = torch.float32)
         importlib.import_module(needed)
     except ImportError as error:
         return f"{needed} cannot be imported ({error}): {remedy}"
-    reason: str | None = importlib.import_module(f"nexus_fused.{name}").why_not_on(device, dtype)
+    module = importlib.import_module(f"nexus_fused.{name}")
+    reason: str | None = module.why_not_on(device, dtype, displaced=displaced)
     return reason
 
 
@@ -50,15 +56,23 @@ def check_choice(backend: str | None, fused: bool | None) -> None:
 
 
 def resolve(
-    backend: str | None, fused: bool | None, device: torch.device, dtype: torch.dtype = torch.float32
+    backend: str | None,
+    fused: bool | None,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    *,
+    displaced: bool = False,
 ) -> ModuleType:
     """The backend module for parameters of `dtype` on `device`, under the constructor's `backend` and `fused`.
+
+    displaced: for ranks that walk on their own.
 
     RuntimeError: what was asked for explicitly cannot run here; nothing falls back.
     """
     if fused is False or backend == "reference":
         return importlib.import_module("nexus_fused.reference")
-    reasons = {name: why_not(name, device, dtype) for name in ([backend] if backend else _fused(device))}
+    names = [backend] if backend else _fused(device)
+    reasons = {name: why_not(name, device, dtype, displaced=displaced) for name in names}
     for name, reason in reasons.items():
         if reason is None:
             return importlib.import_module(f"nexus_fused.{name}")

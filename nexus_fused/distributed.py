@@ -12,11 +12,15 @@ import hashlib
 import sys
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .cycle import Cycle
+    from .table import Table
 
 # DTensors and their local parts
 
@@ -127,11 +131,24 @@ class Ranks:
     """The ranks that an optimizer's result depends on, and what is exchanged with them.
 
     norm_group: ranks with other parameters of the model, whose norms are added. displacement_group: ranks with the same
-    parameters and walks of their own. Shards: found in the parameters.
+    parameters and walks of their own, whose displacements are averaged; of bfloat16 parameters in displacement_dtype.
+    Shards: found in the parameters. ValueError or TypeError for what is no group of this rank, or no such dtype.
     """
 
-    def __init__(self, norm_group: Any = None, displacement_group: Any = None) -> None:
+    def __init__(
+        self, norm_group: Any = None, displacement_group: Any = None, displacement_dtype: torch.dtype | None = None
+    ) -> None:
+        _check_group(norm_group, "norm_group")
+        _check_group(displacement_group, "displacement_group")
+        if displacement_dtype not in (None, torch.bfloat16):
+            raise ValueError(
+                f"displacement_dtype must be None or torch.bfloat16, but is {displacement_dtype!r}: the elements of a "
+                "displacement are too small for float16, and float32 is what None means"
+            )
+        if displacement_dtype is not None and displacement_group is None:
+            raise ValueError("displacement_dtype is for the average over a displacement_group: give that too")
         self.norm_group, self.displacement_group = norm_group, displacement_group
+        self.displacement_dtype = displacement_dtype
         self._params: list[Any] = []
         self._modules: list[weakref.ref[Any]] | None = None  # under fully_shard; None: not looked for yet
         # Of each sum over shards: the group, its device, and which classes of parameters count on this rank.
@@ -141,7 +158,16 @@ class Ranks:
     @property
     def communicates(self) -> bool:
         """Whether steps do."""
-        return bool(self._sums) or self.norm_group is not None or self.displacement_group is not None
+        return bool(self._sums) or self.has_groups
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether it was built with process groups."""
+        return self.norm_group is not None or self.displacement_group is not None
+
+    def are_compared_at_each_step(self) -> bool:
+        """Whether torch.distributed was asked to look for mistakes, and there are other ranks to compare with."""
+        return self.communicates and dist.get_debug_level() != dist.DebugLevel.OFF
 
     def follow(self, params: list[Any]) -> None:
         """Learns over which ranks these parameters, all that are stepped, are sharded.
@@ -202,6 +228,45 @@ class Ranks:
             totals = [total]
         return totals
 
+    @property
+    def share(self) -> float:
+        """What each rank's displacement counts in the mean."""
+        return 1 / dist.get_world_size(self.displacement_group)
+
+    def average(self, work: list[tuple[Cycle, list[Table]]]) -> None:
+        """Puts the sum over `displacement_group` in the place of each table's displacements, and the mean Γ in that of
+        each cycle's; tells the tables which parameters had a gradient on any rank. Nothing waits for a device.
+
+        Sends a float64 vector of each cycle (Γ and Σγ² of each group, who had a gradient), and the buckets as they lie.
+        Of all ranks' inner steps Σγ²/Γ² is that of the sums: mean Σγ² is divided by the ranks once more.
+        """
+        group, share = self.displacement_group, self.share
+        with explained("the average of displacements", group):
+            for cycle, tables in work:
+                moved = [_beside(table.took_part().double(), cycle.walk_length) for table in tables]
+                n = len(cycle.walk_length)
+                scalars = torch.cat([cycle.walk_length, cycle.walk_sq_length, *moved])
+                dist.all_reduce(scalars, group=group)
+                cycle.walk_length.copy_(scalars[:n] * share)
+                cycle.walk_sq_length.copy_(scalars[n : 2 * n] * share**2)
+                counts = scalars[2 * n :].split([len(table.segments) for table in tables])
+                for table, count in zip(tables, counts, strict=True):
+                    table.moved = (count != 0).long()
+            displacements = [flat for _, tables in work for table in tables for flat in table.displacements()]
+            under_way = [dist.all_reduce(flat, group=group, async_op=True) for flat in displacements]
+            for reduction in under_way:
+                reduction.wait()
+
+    def anybody_walked(self, position: int) -> bool:
+        """Whether this rank has taken inner steps, or another one that walks on its own."""
+        if self.displacement_group is None:
+            return position > 0
+        device = _device_of(self.displacement_group, torch.device("cpu"))
+        furthest = torch.tensor([position], device=device)
+        with explained("outer_step()", self.displacement_group):
+            dist.all_reduce(furthest, dist.ReduceOp.MAX, group=self.displacement_group)
+        return bool(furthest.item() > 0)
+
     def reshard(self) -> None:
         """Frees the gathered weights of FSDP2 modules: the next forward pass gathers what the shards hold then."""
         if self._modules is None:
@@ -211,18 +276,38 @@ class Ranks:
             if module is not None:
                 module.reshard()
 
-    def check(self, here: dict[str, Any], params: list[str], when: str) -> None:
+    def check(self, here: dict[str, Any], params: list[str], memory: list[str], when: str) -> None:
         """Raises RuntimeError on all ranks that communicate, naming the first difference, where they disagree.
 
         here: what must be the same on all of them. params: a line for each parameter, which must be the same too, but
-        over `norm_group`. Waits for all of them, and for the device.
+        over `norm_group`. memory: where they lie, which decides what is sent over `displacement_group`. Waits for all
+        of them, and for the device.
         """
-        for group, _, _ in self._sums:
-            compare(here, params, group, when)
+        groups = [(group, here, params) for group, _, _ in self._sums]
         if self.displacement_group is not None:
-            compare(here, params, self.displacement_group, when)
+            groups.append((self.displacement_group, {**here, "the memory of parameters": memory}, params))
         if self.norm_group is not None:
-            compare(here, [], self.norm_group, when)
+            groups.append((self.norm_group, here, []))
+        found = None
+        for group, shared, lines in groups:  # all of them whatever was found: others wait there
+            found = difference({"an earlier comparison": found, **shared}, lines, group, when) or found
+        if found is not None:
+            raise RuntimeError(found)
+
+
+def _beside(values: Tensor, like: Tensor) -> Tensor:
+    """Values of the CPU on the device of `like`, without waiting for it."""
+    return values if like.device.type == "cpu" else values.pin_memory().to(like.device, non_blocking=True)
+
+
+def _check_group(group: Any, name: str) -> None:
+    if group is None:
+        return
+    if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"{name} must be a process group or None, but is {group!r}; this rank must be a member of it "
+            "(torch.distributed.new_group, mesh.get_group)"
+        )
 
 
 def _device_of(group: Any, device: torch.device) -> torch.device:
@@ -231,8 +316,8 @@ def _device_of(group: Any, device: torch.device) -> torch.device:
     return device if device.type in types else torch.device(types[0])
 
 
-def compare(here: dict[str, Any], params: list[str], group: Any, when: str) -> None:
-    """Raises RuntimeError on all ranks of the group that names the first difference; waits for all of them.
+def difference(here: dict[str, Any], params: list[str], group: Any, when: str) -> str | None:
+    """The first difference between the ranks of a group, as an error tells it; None if there is none. Waits for them.
 
     A digest decides, so that agreement costs four numbers however large the model and the group are.
     """
@@ -244,7 +329,7 @@ def compare(here: dict[str, Any], params: list[str], group: Any, when: str) -> N
         dist.all_reduce(bounds, dist.ReduceOp.MAX, group=group)
         most, least = bounds.tolist()[:2], [-value for value in bounds.tolist()[2:]]
         if most == least:
-            return
+            return None
         everyone: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(everyone, here, group=group)
     ranks = dist.get_process_group_ranks(group)
@@ -252,11 +337,12 @@ def compare(here: dict[str, Any], params: list[str], group: Any, when: str) -> N
         values = [there.get(key, "missing") for there in everyone]
         if any(value != values[0] for value in values):
             other = next(i for i, value in enumerate(values) if value != values[0])
-            raise RuntimeError(
+            return (
                 f"ranks disagree {when} about {key}: {values[0]} on rank {ranks[0]}, {values[other]} on rank "
                 f"{ranks[other]}: build and load the optimizer in the same way on all ranks, and call step() and "
                 "outer_step() equally often"
             )
+    return None
 
 
 @contextlib.contextmanager

@@ -68,6 +68,7 @@ class Bucket:
     device: torch.device
     amsgrad: bool = False
     buffers: dict[str, Tensor] = field(default_factory=dict)
+    flat: Tensor | None = None  # weights of the parameters that could be moved, each at its offset
 
     def ensure(self, name: str) -> bool:
         """Allocates the buffer `name`, zeros, unless it exists; returns whether it had to."""

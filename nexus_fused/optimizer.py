@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
+import warnings
 import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
@@ -77,6 +78,14 @@ class NexusAdamW(Optimizer):
         norm_group: a process group whose ranks hold other parameters of the same model, as the stages of a pipeline
             do: ‖g‖ is that of the gradients of all of them, and skipping is common. Their parameters, and what this
             rank has of DTensors, add up; replicas must not be in one group.
+        displacement_group: a process group whose ranks hold the same parameters and walk on their own: each takes the
+            inner steps of its own micro-batches, gradients are not reduced across them (leave DistributedDataParallel
+            away, or run forward and backward passes under its `no_sync()`), and once in a cycle D and Γ are averaged
+            over them, θ ← AdamW(θ, mean D / mean Γ): a K-th of the communication, and no memory beside. All ranks start
+            from the same weights, and call `step()` and `outer_step()` together. In mid-cycle each has a walk of its
+            own: what is saved then must be saved by every rank, for itself.
+        displacement_dtype: torch.bfloat16 has displacements of bfloat16 parameters rounded to it for the average,
+            which halves what is sent; None: they are float32.
 
     Parameters may be DTensors, of FSDP2's `fully_shard` or tensor parallelism, on any device mesh: each rank updates
     its part, and the norm is summed over the ranks that parameters are sharded over; parameters beside them that are no
@@ -111,9 +120,11 @@ class NexusAdamW(Optimizer):
         flatten: bool = True,
         overlap_norm: bool = False,
         norm_group: Any = None,
+        displacement_group: Any = None,
+        displacement_dtype: torch.dtype | None = None,
     ) -> None:
         self._configure(hyperparameters.inner_steps(inner_steps), backend, fused, flatten, overlap_norm)
-        self._ranks.norm_group = norm_group
+        self._ranks = distributed.Ranks(norm_group, displacement_group, displacement_dtype)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -200,7 +211,8 @@ class NexusAdamW(Optimizer):
             (waiting if waits else live).append(entry)
         found: dict[torch.device, ModuleType] = {}
         for device, dtype in {(local_part(p).device, real_dtype(p.dtype)): None for _, _, p in live}:
-            backend = backends.resolve(self._backend, self._fused, device, dtype)
+            walks = self._ranks.displacement_group is not None
+            backend = backends.resolve(self._backend, self._fused, device, dtype, displaced=walks)
             if self._overlap_norm:
                 overlap.check_backend(backend, device)
                 overlap.check_params([p for _, _, p in live])
@@ -245,6 +257,7 @@ class NexusAdamW(Optimizer):
         try:
             for (group, device, dtype, ranks), segments in fresh.items():
                 table = self._tables.setdefault((device, dtype, ranks), Table(device, dtype, ranks))
+                table.reduces_low_precision = dtype is self._ranks.displacement_dtype
                 table.extend(segments, flatten=flatten)
                 table.set_amsgrad(group, self.param_groups[group]["amsgrad"])
                 if self._position > 0:
@@ -331,6 +344,8 @@ class NexusAdamW(Optimizer):
         """The same over all ranks."""
         if not self._ranks.norm_is_shared:
             return [sq_norm for _, sq_norm in sq_norms]
+        if not sq_norms:  # all parameters are frozen
+            sq_norms = [((), torch.zeros((), dtype=torch.float64))]
         return self._ranks.add([(ranks, sq_norm.sum()) for ranks, sq_norm in sq_norms], "the norm")
 
     @_of_the_optimizer
@@ -338,10 +353,11 @@ class NexusAdamW(Optimizer):
     def outer_step(self) -> None:
         """Ends a partial cycle: applies the displacement so far. Gradients that wait are not used.
 
-        Without any inner step it does nothing. Errors as `step()`.
+        Without any inner step it does nothing. Errors as `step()`. With a `displacement_group` all ranks call it; they
+        may have taken different numbers of inner steps, or none.
         """
         self._refuse_inside_outer_weights("outer_step()")
-        if self._position == 0:
+        if not self._ranks.anybody_walked(self._position):
             return
         self._look(gradients=False)
         self._finish_cycle(None)
@@ -351,8 +367,8 @@ class NexusAdamW(Optimizer):
         self._check_members()
         if self._overlap_norm and gradients:  # a process group may have come since
             overlap.check_processes()
-        if self._ranks.communicates and torch.distributed.get_debug_level() != torch.distributed.DebugLevel.OFF:
-            self._compare_ranks("in step() or outer_step()")
+        if gradients and self._ranks.are_compared_at_each_step():
+            self._compare_ranks("in step()")
         self._follow_capture()
         rows = [hyperparameters.group_row(g, i, self._inner_steps) for i, g in enumerate(self.param_groups)]
         if self._frozen and gradients:
@@ -460,7 +476,8 @@ class NexusAdamW(Optimizer):
         """Raises RuntimeError on all ranks that communicate if they disagree; see `check_ranks`."""
         if self._ranks.communicates:
             position = self._position if loads is None else loads
-            self._ranks.check(*self._agreed(position, error), when)
+            memory = [table.layout for table in self._tables.values()]
+            self._ranks.check(*self._agreed(position, error), memory, when)
 
     def check_ranks(self, group: Any = None) -> None:
         """Raises RuntimeError on all ranks of a process group (None: the default one), naming the first difference,
@@ -470,7 +487,9 @@ class NexusAdamW(Optimizer):
         optimizer is built or loaded; use it for replicas that others keep equal, as DistributedDataParallel does.
         """
         here, params = self._agreed(self._position, None)
-        distributed.compare(here, params, group or torch.distributed.group.WORLD, "in check_ranks()")
+        found = distributed.difference(here, params, group or torch.distributed.group.WORLD, "in check_ranks()")
+        if found is not None:
+            raise RuntimeError(found)
 
     def _agreed(self, position: int, error: Exception | None) -> tuple[dict[str, Any], list[str]]:
         """What all ranks must have in common, and a line for each parameter."""
@@ -494,13 +513,35 @@ class NexusAdamW(Optimizer):
 
     def _finish_cycle(self, micro_batch: MicroBatch | None) -> None:
         taken = self._position + (micro_batch is not None)
+        displaced = self._ranks.displacement_group is not None
+        if displaced:
+            self._displace(micro_batch)
         for cycle, tables in self._work:
-            cycle.backend.outer_step(tables, cycle, micro_batch, taken)
+            if displaced:
+                cycle.backend.outer_step(tables, cycle, None, taken, displaced=True)
+            else:
+                cycle.backend.outer_step(tables, cycle, micro_batch, taken)
             for table in tables:
-                table.finish_outer_step()
+                table.finish_outer_step(displaced=displaced)
         self._share_results()
         self._set_position(0)
         self._warm = True
+
+    def _displace(self, micro_batch: MicroBatch | None) -> None:
+        """Ends this rank's walk, and puts mean D and mean Γ over `displacement_group` in the place of its own."""
+        for cycle, tables in self._work:
+            for table in tables:
+                table.ensure_cycle_buffers()
+            cycle.backend.displace(tables, cycle, micro_batch, self._ranks.share)
+        try:
+            self._ranks.average(self._work)
+        except BaseException:  # a rank that has stopped, for example: D is lost, θ is not
+            for cycle, tables in self._work:
+                cycle.reset()
+                for table in tables:
+                    table.return_to_theta()
+            self._set_position(0)
+            raise
 
     def _share_results(self) -> None:
         """Adds up over all ranks what `metrics()` shows and each rank knows of its own parameters only.
@@ -614,6 +655,13 @@ class NexusAdamW(Optimizer):
         self._check_members()
         if self._capture is not None:
             self._follow_capture()
+        if self._ranks.displacement_group is not None and self._position > 0 and self._outer is None:
+            warnings.warn(
+                f"state_dict() in mid-cycle ({self._position} of {self._inner_steps} inner steps), where each rank of "
+                "displacement_group has a walk of its own: have every rank save its model and optimizer for itself, or "
+                "save inside outer_weights() or at a boundary",
+                stacklevel=3,
+            )
         self._adopt_writes()
         self._follow_amsgrad()
         if self._outer is None:
@@ -720,7 +768,7 @@ class NexusAdamW(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_inside_outer_weights("copying or pickling the optimizer")
-        if self._ranks.norm_group is not None:
+        if self._ranks.has_groups:
             raise RuntimeError(
                 "an optimizer with a process group cannot be copied or pickled: save its state_dict(), build another "
                 "one with its own group and load that"

@@ -10,10 +10,14 @@ One cycle, in the symbols of arXiv 2604.09258 (Algorithm 3):
     G = D / Γ,  Γ = Σ γ_k
     θ ← AdamW(θ, G);  w ← θ
 
-A backend is a module with three functions: `sq_norm` of one `table.Table` (weights, gradients, state), `inner_step` and
-`outer_step` of all tables of a device, with a `cycle.Cycle` (that device's scalars) and a `cycle.MicroBatch`. They
-update weights, state and scalars in place and return nothing but a norm. This one spends memory for clarity. A backend
-may have a fourth, `sum_squares` of one gradient, for overlap.py, with SMALLEST_HOOKED; its `sq_norm` takes `summed`.
+Where ranks walk on their own, θ ← AdamW(θ, mean D / mean Γ): `displace` puts D/R in place of w, others sum it over the
+R ranks and average Γ, and a displaced `outer_step` goes on from there.
+
+A backend is a module with four functions: `sq_norm` of one `table.Table` (weights, gradients, state), `inner_step`,
+`outer_step` and `displace` of all tables of a device, with a `cycle.Cycle` (that device's scalars) and a
+`cycle.MicroBatch`. They update weights, state and scalars in place and return nothing but a norm. This one spends
+memory for clarity. A backend may have a fifth, `sum_squares` of one gradient, for overlap.py, with SMALLEST_HOOKED; its
+`sq_norm` takes `summed`.
 
 Rounding: scalars are computed in float64, elements in the state's dtype (float32, for float64 parameters float64),
 each operation rounded on its own, in the order written here.
@@ -100,17 +104,49 @@ def inner_step(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch) -> No
                 segment.weight.copy_(w_next)
 
 
-def outer_step(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch | None, taken: int) -> None:
+def outer_step(
+    tables: list[Table], cycle: Cycle, micro_batch: MicroBatch | None, taken: int, *, displaced: bool = False
+) -> None:
     """Last inner step, displacement, AdamW and w ← θ for every parameter that had a gradient in this cycle.
 
     A group with Γ = 0 keeps weights, moments and `step`. `micro_batch`: None where the cycle ends without a last
     gradient. `taken`: its inner steps. Leaves ‖D‖² per group and the other sums of the cycle in `cycle.finished`.
+
+    displaced: the last inner step is `displace`'s, and `micro_batch` is not looked at. D lies where that put it, Γ is
+    `cycle.walk_length`, and `table.moved` tells which parameters had a gradient; the others get their weights back.
+    """
+    if displaced:
+        for table in tables:
+            for segment, moved in zip(table.segments, table.moved.tolist(), strict=True):
+                theta = segment.theta.clone()
+                D = table.displacement(segment).to(theta.dtype, copy=True)
+                segment.weight.copy_(theta)
+                if moved:
+                    _outer_step(segment, cycle, theta, D)
+    else:
+        cycle.advance(micro_batch)
+        for table in tables:
+            for segment in table.moving():
+                theta = segment.theta if segment.touched or segment.low_precision else segment.weight
+                _outer_step(segment, cycle, theta.clone(), _displacement(table, segment, cycle))
+    cycle.finish(taken)
+
+
+def displace(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch | None, share: float) -> None:
+    """Last inner step and displacement of every parameter; D · share overwrites its walk.
+
+    That is the parameter's own memory, and its anchor must be allocated; below float32 the float32 walk or, with
+    `table.reduces_low_precision`, again the parameter, and D · share is rounded to its dtype. Also for parameters that
+    did not move, whose D is 0; θ is valid for all afterwards. `micro_batch`: as for `outer_step`, which must follow,
+    with `displaced=True`. `share`: 1/R where the D of R ranks are summed. Nothing is counted: D is not rounded into w.
     """
     cycle.advance(micro_batch)
     for table in tables:
-        for segment in table.moving():
-            _outer_step(table, segment, cycle)
-    cycle.finish(taken)
+        for segment in table.segments:
+            D = _displacement(table, segment, cycle)
+            if not (segment.touched or segment.low_precision):
+                segment.theta.copy_(segment.weight)
+            table.displacement(segment).copy_(D * share)
 
 
 def _gradient(table: Table, segment: Segment) -> Tensor:
@@ -119,14 +155,17 @@ def _gradient(table: Table, segment: Segment) -> Tensor:
     return flat_view(gradient)
 
 
-def _outer_step(table: Table, segment: Segment, cycle: Cycle) -> None:
+def _displacement(table: Table, segment: Segment, cycle: Cycle) -> Tensor:
+    dtype = segment.bucket.state_dtype
+    D = segment.theta - segment.walk if segment.touched else torch.zeros_like(segment.weight, dtype=dtype)
+    if table.gradient(segment) is not None:
+        D = D + scaled_gradient(_gradient(table, segment), cycle.factor[segment.group], dtype)
+    return D
+
+
+def _outer_step(segment: Segment, cycle: Cycle, theta: Tensor, D: Tensor) -> None:
     group = segment.group
     hyper, walk_length = cycle.hyper[group], cycle.walk_length[group]
-    theta = (segment.theta if segment.touched or segment.low_precision else segment.weight).clone()
-    w = segment.walk if segment.touched else theta
-    D = theta - w
-    if table.gradient(segment) is not None:
-        D = D + scaled_gradient(_gradient(table, segment), cycle.factor[group], theta.dtype)
     walked = walk_length > 0
     cycle.displacement_sq[group] += torch.where(walked, D.double().square().sum(), 0.0)
     G = torch.where(hyper[NORMALIZE] != 0, D * (1 / walk_length), D)

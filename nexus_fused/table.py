@@ -25,7 +25,7 @@ COLUMNS = (
     "weight", "grad", "theta", "walk", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step",
     "length", "group", "touched", "chunk",
 )  # fmt: skip
-GRAD, TOUCHED, CHUNK = (COLUMNS.index(name) for name in ("grad", "touched", "chunk"))
+WEIGHT, GRAD, TOUCHED, CHUNK = (COLUMNS.index(name) for name in ("weight", "grad", "touched", "chunk"))
 
 CHUNK_ELEMENTS = 16384  # one partial sum each: fixes the order of summation, whatever the number of threads
 
@@ -61,11 +61,16 @@ class Table:
         self.displacement_sq: Tensor  # ΣD² of each chunk
         self.sq_norm: Tensor  # Σg² of all chunks, [1], where a kernel adds them up
         self.arrivals: Tensor  # blocks of a grid that have finished, [1] int32; 0 between launches
+        # Where ranks average their displacements: whether those of parameters below float32 are rounded to their dtype,
+        # and, before a displaced outer step, != 0 for each segment that had a gradient on any rank, int64 on `device`.
+        self.reduces_low_precision = False
+        self.moved: Tensor
         self._objects = array("q")  # of `_quick_look`
         self._states: list[dict[str, Any]] = []  # the segments'
         self._counts_alone = False  # writing into one parameter is known to change no other's version
         self._staged: list[Segment] = []  # those whose parameters have gaps
         self._complete = True  # every segment has a gradient
+        self._strays: list[Segment] = []  # those whose parameters do not lie in their bucket's flat memory
         self._suspects: list[int] = []  # rows that others may have written
         self._handed_out: dict[tuple[Segment, str], int] = {}  # versions of θ and walks in the state, see `hand_out`
         self._touched = 0  # how many segments are
@@ -138,7 +143,7 @@ class Table:
         ]
         if not movable:
             return
-        flat = torch.empty(bucket.numel, dtype=self.dtype, device=self.device)
+        flat = bucket.flat = torch.zeros(bucket.numel, dtype=self.dtype, device=self.device)
         for segment in movable:
             target = flat[segment.start : segment.start + segment.numel]
             target.copy_(segment.weight)
@@ -182,12 +187,34 @@ class Table:
         self._on_device = tuple(torch.empty_like(t, device=self.device) for t in (self.rows, row_of_chunk, starts))
         upload(row_of_chunk, self._on_device[1])
         upload(starts, self._on_device[2])
+        self._find_strays()
         self.chunks = chunks
         self.partials = torch.empty(chunks, dtype=torch.float64, device=self.device)
         self.displacement_sq = torch.empty_like(self.partials)  # of its own: other devices may still read the norm's
         self.sq_norm = torch.zeros(1, dtype=torch.float64, device=self.device)
         self.arrivals = torch.zeros(1, dtype=torch.int32, device=self.device)
         self._stale, self._outdated = True, False
+
+    def _find_strays(self) -> None:
+        """Finds `_strays`; frees flat memory where no parameter lies."""
+        self._strays = []
+        inside: set[Bucket] = set()
+        size = self.dtype.itemsize
+        for segment, weight in zip(self.segments, self.rows[:, WEIGHT].tolist(), strict=True):
+            flat = segment.bucket.flat
+            if flat is not None and weight == flat.data_ptr() + segment.start * size:
+                inside.add(segment.bucket)
+            elif segment.numel:
+                self._strays.append(segment)
+        for bucket in self.buckets:
+            if bucket not in inside:
+                bucket.flat = None
+
+    @property
+    def layout(self) -> str:
+        """Elements of each bucket and of what lies outside of them, which ranks that average them must share."""
+        inside = [bucket.numel if bucket.flat is not None else 0 for bucket in self.buckets]
+        return f"{self.dtype} in buckets of {inside}, outside of them {[segment.numel for segment in self._strays]}"
 
     @property
     def is_current(self) -> bool:
@@ -214,6 +241,26 @@ class Table:
             self._stale = self._stale_touched = False
         rows, row_of_chunk, starts = self._on_device
         return rows, row_of_chunk, starts, touch
+
+    def displaced_on_device(self) -> tuple[Tensor, Tensor, Tensor, int]:
+        """The same for a displaced outer step: `touched` is who `moved`, on any rank. `grad` is where their D lies in
+        the parameter's dtype, or 0 where it lies at `walk`.
+        """
+        rows, row_of_chunk, starts, _ = self.on_device()
+        moved = self.moved != 0
+        rows[:, TOUCHED] = moved
+        rows[:, GRAD] = rows[:, WEIGHT] * moved if self.displacement_in_weight else 0
+        self._stale = True
+        return rows, row_of_chunk, starts, 2
+
+    @property
+    def displacement_in_weight(self) -> bool:
+        """Whether `displace` rounds D into low-precision weights; else it goes to the walks."""
+        return self.reduces_low_precision and self.dtype != STATE_DTYPE[self.dtype]
+
+    def displacement(self, segment: Segment) -> Tensor:
+        """Flat view of the memory where `displace` leaves a segment's D."""
+        return segment.weight if self.displacement_in_weight else segment.walk
 
     def distrust_device(self) -> None:
         """Has the rows copied again: replays of captured steps may have put others there, or will."""
@@ -380,6 +427,26 @@ class Table:
             return self.segments
         return [s for s, address in zip(self.segments, self.addresses, strict=True) if address or s.touched]
 
+    # Walks of several ranks
+
+    def took_part(self) -> Tensor:
+        """Which segments had a gradient in this cycle, with this micro-batch's: [segments] bool, on the CPU."""
+        return (self.rows[:, GRAD] != 0) | (self.rows[:, TOUCHED] != 0)
+
+    def displacements(self) -> list[Tensor]:
+        """The memory where a backend's `displace` has left D, to be reduced in place: flat, one for each bucket, and
+        one for each parameter that lies outside. What lies between parameters is of no account."""
+        if self.dtype != STATE_DTYPE[self.dtype] and not self.displacement_in_weight:
+            return [bucket.buffers["walk"] for bucket in self.buckets]
+        flats = [bucket.flat for bucket in self.buckets if bucket.flat is not None]
+        return flats + [segment.weight for segment in self._strays]
+
+    def return_to_theta(self) -> None:
+        """After `displace`: all parameters hold θ again, and nothing of the cycle is left."""
+        for segment in self.segments:
+            segment.weight.copy_(segment.theta)
+        self.finish_outer_step(displaced=True)
+
     # One cycle
 
     def finish_inner_step(self) -> None:
@@ -390,9 +457,9 @@ class Table:
             self.set_touched([s for s in moved if not s.touched] if self._touched else moved, True)
         self.copies.clear()
 
-    def finish_outer_step(self) -> None:
+    def finish_outer_step(self, *, displaced: bool = False) -> None:
         """After a backend's outer_step: all parameters hold θ, nothing of the cycle is left."""
-        self.wrote(self.moving())
+        self.wrote(self.segments if displaced else self.moving())
         self.set_touched(self.segments, False)
         self.hide_cycle_buffers()
         self.copies.clear()

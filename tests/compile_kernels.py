@@ -21,7 +21,7 @@ from triton.compiler import ASTSource
 import nexus_fused
 from nexus_fused import triton as backend
 from nexus_fused.cycle import MicroBatch
-from nexus_fused.triton_kernels import inner_step, outer_step, scalars, sq_norm
+from nexus_fused.triton_kernels import displace, inner_step, outer_step, scalars, sq_norm
 
 TABLE = Path(__file__).with_name("registers.json")
 TYPES = {torch.float64: "*fp64", torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32"}
@@ -37,7 +37,7 @@ def launches():
         types = [type_ or given for type_, given in zip(stated, types, strict=False)]
         found[kernel.__name__, str(types), str(constants)] = kernel, types, constants
 
-    for module in (sq_norm, inner_step, outer_step, scalars):
+    for module in (sq_norm, inner_step, displace, outer_step, scalars):
         module.launch = record
     scale = torch.ones(1)
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
@@ -51,6 +51,10 @@ def launches():
             for factors in ((None, None), (scale, scale), (None, scale)):
                 backend.outer_step(tables, cycle, MicroBatch(sq_norms, 0, *factors), 1)
             backend.outer_step(tables, cycle, None, 1)
+            backend.displace(tables, cycle, None, 1.0)
+            for table in tables:
+                table.moved = torch.ones(len(table.segments), dtype=torch.int64)
+            backend.outer_step(tables, cycle, None, 1, displaced=True)
     return found.values()
 
 

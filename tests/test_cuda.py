@@ -110,12 +110,12 @@ def test_on_a_gpu(with_gpu):
 def test_old_driver(with_gpu, monkeypatch, driver, reason):
     """Explicit: RuntimeError with the remedy. Else Triton is taken."""
     kernels.set_versions(driver, 13000)
-    monkeypatch.setattr(cuda, "why_not_on", lambda device, dtype: why_not_on(GPU, dtype))
+    monkeypatch.setattr(cuda, "why_not_on", lambda device, dtype, **_: why_not_on(GPU, dtype))
     with pytest.raises(RuntimeError, match=f"backend='cuda' cannot run: {reason}"):
         NexusAdamW([nn.Parameter(torch.zeros(3))], backend="cuda")
     others = {"triton": None}
     monkeypatch.setattr(
-        backends, "why_not", lambda name, *args: others[name] if name in others else why_not_on(GPU, torch.float32)
+        backends, "why_not", lambda name, *a, **_: others[name] if name in others else why_not_on(GPU, torch.float32)
     )
     assert backends.chosen(GPU) == "triton"
     assert backends.resolve(None, None, GPU).__name__ == "nexus_fused.triton"

@@ -20,16 +20,18 @@ ROOT = HERE.parent
 TARGETS = ["sm_80", "sm_90", "sm_100"]
 NVCC = shutil.which("nvcc")
 NAME = re.compile(
-    r"(sq_norm|sum_squares|add_up|inner_step|outer_step)_kernel(?:I\w*?(\d+BFloat16|\d+Float16|FullPrecisionI[fd]))?(?:\w*?Lb([01]))?"
+    r"(sq_norm|sum_squares|add_up|inner_step|displace|outer_step)_kernel"
+    r"(?:I\w*?(\d+BFloat16|\d+Float16|FullPrecisionI[fd]))?(?:\w*?Lb([01])ELb([01]))?"
 )
 THREADS, REGISTERS = 256, 65536  # of a block, of a multiprocessor
 
 
 def readable(mangled):
-    kernel, dtype, amsgrad = NAME.search(mangled).groups()
+    kernel, dtype, amsgrad, displaced = NAME.search(mangled).groups()
     dtypes = {"FullPrecisionIf": "float32", "FullPrecisionId": "float64"}
     dtype = dtypes.get(dtype, (dtype or "").lstrip("0123456789").lower())
-    return " ".join(filter(None, (kernel, dtype, "amsgrad" if kernel == "outer_step" and amsgrad == "1" else "")))
+    options = "amsgrad" if amsgrad == "1" else "", "displaced" if displaced == "1" else ""
+    return " ".join(filter(None, (kernel, dtype, *options)))
 
 
 def flags():
@@ -101,12 +103,18 @@ class TestCompiled:
 
     def test_accesses_are_16_bytes_wide(self, compiled, target):
         """Each array on the aligned path: at least so many loads and stores in the code."""
-        arrays = {"sq_norm": (1, 0), "sum_squares": (1, 0), "inner_step": (2, 2), "outer_step": (5, 3)}
+        arrays = {
+            "sq_norm": (1, 0),
+            "sum_squares": (1, 0),
+            "inner_step": (2, 2),
+            "displace": (3, 1),
+            "outer_step": (5, 3),
+        }
         walking = {key: f for key, f in compiled[target].items() if key.split()[0] in arrays}
-        assert len(walking) == 4 + 4 + 4 + 8  # dtypes, and with amsgrad
+        assert len(walking) == 4 + 4 + 4 + 4 + 12  # dtypes; with amsgrad, and displaced too
         for key, f in walking.items():
             loads, stores = arrays[key.split()[0]]
-            more = key.endswith("amsgrad")
+            more = "amsgrad" in key
             assert f["loads"] >= loads + more, key
             assert f["stores"] >= stores + more, key
 

@@ -290,6 +290,9 @@ def _stage():
         optimizer.step()
     with pytest.raises(RuntimeError, match="process group cannot be copied"):
         copy.deepcopy(optimizer)
+    frozen = NexusAdamW([nn.Parameter(torch.ones(2), requires_grad=False)], norm_group=dist.group.WORLD)
+    frozen.step()  # without any parameter to step
+    assert frozen.cycle_position == 1
     return [p.detach() for p in own], optimizer.metrics()
 
 
@@ -447,7 +450,7 @@ def _disagrees(about):
             "loaded file",
             r"in load_state_dict\(\) about what fails: None on rank 0, .*lacks exp_avg",
         ),
-        ("position", r"in step\(\) or outer_step\(\) about cycle_position: 2 on rank 0, 1 on rank 1"),
+        ("position", r"in step\(\) about cycle_position: 2 on rank 0, 1 on rank 1"),
     ],
 )
 def test_ranks_that_disagree_are_told_on_all_of_them(about, words):

@@ -747,7 +747,7 @@ def test_none_means_cuda_and_else_triton(monkeypatch):
     for name in running:
         _, optimizer = build([torch.float32], None)
         assert [cycle.backend.__name__ for cycle in optimizer._cycles.values()] == [f"nexus_fused.{name}"]
-        monkeypatch.setattr(f"nexus_fused.{name}.why_not_on", lambda device, dtype: "not here")
+        monkeypatch.setattr(f"nexus_fused.{name}.why_not_on", lambda device, dtype, **_: "not here")
 
 
 def test_cpu_tensors_are_refused(backend):
@@ -772,4 +772,75 @@ def test_grad_scaler(backend):
             optimizer.zero_grad()
         results.append(contents_of(optimizer))
         assert optimizer.metrics()["skipped_inner_steps"] == 1
+    assert_same(*results)
+
+
+# One GPU as a group of processes
+
+
+@pytest.fixture
+def group():
+    """The default process group, of this process alone, on NCCL."""
+    if not torch.distributed.is_nccl_available():
+        pytest.skip("this PyTorch has no NCCL")
+    torch.distributed.init_process_group("nccl", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield torch.distributed.group.WORLD
+    torch.distributed.destroy_process_group()
+
+
+def test_fsdp2(backend, group):
+    """Sharded over one rank, with evaluations in mid-cycle: as if it were not."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    results = []
+    for shard in (False, True):
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Linear(64, 33), nn.LayerNorm(33), nn.Linear(33, 8)).to(CUDA)
+        if shard:
+            mesh = init_device_mesh("cuda", (1,))
+            for layer in module:
+                fully_shard(layer, mesh=mesh)
+            fully_shard(module, mesh=mesh)
+        optimizer = NexusAdamW(module.parameters(), lr=1e-2, inner_lr=0.05, inner_steps=3, backend=backend)
+        generator, seen = torch.Generator().manual_seed(1), []
+        for _ in range(8):
+            batch = torch.randn(4, 64, generator=generator).to(CUDA)
+            module(batch).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            with optimizer.outer_weights(), torch.no_grad():
+                seen.append(module(batch))
+        parts = [p.to_local() if shard else p for p in module.parameters()]
+        results.append([p.detach().clone() for p in parts] + seen)
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_walks_of_one_rank(backend, group, dtype):
+    """Averaged over one rank, by NCCL, in place: as if they were not."""
+    results = []
+    for options in ({}, {"displacement_group": group}, {"norm_group": group}):
+        params, optimizer = build([dtype], backend, **options)
+        train(optimizer, params, 11, missing=True, nan_at=(5,))
+        results.append(contents_of(optimizer))
+    assert_same(results[0], results[1])
+    assert_same(results[0], results[2])
+
+
+def test_ddp(backend, group):
+    from torch.nn.parallel import DistributedDataParallel
+
+    results = []
+    for parallel in (False, True):
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Linear(64, 33), nn.LayerNorm(33), nn.Linear(33, 8)).to(CUDA)
+        run = DistributedDataParallel(module) if parallel else module
+        optimizer = NexusAdamW(run.parameters(), lr=1e-2, inner_lr=0.05, inner_steps=3, backend=backend)
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(8):
+            run(torch.randn(4, 64, generator=generator).to(CUDA)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append([p.detach().clone() for p in module.parameters()])
     assert_same(*results)

@@ -16,7 +16,7 @@ from nexus_fused import NexusAdamW
 if "triton" not in BACKENDS:
     pytest.skip("needs Triton in its interpreter", allow_module_level=True)
 
-from nexus_fused.triton_kernels import elements, inner_step, outer_step, scalars, sq_norm
+from nexus_fused.triton_kernels import displace, elements, inner_step, outer_step, scalars, sq_norm
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def launched(monkeypatch):
         names.append(kernel.__name__)
         elements.launch(kernel, programs, *args, **constants)
 
-    for module in (sq_norm, inner_step, outer_step, scalars):
+    for module in (sq_norm, inner_step, displace, outer_step, scalars):
         monkeypatch.setattr(module, "launch", count)
     return names
 
@@ -68,6 +68,10 @@ def test_a_triton_that_cannot_start_is_explained(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(triton, "_try_out", fail)
     assert "no C compiler" in triton.why_not_on(torch.device("cuda", 0), torch.float32)
+    monkeypatch.setattr(triton, "_try_out", lambda *args: None)
+    monkeypatch.setattr(triton, "_try_out_displaced", fail)
+    assert triton.why_not_on(torch.device("cuda", 0), torch.float32) is None
+    assert "no C compiler" in triton.why_not_on(torch.device("cuda", 0), torch.float32, displaced=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -80,7 +84,8 @@ def test_every_kernel_is_tried_out(monkeypatch, launched, dtype):
         counted = module.launch
 
         def record(kernel, programs, *args, counted=counted, **constants):
-            flags = [constants[name] for name in ("AMSGRAD", "HAS_NORM", "FIRST", "LAST") if name in constants]
+            shown = "AMSGRAD", "DISPLACED", "HAS_NORM", "FIRST", "LAST"
+            flags = [constants[name] for name in shown if name in constants]
             variants.add((kernel.__name__, *flags, args.count(None) if kernel is scalars.advance_kernel else None))
             counted(kernel, programs, *args, **constants)
 
@@ -91,11 +96,15 @@ def test_every_kernel_is_tried_out(monkeypatch, launched, dtype):
         "finish_kernel",
     }  # fmt: skip
     assert variants == {
-        *(("outer_step_kernel", amsgrad, None) for amsgrad in (False, True)),
+        *(("outer_step_kernel", amsgrad, False, None) for amsgrad in (False, True)),
         *(("finish_kernel", *ends, None) for ends in ((True, False), (False, True), (True, True))),
         *(("advance_kernel", True, missing) for missing in (0, 1, 2)),
         ("advance_kernel", False, 2),
     }
+    known = set(variants)
+    triton._try_out_displaced.__wrapped__(torch.device("cpu"), dtype)
+    assert "displace_kernel" in launched
+    assert variants - known == {("outer_step_kernel", amsgrad, True, None) for amsgrad in (False, True)}
 
 
 def test_cpu_tensors_are_refused_outside_the_interpreter():

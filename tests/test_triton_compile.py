@@ -39,12 +39,17 @@ class TestCompiled:
             "sq_norm_kernel": (1, 0),
             "sum_squares_kernel": (1, 0),
             "inner_step_kernel": (2, 2),
-            "outer_step_kernel": (5, 3),
+            "displace_kernel": (3, 1),
+            "outer_step_kernel": (4, 3),  # displaced; else a gradient too
         }
         walking = {key: f for key, f in compiled[target].items() if key.split()[0] in arrays}
-        assert len(walking) == 4 + 4 + 4 + 8  # dtypes, and with amsgrad
+        assert len(walking) == 4 + 4 + 4 + 4 + 16  # dtypes; with amsgrad, displaced and both
         for key, f in walking.items():
             loads, stores = arrays[key.split()[0]]
+            loads += "DISPLACED=False" in key
+            if target.startswith("hip") and "STATE=fp32" in key and "num_warps=8" in key:
+                assert "AMSGRAD=True DISPLACED=True" in key  # 512 threads for a block of 1024: 8 bytes each
+                continue
             # AMD's wavefronts have 64 lanes: a 2-byte gradient is loaded 8 bytes at a time, and written so.
             narrow = target.startswith("hip") and ("STORAGE=bf16" in key or "STORAGE=fp16" in key)
             narrow = narrow and not key.startswith(("sq_norm", "sum_squares"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..cycle import BETA1, BETA2, EPS, HYPER, LR, NORMALIZE, WEIGHT_DECAY, Cycle
 from ..table import Table
@@ -79,19 +80,30 @@ def _scalars(hyper, group, step, gamma, STATE: tl.constexpr):
 @triton.jit
 def _update(
     addresses, scale, scalars, with_gradient, offsets, n, total,
-    STORAGE: tl.constexpr, STATE: tl.constexpr, AMSGRAD: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr,
+    STORAGE: tl.constexpr, STATE: tl.constexpr, AMSGRAD: tl.constexpr, DISPLACED: tl.constexpr,
+    ALIGNED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One block; returns `total` with each lane's D² added, float64."""
+    """One block; returns `total` with each lane's D² added, float64. DISPLACED: D is read from g, in the dtype of
+    gradients, or without one from `walk_source`."""
     theta_source, walk_source, g, exp_avg, exp_avg_sq, max_exp_avg_sq, theta, weight = addresses
     power, rest = scale
     inv_gamma, decay, beta1, one_minus_beta1, from_start, beta2, one_minus_beta2, neg_step_size, inv_root, eps = scalars
     old = load(theta_source, offsets, n, STATE, ALIGNED, MASKED)
-    walk = load(walk_source, offsets, n, STATE, ALIGNED, MASKED)
-    gradient = tl.where(with_gradient, load(g, offsets, n, STORAGE, ALIGNED, MASKED), 0.0)
+    if DISPLACED:
+        if STORAGE == STATE:
+            D = load(walk_source, offsets, n, STATE, ALIGNED, MASKED)
+        elif with_gradient:
+            D = load(g, offsets, n, STORAGE, ALIGNED, MASKED)
+        else:
+            D = load(walk_source, offsets, n, STATE, ALIGNED, MASKED)
+    else:
+        walk = load(walk_source, offsets, n, STATE, ALIGNED, MASKED)
+        gradient = tl.where(with_gradient, load(g, offsets, n, STORAGE, ALIGNED, MASKED), 0.0)
     m = load(exp_avg, offsets, n, STATE, ALIGNED, MASKED)
     v = load(exp_avg_sq, offsets, n, STATE, ALIGNED, MASKED)
 
-    D = (old - walk) + (gradient * power) * rest
+    if not DISPLACED:
+        D = (old - walk) + (gradient * power) * rest
     wide = D.to(tl.float64)
     total += wide * wide
     G = D * inv_gamma
@@ -117,7 +129,8 @@ def _update(
 @triton.jit
 def _update_chunk(
     addresses, scale, scalars, with_gradient, n,
-    STORAGE: tl.constexpr, STATE: tl.constexpr, AMSGRAD: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+    STORAGE: tl.constexpr, STATE: tl.constexpr, AMSGRAD: tl.constexpr, DISPLACED: tl.constexpr,
+    BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     total = tl.zeros([BLOCK], tl.float64)
     lanes = tl.arange(0, BLOCK)
@@ -125,25 +138,42 @@ def _update_chunk(
     for start in range(0, full, BLOCK):
         total = _update(
             addresses, scale, scalars, with_gradient, start + lanes, n, total,
-            STORAGE, STATE, AMSGRAD, ALIGNED, False,
+            STORAGE, STATE, AMSGRAD, DISPLACED, ALIGNED, False,
         )  # fmt: skip
     if full < n:
         total = _update(
             addresses, scale, scalars, with_gradient, full + lanes, n, total,
-            STORAGE, STATE, AMSGRAD, False, True,
+            STORAGE, STATE, AMSGRAD, DISPLACED, False, True,
         )  # fmt: skip
     return tl.sum(total)
+
+
+@triton.jit
+def _restore_chunk(
+    theta, weight, n, STORAGE: tl.constexpr, STATE: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr
+):
+    """w ← θ."""
+    lanes = tl.arange(0, BLOCK)
+    full = n // BLOCK * BLOCK
+    for start in range(0, full, BLOCK):
+        offsets = start + lanes
+        store(weight, offsets, n, load(theta, offsets, n, STATE, ALIGNED, False), STORAGE, ALIGNED, False)
+    if full < n:
+        offsets = full + lanes
+        store(weight, offsets, n, load(theta, offsets, n, STATE, False, True), STORAGE, False, True)
 
 
 @triton.jit(do_not_specialize=["touch"])
 def outer_step_kernel(
     rows, row_of_chunk, hyper, factor, walk_length, partials, touch,
-    STORAGE: tl.constexpr, STATE: tl.constexpr, AMSGRAD: tl.constexpr, BLOCK: tl.constexpr,
+    STORAGE: tl.constexpr, STATE: tl.constexpr, AMSGRAD: tl.constexpr, DISPLACED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """D = (θ − w) + γ·g/n;  G = D/Γ;  θ ← AdamW(θ, G);  w ← θ.  partials[chunk] = Σ D², float64.
 
     Bytes per element, float32: reads θ w g m v, writes w m v (32). Below: reads θ walk g m v, writes θ m v and the
     weight (32). AMSGRAD: some group has maxima (8 more where it does).
+    DISPLACED: rows are `Table.displaced_on_device`'s, D is read where these say; who takes no part gets w ← θ. Bytes,
+    float32: reads θ D m v, writes w m v (28). Below: reads θ D m v, writes θ m v and the weight (30, D in it: 28).
     Source: Algorithm 3 of arXiv 2604.09258; AdamW: arXiv 1711.05101 in torch.optim's order of operations.
     """
     row, begin, n = chunk_of(rows, row_of_chunk)
@@ -165,24 +195,38 @@ def outer_step_kernel(
             theta_source = theta
         walk_source = tl.where(touched, walk, theta_source)
         factor_of_group = tl.load(factor + group)
-        with_gradient = (g != 0) & (factor_of_group != 0)
+        with_gradient = (g != 0) & (DISPLACED | (factor_of_group != 0))
         g = tl.where(g != 0, g, theta_source)
         addresses = (theta_source, walk_source, g, exp_avg, exp_avg_sq, max_exp_avg_sq, theta, weight)
         scale = power_and_rest(factor_of_group, STATE)
         step = tl.load(tl.load(row + STEP).to(tl.pointer_type(tl.float32))).to(tl.float64) + 1
         scalars = _scalars(hyper, group, step, gamma, STATE)
         if (g | theta_source | walk_source | theta | weight | exp_avg | exp_avg_sq | max_exp_avg_sq) % 16 == 0:
-            total = _update_chunk(addresses, scale, scalars, with_gradient, n, STORAGE, STATE, AMSGRAD, BLOCK, True)
+            total = _update_chunk(
+                addresses, scale, scalars, with_gradient, n, STORAGE, STATE, AMSGRAD, DISPLACED, BLOCK, True
+            )
         else:
-            total = _update_chunk(addresses, scale, scalars, with_gradient, n, STORAGE, STATE, AMSGRAD, BLOCK, False)
+            total = _update_chunk(
+                addresses, scale, scalars, with_gradient, n, STORAGE, STATE, AMSGRAD, DISPLACED, BLOCK, False
+            )
+    elif DISPLACED:
+        if (theta | weight) % 16 == 0:
+            _restore_chunk(theta, weight, n, STORAGE, STATE, BLOCK, True)
+        else:
+            _restore_chunk(theta, weight, n, STORAGE, STATE, BLOCK, False)
     tl.store(partials + tl.program_id(0), total)
 
 
-def outer_step(table: Table, cycle: Cycle) -> None:
-    """Starts the kernel, after `scalars.advance`; `step` advances in `scalars.finish`."""
-    rows, row_of_chunk, _, touch = table.on_device()
+def outer_step(table: Table, on_device: tuple[Tensor, Tensor, Tensor, int], cycle: Cycle, *, displaced: bool) -> None:
+    """Starts the kernel, after `scalars.advance`; `step` advances in `scalars.finish`.
+
+    on_device: `table.on_device()` or, with `displaced`, `table.displaced_on_device()`.
+    """
+    rows, row_of_chunk, _, touch = on_device
     amsgrad = any(bucket.amsgrad for bucket in table.buckets)
-    constants = {**constants_of(table.dtype, block=1024), "AMSGRAD": amsgrad}
+    constants = {**constants_of(table.dtype, block=1024), "AMSGRAD": amsgrad, "DISPLACED": displaced}
+    if displaced and amsgrad:  # with 8 elements in a thread, some compilers spill
+        constants["num_warps"] = 8
     launch(
         outer_step_kernel, table.chunks,
         rows, row_of_chunk, cycle.hyper, cycle.factor, cycle.walk_length, table.displacement_sq, touch, **constants,

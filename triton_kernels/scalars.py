@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..cycle import HYPER, INNER_LR, SIGN, Cycle, MicroBatch
 from ..table import Table
@@ -130,11 +131,10 @@ def advance(cycle: Cycle, micro_batch: MicroBatch | None, *, ends_cycle: bool) -
     )  # fmt: skip
 
 
-def finish(tables: list[Table], cycle: Cycle, taken: int) -> None:
-    """Ends the cycle of all tables of a device, whose outer steps have been started."""
+def finish(tables: list[Table], on_device: list[tuple[Tensor, Tensor, Tensor, int]], cycle: Cycle, taken: int) -> None:
+    """Ends the cycle of all tables of a device, whose outer steps have been started with these on the device."""
     sums, counts = cycle.results
-    for table in tables:
-        rows, _, starts, touch = table.on_device()
+    for table, (rows, _, starts, touch) in zip(tables, on_device, strict=True):
         launch(
             finish_kernel, len(cycle.factor) + 1,
             rows, starts, table.displacement_sq, cycle.sums, cycle.counts, sums, counts,

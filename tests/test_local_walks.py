@@ -1,0 +1,376 @@
+"""Ranks that walk on their own and average their displacements once in a cycle, against a process that plays them."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import BACKENDS
+from processes import on_ranks
+from test_distributed import counted_collectives, give, whole
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from nexus_fused import NexusAdamW, reference
+from nexus_fused.flat import STATE_DTYPE
+
+K = 3
+OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1, "inner_lr": 0.05, "inner_steps": K}
+SHAPES = [(40, 30), (30,), (7, 3), (0, 5), (1,), (5, 4)]
+CYCLES = 3
+
+
+def starts(dtype):
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES]
+
+
+def gradient_of(rank, cycle, k, index, dtype):
+    """One rank's gradient of a parameter in an inner step; None and NaN in many places."""
+    if (index == 1 and rank == 0) or (index == 2 and cycle == 1) or (index == 4 and k == 0):
+        return None  # on one rank, in one cycle on all, in the first step of each walk
+    if cycle == 2 and rank == 1:
+        return None  # a rank that moves nowhere
+    generator = torch.Generator().manual_seed(1000 * rank + 100 * cycle + 10 * k + index)
+    gradient = torch.randn(SHAPES[index], generator=generator).to(dtype)
+    if cycle == 0 and k == 1 and rank == 1 and index == 0:
+        gradient[3, 4] = float("nan")
+    return gradient
+
+
+def play(ranks, dtype, *, reduced=None, in_part=False):
+    """What all ranks must come to, by the definition, in torch: θ and exp_avg after CYCLES cycles.
+
+    in_part: in the last cycle rank r takes r inner steps only.
+    """
+    theta = [start.to(STATE_DTYPE[dtype]) for start in starts(dtype)]
+    m, v = ([torch.zeros_like(t) for t in theta] for _ in range(2))
+    steps = [0] * len(theta)
+    for cycle in range(CYCLES):
+        displacements, walked, touched = [], [], [False] * len(theta)
+        for rank in range(ranks):
+            count = rank if in_part and cycle == CYCLES - 1 else K
+            w, lengths, D = [t.clone() for t in theta], 0.0, [torch.zeros_like(t) for t in theta]
+            for k in range(count):
+                gradients = [gradient_of(rank, cycle, k, i, dtype) for i in range(len(w))]
+                squares = [g.double().square().sum() for g in gradients if g is not None]
+                norm = torch.stack(squares).sum().sqrt() if squares else torch.zeros((), dtype=torch.float64)
+                factor = OPTIONS["inner_lr"] / norm
+                taken = bool(norm.isfinite() and norm > 0)
+                lengths += OPTIONS["inner_lr"] * taken
+                for i, g in enumerate(gradients):
+                    touched[i] |= g is not None
+                    step = torch.zeros_like(w[i])
+                    if g is not None and taken:
+                        step = reference.scaled_gradient(g, factor, w[i].dtype)
+                    if k + 1 < K:
+                        w[i] = w[i] - step
+                    else:
+                        D[i] = step
+            D = [(t - w_i) + last for t, w_i, last in zip(theta, w, D, strict=True)]
+            displacements.append([(d * (1 / ranks)).to(reduced or d.dtype) for d in D])
+            walked.append(lengths)
+        gamma = torch.tensor(sum(walked), dtype=torch.float64) * (1 / ranks)
+        for i, t in enumerate(theta):
+            total = displacements[0][i]
+            for other in displacements[1:]:
+                total = total + other[i]
+            if not touched[i] or gamma == 0:
+                continue
+            steps[i] += 1
+            scalars = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "step": steps[i]}
+            scalars = {key: torch.tensor(value, dtype=torch.float64) for key, value in scalars.items()}
+            G = total.to(t.dtype) * (1 / gamma)
+            theta[i], m[i], v[i], _ = reference.adamw(t, G, m[i], v[i], None, **scalars)
+    return [t.to(dtype) for t in theta], m, steps
+
+
+def walk(dtype, backend="cpu", reduced=None, in_part=False, flatten=True, odd=False):
+    """The same on this rank; also what was sent in each cycle."""
+    rank, group = dist.get_rank(), dist.group.WORLD
+    params = [nn.Parameter(start) for start in starts(dtype)]
+    if odd:  # memory that must not move, and memory with gaps
+        params[0] = nn.Parameter(torch.stack([params[0].data] * 2, dim=-1)[..., 0])
+        params[2].data = torch.cat([params[2].data.flatten(), torch.ones(3, dtype=dtype)])[:21].view(7, 3)
+    optimizer = NexusAdamW(
+        params, **OPTIONS, backend=backend, displacement_group=group, displacement_dtype=reduced, flatten=flatten
+    )
+    sent = []
+    for cycle in range(CYCLES):
+        count = rank if in_part and cycle == CYCLES - 1 else K
+        with counted_collectives() as calls:
+            for k in range(count):
+                for index, param in enumerate(params):
+                    param.grad = gradient_of(rank, cycle, k, index, dtype)
+                optimizer.step()
+            if in_part and cycle == CYCLES - 1:
+                optimizer.outer_step()
+            sent.append([elements for elements, _ in calls])
+        assert optimizer.at_boundary
+    optimizer.outer_step()  # nobody has walked: nothing happens
+    state = [optimizer.state[p] for p in params]
+    return [p.detach().clone() for p in params], [s["exp_avg"] for s in state], [int(s["step"]) for s in state], sent
+
+
+def assert_equal(ours, expected):
+    for a, b in zip(ours, expected, strict=True):
+        assert torch.equal(a, b), (a - b).abs().max()
+
+
+WAYS = [(torch.float32, None), (torch.float64, None), (torch.bfloat16, None), (torch.bfloat16, torch.bfloat16)]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "reduced", "backend", "in_part"),
+    [
+        *((dtype, reduced, backend, False) for dtype, reduced in WAYS for backend in BACKENDS),
+        *((dtype, reduced, "cpu", True) for dtype, reduced in WAYS),
+    ],
+)
+def test_two_ranks_equal_one_process_that_plays_them(dtype, reduced, backend, in_part):
+    """Bit for bit: a sum of two has one order. float64 sees the last unit of the norm, whose sum has another order
+    here: 4e-16 of weights near 2 in each step, through AdamW's quotient where an element has hardly moved."""
+    expected = play(2, dtype, reduced=reduced, in_part=in_part)
+    for weights, exp_avg, steps, sent in on_ranks(2, walk, dtype, backend, reduced, in_part):
+        if dtype is torch.float64:
+            torch.testing.assert_close(weights, expected[0], rtol=0, atol=1e-11)
+            torch.testing.assert_close(exp_avg, expected[1], rtol=0, atol=K * 4e-16)
+        else:
+            assert_equal(weights, expected[0])
+            assert_equal(exp_avg, expected[1])
+        assert steps == expected[2]
+        assert [len(calls) for calls in sent] == [2, 2, 3 if in_part else 2]  # scalars and one bucket; who has walked
+
+
+@pytest.mark.parametrize("flatten", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_four_ranks_and_memory_of_every_kind(dtype, flatten):
+    """A sum of four has orders: float32's rounding of a mean whose parts are at most Γ, five times at most, through
+    AdamW's quotient, which is at most 1 and steep where the gradient is small."""
+    expected = play(4, dtype)
+    results = on_ranks(4, walk, dtype, "cpu", None, False, flatten, True)
+    for weights, exp_avg, steps, sent in results:
+        assert_equal(weights, results[0][0])
+        torch.testing.assert_close(exp_avg, expected[1], rtol=1e-5, atol=5 * 2**-24)
+        torch.testing.assert_close(weights, expected[0], rtol=1e-4, atol=1e-5)
+        assert steps == expected[2]
+        outside = {torch.float32: 2 if flatten else 5, torch.bfloat16: 0}[dtype]
+        assert [len(calls) for calls in sent] == [1 + (flatten or dtype is torch.bfloat16) + outside] * CYCLES
+
+
+def _memory(displaced):
+    def status(key):
+        return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+
+    params = [nn.Parameter(torch.full((4096, 2048), 0.5)) for _ in range(4)]  # 128 MiB
+    group = dist.group.WORLD if displaced else None
+    optimizer = NexusAdamW(params, inner_steps=2, displacement_group=group)
+    for param in params:
+        param.grad = torch.full_like(param, 1e-3)
+    for _ in range(2):
+        optimizer.step()
+    before = status("VmRSS")
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    for _ in range(2):
+        optimizer.step()
+    return status("VmHWM") - before
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="reads /proc")
+def test_no_memory_beside():
+    """Of 128 MiB that are averaged: gloo's own buffers only, an eighth at most."""
+    for extra in on_ranks(2, _memory, True):
+        assert extra < 16 * 2**20, extra
+
+
+def _trains(cycles):
+    """Real backward passes under no_sync, with faults; every rank on data of its own."""
+    rank = dist.get_rank()
+    torch.manual_seed(3)
+    module = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 1))
+    late = nn.Linear(6, 1)
+    parallel = DistributedDataParallel(module)
+    optimizer = NexusAdamW(
+        parallel.parameters(), lr=1e-2, inner_lr=0.05, inner_steps=2, displacement_group=dist.group.WORLD
+    )
+    generator = torch.Generator().manual_seed(100 + rank)
+    differed = 0
+    for step in range(2 * cycles):
+        batch = torch.randn(2, 6, generator=generator)
+        if step % 37 == 3 * rank:
+            batch[0, 0] = float("nan")
+        if step == cycles:
+            optimizer.add_param_group({"params": list(late.parameters()), "lr": 1e-3})
+        with parallel.no_sync():
+            loss = parallel(batch).square().mean()
+            if step >= cycles and (step // 2 + rank) % 3:
+                loss = loss + late(batch).square().mean()
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 50 == 11:
+            if rank != 2:
+                optimizer.step()
+            optimizer.outer_step()
+        if not optimizer.at_boundary:
+            everyone = [torch.empty_like(module[0].weight) for _ in range(dist.get_world_size())]
+            dist.all_gather(everyone, module[0].weight.detach())
+            differed += not torch.equal(everyone[0], everyone[1])
+    optimizer.outer_step()
+    module(batch).sum().backward()
+    optimizer.step()
+    with pytest.warns(UserWarning, match="state_dict\\(\\) in mid-cycle"):
+        optimizer.state_dict()
+    optimizer.outer_step()
+    return [whole(p) for p in [*module.parameters(), *late.parameters()]], differed, optimizer.metrics()
+
+
+def test_ranks_stay_equal_over_200_cycles_with_faults():
+    results = on_ranks(4, _trains, 200)
+    for weights, differed, metrics in results:
+        assert_equal(weights, results[0][0])
+        assert all(w.isfinite().all() for w in weights)
+        assert differed > 150  # the walks do
+        assert metrics["skipped_outer_steps"] == 8  # of outer_step() after a step without any gradient
+
+
+def _of_shards():
+    """FSDP2 within two ranks, walks of their own across: the two replicas of each shard average."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    torch.manual_seed(3)
+    module = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))
+    fully_shard(module, mesh=mesh["shard"])
+    params = list(module.parameters())
+    optimizer = NexusAdamW(params, **OPTIONS, displacement_group=mesh.get_group("replicate"))
+    replica = mesh.get_local_rank("replicate")
+    for k in range(2 * K):
+        generator = torch.Generator().manual_seed(10 * k + replica)
+        give(params, [torch.randn(p.shape, generator=generator) for p in params])
+        optimizer.step()
+    return [whole(p) for p in params], optimizer.metrics()
+
+
+def _one_disagrees():
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    module = nn.Linear(6, 5)
+    fully_shard(module, mesh=mesh["shard"])
+    with pytest.raises(RuntimeError) as raised:
+        NexusAdamW(
+            module.parameters(),
+            inner_steps=4 + (dist.get_rank() == 3),
+            displacement_group=mesh.get_group("replicate"),
+        )
+    return str(raised.value)
+
+
+def test_ranks_of_all_groups_are_told():
+    """Two of four compare, and find no difference, before they would wait for the two that found one."""
+    for error in on_ranks(4, _one_disagrees):
+        assert "about inner_steps: 4 on rank 2, 5 on rank 3" in error
+
+
+def _of_replicas():
+    torch.manual_seed(3)
+    module = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))
+    params = list(module.parameters())
+    optimizer = NexusAdamW(params, **OPTIONS, displacement_group=dist.group.WORLD)
+    for k in range(2 * K):
+        generator = torch.Generator().manual_seed(10 * k + dist.get_rank())
+        give(params, [torch.randn(p.shape, generator=generator) for p in params])
+        optimizer.step()
+    return [whole(p) for p in params], optimizer.metrics()
+
+
+def test_walks_of_sharded_replicas():
+    """As two ranks that have all parameters, but for the norm's order of summation."""
+    expected, metrics = on_ranks(2, _of_replicas)[0]
+    for weights, same in on_ranks(4, _of_shards):
+        torch.testing.assert_close(weights, expected, rtol=2.4e-7, atol=1e-8)
+        for key in ("alignment", "lost_fraction"):
+            assert same[key] == pytest.approx(metrics[key], rel=1e-6, abs=1e-9)
+
+
+def _alignment():
+    param = nn.Parameter(torch.zeros(2))
+    optimizer = NexusAdamW([param], inner_lr=1e-6, inner_steps=2, displacement_group=dist.group.WORLD)
+    directions = [[(1.0, 0.0), (1.0, 0.0)], [(0.0, 1.0), (0.6, 0.8)]][dist.get_rank()]
+    for direction in directions:
+        param.grad = torch.tensor(direction)
+        optimizer.step()
+    return optimizer.metrics()["alignment"]
+
+
+def test_alignment_is_that_of_all_ranks_gradients():
+    units = torch.tensor([(1.0, 0.0), (1.0, 0.0), (0.0, 1.0), (0.6, 0.8)], dtype=torch.float64)
+    cosines = units @ units.T
+    expected = float((cosines.sum() - 4) / 12)
+    assert on_ranks(2, _alignment) == pytest.approx([expected] * 2, rel=1e-5)
+
+
+def _bad_input():
+    rank, errors = dist.get_rank(), []
+    param = nn.Parameter(torch.ones(4))
+    group = dist.group.WORLD
+    for options in (
+        {"displacement_dtype": torch.bfloat16},
+        {"displacement_dtype": torch.float16, "displacement_group": group},
+        {"displacement_group": "gloo"},
+        {"norm_group": 3},
+        {"displacement_group": group, "overlap_norm": True},
+        {"displacement_group": group, "flatten": rank == 0},
+        {"displacement_group": group, "inner_steps": 2 + rank},
+    ):
+        with pytest.raises((RuntimeError, ValueError, TypeError)) as raised:
+            NexusAdamW([param], **options)
+        errors.append(f"{raised.type.__name__}: {raised.value}")
+        param = nn.Parameter(torch.ones(4))
+    return errors
+
+
+def test_bad_input():
+    words = [
+        "ValueError: displacement_dtype is for the average over a displacement_group: give that too",
+        "ValueError: displacement_dtype must be None or torch.bfloat16, but is torch.float16",
+        "TypeError: displacement_group must be a process group or None, but is 'gloo'",
+        "TypeError: norm_group must be a process group or None, but is 3",
+        "RuntimeError: overlap_norm=True in a run of 2 processes",
+        "RuntimeError: ranks disagree at construction about the memory of parameters: ",
+        "RuntimeError: ranks disagree at construction about inner_steps: 2 on rank 0, 3 on rank 1",
+    ]
+    for errors in on_ranks(2, _bad_input):
+        for error, expected in zip(errors, words, strict=True):
+            assert error.startswith(expected), error
+
+
+def _is_left_alone(dtype):
+    """The other rank does not come to the average."""
+    params = [nn.Parameter(start) for start in starts(dtype)]
+    optimizer = NexusAdamW(params, **OPTIONS, displacement_group=dist.group.WORLD)
+    for k in range(K):
+        for index, param in enumerate(params):
+            param.grad = gradient_of(0, 0, k, index, dtype)
+        if k + 1 < K:
+            optimizer.step()
+    if dist.get_rank() == 1:
+        time.sleep(6)
+        os._exit(0)
+    with pytest.raises(RuntimeError) as raised:
+        optimizer.step()
+    words = "NexusAdamW on rank 0: the average of displacements failed between ranks 0, 1"
+    assert str(raised.value).startswith(words), raised.value
+    assert optimizer.at_boundary
+    assert_equal([p.detach() for p in params], starts(dtype))
+    assert all(optimizer.state[p]["step"] == 0 for p in params)
+    os._exit(0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rank_that_is_left_alone_returns_to_the_start_of_the_cycle(dtype):
+    with pytest.raises(AssertionError, match="no result of rank 0\nno result of rank 1"):
+        on_ranks(2, _is_left_alone, dtype, timeout=3)

@@ -1,0 +1,99 @@
+"""(θ − w) + γ·g/n in place of w, for ranks that walk on their own and average where they came to."""
+
+from __future__ import annotations
+
+import struct
+
+import triton
+import triton.language as tl
+
+from ..cycle import Cycle
+from ..table import Table
+from .elements import (
+    GRAD,
+    GROUP,
+    THETA,
+    TOUCHED,
+    WALK,
+    WEIGHT,
+    address_of,
+    chunk_of,
+    constants_of,
+    is_touched,
+    launch,
+    load,
+    power_and_rest,
+    store,
+)
+
+
+@triton.jit
+def _displace(
+    addresses, scale, touched, taken, in_weight, share, offsets, n,
+    STORAGE: tl.constexpr, STATE: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """One block."""
+    theta, g, walk, weight = addresses
+    power, rest = scale
+    D = tl.zeros([offsets.shape[0]], STATE)
+    if touched:
+        D = load(theta, offsets, n, STATE, ALIGNED, MASKED) - load(walk, offsets, n, STATE, ALIGNED, MASKED)
+    elif STORAGE == STATE:
+        store(theta, offsets, n, load(walk, offsets, n, STATE, ALIGNED, MASKED), STATE, ALIGNED, MASKED)
+    if taken:  # the gradient of a skipped step may hold NaN
+        D = D + (load(g, offsets, n, STORAGE, ALIGNED, MASKED) * power) * rest
+    D = D * share
+    if in_weight:
+        store(weight, offsets, n, D, STORAGE, ALIGNED, MASKED)
+    else:
+        store(walk, offsets, n, D, STATE, ALIGNED, MASKED)
+
+
+@triton.jit
+def _displace_chunk(
+    addresses, scale, touched, taken, in_weight, share, n,
+    STORAGE: tl.constexpr, STATE: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    lanes = tl.arange(0, BLOCK)
+    full = n // BLOCK * BLOCK
+    for start in range(0, full, BLOCK):
+        offsets = start + lanes
+        _displace(addresses, scale, touched, taken, in_weight, share, offsets, n, STORAGE, STATE, ALIGNED, False)
+    if full < n:
+        _displace(addresses, scale, touched, taken, in_weight, share, full + lanes, n, STORAGE, STATE, False, True)
+
+
+@triton.jit(do_not_specialize=["touch", "share", "in_weight"])
+def displace_kernel(
+    rows, row_of_chunk, factor, share: tl.int64, in_weight, touch,
+    STORAGE: tl.constexpr, STATE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """D = (θ − w) + γ·g/n; D · share overwrites the walk or, with in_weight, rounded the weight; for every parameter.
+
+    share: the bits of a float64, which an argument cannot be. Bytes per element, float32: reads θ w g, writes w, or
+    reads w g, writes θ w (16). Below: reads θ walk g, writes walk (14) or the weight (12).
+    """
+    row, begin, n = chunk_of(rows, row_of_chunk)
+    g, weight = address_of(row, GRAD, begin, STORAGE), address_of(row, WEIGHT, begin, STORAGE)
+    theta, walk = address_of(row, THETA, begin, STATE), address_of(row, WALK, begin, STATE)
+    touched = is_touched(tl.load(row + TOUCHED), g, touch)
+    factor_of_group = tl.load(factor + tl.load(row + GROUP))
+    taken = (g != 0) & (factor_of_group != 0)
+    addresses = (theta, g, walk, weight)
+    scale = power_and_rest(factor_of_group, STATE)
+    part = share.to(tl.float64, bitcast=True).to(STATE)
+    if (g | theta | walk | weight) % 16 == 0:
+        _displace_chunk(addresses, scale, touched, taken, in_weight != 0, part, n, STORAGE, STATE, BLOCK, True)
+    else:
+        _displace_chunk(addresses, scale, touched, taken, in_weight != 0, part, n, STORAGE, STATE, BLOCK, False)
+
+
+def displace(table: Table, cycle: Cycle, share: float) -> None:
+    """Starts the kernel, after `scalars.advance`."""
+    rows, row_of_chunk, _, touch = table.on_device()
+    (bits,) = struct.unpack("q", struct.pack("d", share))
+    launch(
+        displace_kernel, table.chunks,
+        rows, row_of_chunk, cycle.factor, bits, int(table.displacement_in_weight), touch,
+        **constants_of(table.dtype, block=1024),
+    )  # fmt: skip
