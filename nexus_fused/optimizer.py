@@ -270,9 +270,9 @@ class NexusAdamW(Optimizer):
                 del self.state[param]
             raise
 
-    def _thaw(self, *, trainable: bool = False) -> None:
-        """Gives state to parameters that were frozen and have a gradient now, or with `trainable` may get one."""
-        ready = [entry for entry in self._frozen if entry[2].grad is not None or (trainable and entry[2].requires_grad)]
+    def _thaw(self) -> None:
+        """Gives state to parameters that were frozen and have a gradient now or may get one."""
+        ready = [entry for entry in self._frozen if not hyperparameters.is_frozen(entry[2])]
         for group, index, param in ready:
             hyperparameters.check_param(param, f"parameter {index} of group {group}")
         if ready:
@@ -371,7 +371,7 @@ class NexusAdamW(Optimizer):
             self._compare_ranks("in step()")
         self._follow_capture()
         rows = [hyperparameters.group_row(g, i, self._inner_steps) for i, g in enumerate(self.param_groups)]
-        if self._frozen and gradients:
+        if self._frozen:
             self._thaw()
         for table in self._tables.values():
             table.read_gradients(use=gradients)
@@ -442,7 +442,7 @@ class NexusAdamW(Optimizer):
                 "supported there: leave step() out of the graph"
             )
         amsgrad = [(b.amsgrad, self.param_groups[b.group]["amsgrad"]) for t in self._tables.values() for b in t.buckets]
-        thawing = any(param.grad is not None for _, _, param in self._frozen)
+        thawing = any(not hyperparameters.is_frozen(param) for _, _, param in self._frozen)
         if not self._warm or thawing or any(now != wanted for now, wanted in amsgrad):
             raise RuntimeError(
                 "step() is being captured into a CUDA graph, but memory would have to be allocated for it: run at "
@@ -590,7 +590,6 @@ class NexusAdamW(Optimizer):
         self._ranks.reshard()
         with torch.no_grad():
             self._look(gradients=False)
-            self._thaw(trainable=True)  # for a state_dict() inside
             anchored = [table for table in self._tables.values() if table.shows_cycle_buffers]
             for table in self._tables.values():
                 table.show_theta()
@@ -665,7 +664,7 @@ class NexusAdamW(Optimizer):
         self._adopt_writes()
         self._follow_amsgrad()
         if self._outer is None:
-            self._thaw(trainable=True)  # distributed checkpoints need the state of each parameter that trains
+            self._thaw()  # distributed checkpoints need the state of each parameter that trains
             for table in self._tables.values():
                 table.fill_untouched()
                 table.hand_out()
@@ -761,7 +760,7 @@ class NexusAdamW(Optimizer):
         self._refuse_inside_outer_weights("materialize_anchors()")
         if self._inner_steps > 1:
             self._adopt_writes()
-            self._thaw(trainable=True)
+            self._thaw()
             for table in self._tables.values():
                 table.ensure_cycle_buffers()
                 table.fill_untouched()

@@ -399,6 +399,22 @@ def test_a_parameter_that_was_unfrozen_is_saved(dtype):
         assert_same(values(m.parameters()), values(module.parameters()))
 
 
+def test_a_flattened_boundary_into_materialized_anchors(dtype):
+    """What torch does not find in a flattened state it replaces with {}."""
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    module = nn.Linear(4, 5).to(dtype)
+    optimizer = NexusAdamW(module.parameters(), lr=1e-2, inner_lr=0.05)
+    run(optimizer, list(module.parameters()), 4)
+    state = copy.deepcopy(get_optimizer_state_dict(module, optimizer, options=options))
+    expected = everything(module, optimizer)
+    optimizer.materialize_anchors()
+    set_optimizer_state_dict(module, optimizer, state, options=options)
+    same(everything(module, optimizer), expected)
+    del state["state.weight.exp_avg"]
+    with pytest.raises(ValueError, match="parameter 0 of group 0 lacks exp_avg"):
+        set_optimizer_state_dict(module, optimizer, state, options=options)
+
+
 def test_what_a_failed_load_left_is_ours_again(dtype):
     """It wrote anchors or masters and went no further: later writes into a parameter start its walk anew as ever."""
     params, optimizer = build(dtype=dtype)
