@@ -204,11 +204,11 @@ def _load(folder):
     loaded = {}
     for name, (_, kind, dtype, flat) in WAYS.items():
         for taken in SAVED_AT:
-            kind = kind if dist.get_world_size() > 1 else "plain"
-            module, optimizer = make(kind, dtype, taken=taken, empty=not flat)
-            folder_ = f"{folder}/{name} {taken}"
-            assert is_of_mid_cycle(folder_) == (taken == 5)
-            load(folder_, module, optimizer, model_first=dtype == torch.bfloat16, flatten_optimizer_state_dict=flat)
+            here = kind if dist.get_world_size() > 1 else "plain"
+            module, optimizer = make(here, dtype, taken=taken, empty=not flat)
+            at = f"{folder}/{name} {taken}"
+            assert is_of_mid_cycle(at) == (taken == 5)
+            load(at, module, optimizer, model_first=dtype == torch.bfloat16, flatten_optimizer_state_dict=flat)
             loaded[name, taken] = everything(module, optimizer)
             advance(module, optimizer, taken, END)
             loaded[name, "end"] = everything(module, optimizer)
