@@ -12,7 +12,8 @@ from torch import Tensor
 HYPER = ("inner_lr", "lr", "beta1", "beta2", "eps", "weight_decay", "sign", "normalize")
 INNER_LR, LR, BETA1, BETA2, EPS, WEIGHT_DECAY, SIGN, NORMALIZE = range(8)
 
-# Keys of a parameter group that belong to the running cycle; the same keys at every position.
+# Keys of a parameter group that belong to the running cycle; the same keys at every position, and lists of the same
+# length: where it changes, torch.distributed.checkpoint mixes them with those that were there.
 GROUP_KEYS = (
     "cycle_position", "walk_length", "walk_sq_length", "touched", "grad_norms",
     "skipped_inner_steps", "skipped_outer_steps",

@@ -113,8 +113,9 @@ def shard_ranks(param: Any) -> tuple[int, ...]:
 def find_fsdp_modules(params: list[Tensor]) -> list[weakref.ref[Any]]:
     """The modules under `fully_shard` that hold these parameters.
 
-    Nothing leads from a parameter to its module, so the garbage collector is asked for all of them: once, when DTensors
-    are registered.
+    Nothing public leads from a parameter to its module, so the garbage collector is asked for all objects, which takes
+    some 0.1 s: when DTensors are registered, since later a module may show its gathered weights in their place. Modules
+    that were hidden from it before (`gc.freeze()`) are not found.
     """
     fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
     ours = {id(param) for param in params if is_dtensor(param)}

@@ -274,10 +274,8 @@ class NexusAdamW(Optimizer):
             raise
 
     def _thaw(self) -> None:
-        """Gives state to parameters that were frozen and have a gradient now."""
-        # The others' buckets must be the same, whoever has a gradient.
-        trains = self._ranks.displacement_group is not None
-        ready = [entry for entry in self._frozen if entry[2].grad is not None or (trains and entry[2].requires_grad)]
+        """Gives state to parameters that were frozen and have a gradient now or may get one."""
+        ready = [entry for entry in self._frozen if not hyperparameters.is_frozen(entry[2])]
         for group, index, param in ready:
             hyperparameters.check_param(param, f"parameter {index} of group {group}")
         if ready:
@@ -288,13 +286,10 @@ class NexusAdamW(Optimizer):
     def _show_cycle_data(self) -> None:
         """Puts the cycle's own data into the parameter groups, under the same keys at every position."""
         cycle = next(iter(self._cycles.values()))
-        touched: dict[int, list[int]] = defaultdict(list)
-        for table in self._tables.values():
-            for segment in table.segments:
-                if segment.touched:
-                    touched[segment.group].append(segment.index)
+        touched = {(s.group, s.index) for table in self._tables.values() for s in table.segments if s.touched}
         for index, group in enumerate(self.param_groups):
-            group.update(cycle.group_data(index), cycle_position=self._position, touched=sorted(touched[index]))
+            flags = [(index, i) in touched for i in range(len(group["params"]))]
+            group.update(cycle.group_data(index), cycle_position=self._position, touched=flags)
 
     # Stepping
 
@@ -387,7 +382,7 @@ class NexusAdamW(Optimizer):
             overlap.check_processes()
         self._follow_capture()
         rows = [hyperparameters.group_row(g, i, self._inner_steps) for i, g in enumerate(self.param_groups)]
-        if self._frozen and (gradients or self._ranks.displacement_group is not None):
+        if self._frozen:
             self._thaw()
         for table in self._tables.values():
             table.read_gradients(use=gradients)
@@ -458,7 +453,7 @@ class NexusAdamW(Optimizer):
                 "supported there: leave step() out of the graph"
             )
         amsgrad = [(b.amsgrad, self.param_groups[b.group]["amsgrad"]) for t in self._tables.values() for b in t.buckets]
-        thawing = any(param.grad is not None for _, _, param in self._frozen)
+        thawing = any(not hyperparameters.is_frozen(param) for _, _, param in self._frozen)
         if not self._warm or thawing or any(now != wanted for now, wanted in amsgrad):
             raise RuntimeError(
                 "step() is being captured into a CUDA graph, but memory would have to be allocated for it: run at "
@@ -649,7 +644,7 @@ class NexusAdamW(Optimizer):
         for group in self.param_groups:
             zeros = {key: torch.zeros_like(group[key]) for key in ("walk_length", "walk_sq_length")}
             norms = [torch.zeros_like(norm) for norm in group["grad_norms"]]
-            group.update(zeros, cycle_position=0, touched=[], grad_norms=norms)
+            group.update(zeros, cycle_position=0, touched=[False] * len(group["params"]), grad_norms=norms)
         try:
             yield
         finally:
@@ -715,8 +710,10 @@ class NexusAdamW(Optimizer):
         self._adopt_writes()
         self._follow_amsgrad()
         if self._outer is None:
+            self._thaw()  # distributed checkpoints need the state of each parameter that trains
             for table in self._tables.values():
                 table.fill_untouched()
+                table.hand_out()
             self._show_cycle_data()
         hooks, self._optimizer_state_dict_post_hooks = self._optimizer_state_dict_post_hooks, OrderedDict()
         try:
@@ -792,10 +789,11 @@ class NexusAdamW(Optimizer):
                 segment.restore(entries.get(segment.param))
             for index, group in enumerate(self.param_groups):
                 table.set_amsgrad(index, group["amsgrad"])
-            moved = [groups[i].get("touched", ()) if self._position > 0 else () for i in range(len(groups))]
+            moved = [s for s in table.segments if self._position > 0 and groups[s.group]["touched"][s.index]]
             table.set_touched(table.segments, False)
-            table.set_touched([s for s in table.segments if s.index in moved[s.group]], True)
+            table.set_touched(moved, True)
             table.show_low_precision()
+            table.forget_handed_out()
         self._rows, self._just_loaded = [], True
         self._ranks.reshard()  # masters wrote the parameters
         self._show_cycle_data()
@@ -809,6 +807,7 @@ class NexusAdamW(Optimizer):
         self._refuse_inside_outer_weights("materialize_anchors()")
         if self._inner_steps > 1:
             self._adopt_writes()
+            self._thaw()
             for table in self._tables.values():
                 table.ensure_cycle_buffers()
                 table.fill_untouched()

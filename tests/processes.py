@@ -16,7 +16,15 @@ import torch.distributed as dist
 
 # One process imports torch, the ranks are forked from it: it has started no threads that a fork would lose.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "nexus_fused"])
+_context.set_forkserver_preload(
+    [
+        "torch.distributed.fsdp",
+        "torch.distributed.tensor.parallel",
+        "torch.distributed.checkpoint.state_dict",
+        "torch._dynamo",  # which fully_shard imports at its first call
+        "nexus_fused",
+    ]
+)
 
 
 def on_ranks(n: int, function: Callable[..., Any], *args: Any, timeout: float = 30) -> list[Any]:

@@ -306,6 +306,7 @@ MID_CYCLE = [
     (lambda s: s["param_groups"][0].pop("walk_length"), "lacks walk_length"),
     (lambda s: s["param_groups"][0].pop("touched"), "lacks touched"),
     (lambda s: s["param_groups"][0]["grad_norms"].pop(), "cycle data of group 0"),
+    (set_key("group", "touched", [True] * 7), "cycle data of group 0"),
     (set_key("group", "touched", [7]), "cycle data of group 0"),
     (set_key("group", "walk_length", "long"), "cycle data of group 0"),
 ]
