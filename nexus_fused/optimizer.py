@@ -659,7 +659,7 @@ class NexusAdamW(Optimizer):
                         table.ensure_cycle_buffers()
 
     def metrics(self) -> dict[str, Any]:
-        """Figures of the last finished cycle, partial ones too; the only call that waits for a device.
+        """Figures of the last finished cycle, partial ones too; waits for the device, not for other ranks.
 
         alignment: mean pairwise cosine similarity of the cycle's unit gradients, each at its own point of the walk;
         NaN where fewer than two were taken. grad_norms: ‖g_k‖ of each micro-batch, unscaled. lost_fraction: the share

@@ -172,7 +172,7 @@ class TestBackends:
 
     @pytest.mark.parametrize("name", ["cpu", "triton", "cuda"])
     def test_missing(self, monkeypatch, name):
-        monkeypatch.setattr(backends, "why_not", lambda wanted, *_: "install it" if wanted == name else None)
+        monkeypatch.setattr(backends, "why_not", lambda wanted, *_, **__: "install it" if wanted == name else None)
         runs = "reference" if name == "cpu" else "cpu"
         with pytest.raises(
             RuntimeError, match=f"backend='{name}' cannot run: install it. On cpu, backend='{runs}' would"
