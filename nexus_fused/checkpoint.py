@@ -41,16 +41,24 @@ def check(
             )
         names.update(zip(loaded["params"], group["params"], strict=True))
     complete = [_completed(loaded, group) for loaded, group in zip(saved, groups, strict=True)]
+    for group, own in zip(complete, groups, strict=True):
+        if not own["params"]:  # torch.distributed.checkpoint loses its data, or leaves those that it had here
+            for key in GROUP_KEYS:
+                group.pop(key, None)
     position = _check_position(complete, inner_steps)
     for index, group in enumerate(complete):
         hyperparameters.group_row(group, index, inner_steps)
-        if position > 0:
+        if position > 0 and groups[index]["params"]:
             _check_cycle_data(group, index, inner_steps, len(groups[index]["params"]))
+        group["cycle_position"] = position
 
     foreign = {}
     for key, entry in state_dict["state"].items():
         if key in names:
+            # From a flattened state torch.distributed.checkpoint makes {} of what it does not find.
             entries[names[key]] = entry
+            if isinstance(entry, dict):
+                entries[names[key]] = {k: v for k, v in entry.items() if not isinstance(v, dict) or v}
         else:
             foreign[key] = deepcopy(entry)
     for index, group in enumerate(complete):
@@ -58,7 +66,7 @@ def check(
             where = f"parameter {i} of group {index}"
             if entries.get(param):
                 _check_entry(entries[param], param, where, amsgrad=group["amsgrad"], position=position)
-            elif position > 0 and i in group["touched"]:
+            elif position > 0 and group["touched"][i]:
                 raise ValueError(
                     f"the loaded state is of position {position} of a cycle, but {_no_anchor(where, param)}"
                 )
@@ -77,7 +85,7 @@ def _completed(loaded: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_position(groups: list[dict[str, Any]], inner_steps: int) -> int:
-    positions = {group.get("cycle_position", 0) for group in groups}
+    positions = {group["cycle_position"] for group in groups if "cycle_position" in group}
     if len(positions) > 1:
         raise ValueError(f"the loaded parameter groups stand at different positions of a cycle: {sorted(positions)}")
     position = positions.pop() if positions else 0
@@ -109,7 +117,7 @@ def _check_cycle_data(group: dict[str, Any], index: int, inner_steps: int, n_par
     if (
         len(norms) != inner_steps
         or not all(isinstance(x, (int, float)) or (isinstance(x, Tensor) and x.numel() == 1) for x in lengths)
-        or not all(isinstance(i, int) and 0 <= i < n_params for i in touched)
+        or [type(flag) for flag in touched] != [bool] * n_params
     ):
         raise ValueError(
             f"the loaded cycle data of group {index} (walk_length, walk_sq_length, grad_norms, touched) do not fit "
@@ -119,6 +127,11 @@ def _check_cycle_data(group: dict[str, Any], index: int, inner_steps: int, n_par
 
 def _no_anchor(where: str, param: Tensor) -> str:
     key = "walk" if STATE_DTYPE[real_dtype(param.dtype)] != real_dtype(param.dtype) else "anchor"
+    if not param.requires_grad:
+        return (
+            f"{where}, which is frozen here, has no {key!r}: torch.distributed.checkpoint drops the state of frozen "
+            "parameters, so freeze it after loading"
+        )
     return (
         f"{where} has no {key!r}: a distributed load fills only keys it finds, so call "
         "materialize_anchors() before it; otherwise the checkpoint is truncated"

@@ -12,7 +12,8 @@ from torch import Tensor
 HYPER = ("inner_lr", "lr", "beta1", "beta2", "eps", "weight_decay", "sign", "normalize")
 INNER_LR, LR, BETA1, BETA2, EPS, WEIGHT_DECAY, SIGN, NORMALIZE = range(8)
 
-# Keys of a parameter group that belong to the running cycle; the same keys at every position.
+# Keys of a parameter group that belong to the running cycle; the same keys at every position, and lists of the same
+# length: where it changes, torch.distributed.checkpoint mixes them with those that were there.
 GROUP_KEYS = (
     "cycle_position", "walk_length", "walk_sq_length", "touched", "grad_norms",
     "skipped_inner_steps", "skipped_outer_steps",
@@ -173,8 +174,9 @@ class Cycle:
         """Puts others in their place; None: zeros, since another cycle's hold all."""
         sums, counts = self.results
         values = torch.zeros(len(self.factor) + 2, dtype=torch.float64) if values is None else values
-        sums[2 * len(self.factor) : 3 * len(self.factor)] = values[:-2].to(sums.device, non_blocking=True)
-        counts[:2] = values[-2:].to(counts.device, torch.int64, non_blocking=True)
+        values = values.to(sums.device, non_blocking=sums.device.type != "cpu")
+        sums[2 * len(self.factor) : 3 * len(self.factor)] = values[:-2]
+        counts[:2] = values[-2:]
 
     def forget_finished(self, *, keep_memory: bool) -> None:
         """As if no cycle had finished. keep_memory: replays may finish one in `results`."""

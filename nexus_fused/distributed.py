@@ -113,8 +113,9 @@ def shard_ranks(param: Any) -> tuple[int, ...]:
 def find_fsdp_modules(params: list[Tensor]) -> list[weakref.ref[Any]]:
     """The modules under `fully_shard` that hold these parameters.
 
-    Nothing leads from a parameter to its module, so the garbage collector is asked for all of them: once, when DTensors
-    are registered.
+    Nothing public leads from a parameter to its module, so the garbage collector is asked for all objects, which takes
+    some 0.1 s: when DTensors are registered, since later a module may show its gathered weights in their place. Modules
+    that were hidden from it before (`gc.freeze()`) are not found.
     """
     fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
     ours = {id(param) for param in params if is_dtensor(param)}
@@ -138,8 +139,8 @@ class Ranks:
     def __init__(
         self, norm_group: Any = None, displacement_group: Any = None, displacement_dtype: torch.dtype | None = None
     ) -> None:
-        _check_group(norm_group, "norm_group")
-        _check_group(displacement_group, "displacement_group")
+        check_group(norm_group, "norm_group")
+        check_group(displacement_group, "displacement_group")
         if displacement_dtype not in (None, torch.bfloat16):
             raise ValueError(
                 f"displacement_dtype must be None or torch.bfloat16, but is {displacement_dtype!r}: the elements of a "
@@ -151,9 +152,8 @@ class Ranks:
         self.displacement_dtype = displacement_dtype
         self.modules: list[weakref.ref[Any]] = []  # under fully_shard
         self._known: set[int] = set()  # ids of the parameters whose modules were looked for
-        # Of each sum over shards: the group, its device, and which classes of parameters count on this rank.
-        self._sums: list[tuple[Any, torch.device, set[tuple[int, ...]]]] = []
-        self._groups: dict[tuple[int, ...], Any] = {}
+        # Of each sum over shards: groups to sum over in turn, a device of theirs, the classes that count on this rank.
+        self._sums: list[tuple[list[Any], torch.device, set[tuple[int, ...]]]] = []
 
     @property
     def communicates(self) -> bool:
@@ -165,10 +165,6 @@ class Ranks:
         """Whether it was built with process groups."""
         return self.norm_group is not None or self.displacement_group is not None
 
-    def are_compared_at_each_step(self) -> bool:
-        """Whether torch.distributed was asked to look for mistakes, and there are other ranks to compare with."""
-        return self.communicates and dist.get_debug_level() != dist.DebugLevel.OFF
-
     def follow(self, params: list[Any]) -> None:
         """Learns over which ranks these parameters, all that are stepped, are sharded.
 
@@ -179,30 +175,35 @@ class Ranks:
         classes: dict[tuple[int, ...], Any] = {}
         for param in params:
             classes.setdefault(shard_ranks(param), param)
+        self._check_overlap(list(classes))
+        if self.displacement_group is not None:
+            _check_devices(params, self.displacement_group)
         largest = [ranks for ranks in classes if ranks and not any(set(ranks) < set(other) for other in classes)]
-        self._sums = []
         new = [param for param in params if id(param) not in self._known]
         self.modules += find_fsdp_modules(new)
         self._known.update(map(id, new))
+        sums: list[tuple[list[Any], torch.device, set[tuple[int, ...]]]] = []
         taken: set[tuple[int, ...]] = set()
         for ranks in largest:
             inside = {other for other in classes if set(other) <= set(ranks) and other not in taken}
             taken |= inside
+            for other in inside:
+                _check_submesh(classes[other], classes[ranks])
             counted = {other for other in inside if ranks[0] in (other or (dist.get_rank(),))}
             device = torch.device(classes[ranks].device_mesh.device_type)
-            self._sums.append((self._group(ranks, classes[ranks]), device, counted))
+            sums.append((_groups_of(ranks, classes[ranks]), device, counted))
+        self._sums = sums
 
-    def _group(self, ranks: tuple[int, ...], param: Any) -> Any:
-        if ranks not in self._groups:
-            mesh = param.device_mesh
-            dims = [i for i, placement in enumerate(param.placements) if not placement.is_replicate()]
-            dims = [i for i in dims if mesh.size(i) > 1]
-            self._groups[ranks] = (
-                mesh.get_group(dims[0])
-                if len(dims) == 1
-                else dist.new_group(list(ranks), use_local_synchronization=True)
-            )
-        return self._groups[ranks]
+    def _check_overlap(self, classes: list[tuple[int, ...]]) -> None:
+        """ValueError where ranks that share out a parameter are also given as ranks with others, or the same, of it."""
+        for name, group in (("norm_group", self.norm_group), ("displacement_group", self.displacement_group)):
+            members = set() if group is None else set(dist.get_process_group_ranks(group))
+            shared = next((ranks for ranks in classes if len(members & set(ranks)) > 1), None)
+            if shared is not None:
+                raise ValueError(
+                    f"{name} has the ranks {_shown(sorted(members))}, but a parameter is sharded over the ranks "
+                    f"{_shown(shared)}: give it those along another dimension of the mesh, mesh.get_group(<its name>)"
+                )
 
     @property
     def norm_is_shared(self) -> bool:
@@ -213,14 +214,16 @@ class Ranks:
         """Sums over all ranks of what each knows of its own parameters; the sum of those returned is the whole.
 
         parts: float64 tensors of one shape, each with the ranks that the parameters it tells of are sharded over. One
-        tensor is reduced for each set of ranks that no other one contains, and one over `norm_group`.
+        tensor is reduced for each set of ranks that no other one contains (for each dimension of the mesh, unless these
+        are all ranks), and one over `norm_group`.
         """
         totals = [value for _, value in parts] if not self._sums else []
-        for group, device, counted in self._sums:
+        for groups, device, counted in self._sums:
             counting = [value.to(device) for of, value in parts if of in counted]
             total = sum(counting, torch.zeros_like(parts[0][1], device=device))
-            with explained(f"the sum of {what} over the shards", group):
-                dist.all_reduce(total, group=group)
+            for group in groups:
+                with explained(f"the sum of {what} over the shards", group):
+                    dist.all_reduce(total, group=group)
             totals.append(total)
         if self.norm_group is not None:
             device = _device_of(self.norm_group, totals[0].device)
@@ -235,39 +238,47 @@ class Ranks:
         """What each rank's displacement counts in the mean."""
         return 1 / dist.get_world_size(self.displacement_group)
 
-    def average(self, work: list[tuple[Cycle, list[Table]]]) -> None:
+    def average(self, work: list[tuple[Cycle, list[Table]]], votes: list[bool]) -> Tensor:
         """Puts the sum over `displacement_group` in the place of each table's displacements, and the mean Γ in that of
         each cycle's; tells the tables which parameters had a gradient on any rank. Nothing waits for a device.
 
-        Sends a float64 vector of each cycle (Γ and Σγ² of each group, who had a gradient), and the buckets as they lie.
-        Of all ranks' inner steps Σγ²/Γ² is that of the sums: mean Σγ² is divided by the ranks once more.
+        Sends a float64 vector of each cycle (votes, Γ and Σγ² of each group, who had a gradient), and the buckets as
+        they lie. Of all ranks' inner steps Σγ²/Γ² is that of the sums: mean Σγ² is divided by the ranks once more.
+        Returns how many ranks voted for each of `votes`: [2] float64.
         """
-        group, share = self.displacement_group, self.share
-        with explained("the average of displacements", group):
-            for cycle, tables in work:
-                moved = [_beside(table.took_part().double(), cycle.walk_length) for table in tables]
-                n = len(cycle.walk_length)
-                scalars = torch.cat([cycle.walk_length, cycle.walk_sq_length, *moved])
+        what, group, share = "the average of displacements", self.displacement_group, self.share
+        sum_of_votes = torch.empty(0)
+        for cycle, tables in work:
+            host = torch.cat([torch.tensor(votes, device="cpu"), *[table.took_part() for table in tables]]).double()
+            if cycle.device.type != "cpu":
+                host = host.pin_memory()
+            n = len(cycle.walk_length)
+            scalars = torch.cat(
+                [
+                    cycle.walk_length,
+                    cycle.walk_sq_length,
+                    host.to(cycle.device, non_blocking=cycle.device.type != "cpu"),
+                ]
+            )
+            with explained(what, group):
                 dist.all_reduce(scalars, group=group)
-                cycle.walk_length.copy_(scalars[:n] * share)
-                cycle.walk_sq_length.copy_(scalars[n : 2 * n] * share**2)
-                counts = scalars[2 * n :].split([len(table.segments) for table in tables])
-                for table, count in zip(tables, counts, strict=True):
-                    table.moved = (count != 0).long()
-            displacements = [flat for _, tables in work for table in tables for flat in table.displacements()]
+            cycle.walk_length.copy_(scalars[:n] * share)
+            cycle.walk_sq_length.copy_(scalars[n : 2 * n] * share**2)
+            sum_of_votes, *counts = scalars[2 * n :].split([len(votes), *[len(table.segments) for table in tables]])
+            for table, count in zip(tables, counts, strict=True):
+                table.moved = (count != 0).long()
+        displacements = [flat for _, tables in work for table in tables for flat in table.displacements()]
+        with explained(what, group):
             under_way = [dist.all_reduce(flat, group=group, async_op=True) for flat in displacements]
-            for reduction in under_way:
-                reduction.wait()
-
-    def anybody_walked(self, position: int) -> bool:
-        """Whether this rank has taken inner steps, or another one that walks on its own."""
-        if self.displacement_group is None:
-            return position > 0
-        device = _device_of(self.displacement_group, torch.device("cpu"))
-        furthest = torch.tensor([position], device=device)
-        with explained("outer_step()", self.displacement_group):
-            dist.all_reduce(furthest, dist.ReduceOp.MAX, group=self.displacement_group)
-        return bool(furthest.item() > 0)
+            errors = []
+            for reduction in under_way:  # all of them, or one would still write when its memory is θ's again
+                try:
+                    reduction.wait()
+                except RuntimeError as error:
+                    errors.append(error)
+            if errors:
+                raise errors[0]
+        return sum_of_votes
 
     def reshard(self) -> None:
         """Frees the gathered weights of FSDP2 modules: the next forward pass gathers what the shards hold then."""
@@ -276,16 +287,16 @@ class Ranks:
             if module is not None:
                 module.reshard()
 
-    def check(self, here: dict[str, Any], params: list[str], memory: list[str], when: str) -> None:
+    def check(self, here: dict[str, Any], params: list[str], walks: dict[str, Any] | None, when: str) -> None:
         """Raises RuntimeError on all ranks that communicate, naming the first difference, where they disagree.
 
         here: what must be the same on all of them. params: a line for each parameter, which must be the same too, but
-        over `norm_group`. memory: where they lie, which decides what is sent over `displacement_group`. Waits for all
-        of them, and for the device.
+        over `norm_group`. walks: what takes the place of `here`'s, or comes to it, over `displacement_group`, None
+        if that is not asked. Waits for all of them, and for the device.
         """
-        groups = [(group, here, params) for group, _, _ in self._sums]
-        if self.displacement_group is not None:
-            groups.append((self.displacement_group, {**here, "the memory of parameters": memory}, params))
+        groups = [(group, here, params) for groups, *_ in self._sums for group in groups]
+        if self.displacement_group is not None and walks is not None:
+            groups.append((self.displacement_group, {**here, **walks}, params))
         if self.norm_group is not None:
             groups.append((self.norm_group, here, []))
         found = None
@@ -295,12 +306,31 @@ class Ranks:
             raise RuntimeError(found)
 
 
-def _beside(values: Tensor, like: Tensor) -> Tensor:
-    """Values of the CPU on the device of `like`, without waiting for it."""
-    return values if like.device.type == "cpu" else values.pin_memory().to(like.device, non_blocking=True)
+def _groups_of(ranks: tuple[int, ...], param: Any) -> list[Any]:
+    """The groups to sum over, one after the other, that make up these ranks: all of them at once if they are everybody,
+    else those of the mesh's dimensions. To make one of our own would take ranks that have no part in it."""
+    if len(ranks) == dist.get_world_size():
+        return [dist.group.WORLD]
+    mesh = param.device_mesh
+    shards = [i for i, placement in enumerate(param.placements) if not placement.is_replicate()]
+    return [mesh.get_group(i) for i in shards if mesh.size(i) > 1]
 
 
-def _check_group(group: Any, name: str) -> None:
+def _check_submesh(small: Any, large: Any) -> None:
+    """ValueError unless the parameter `small` is replicated over the dimensions of the mesh that `large` has beside."""
+    if not is_dtensor(small) or small.device_mesh == large.device_mesh:
+        return
+    names, all_names = small.device_mesh.mesh_dim_names, large.device_mesh.mesh_dim_names
+    if not names or not all_names or not set(names) <= set(all_names) or large.device_mesh[names] != small.device_mesh:
+        raise ValueError(
+            f"one parameter is sharded over {small.device_mesh} and another over {large.device_mesh}, which contains "
+            "its ranks but is not the mesh it was made from, so whether it is replicated there is not known: shard "
+            "both over one DeviceMesh with named dimensions and its submeshes"
+        )
+
+
+def check_group(group: Any, name: str) -> None:
+    """TypeError unless this is a process group of this rank, or None."""
     if group is None:
         return
     if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
@@ -308,6 +338,17 @@ def _check_group(group: Any, name: str) -> None:
             f"{name} must be a process group or None, but is {group!r}; this rank must be a member of it "
             "(torch.distributed.new_group, mesh.get_group)"
         )
+
+
+def _check_devices(params: list[Tensor], group: Any) -> None:
+    """ValueError where parameters lie on a device that the group cannot reduce on."""
+    able = [kind.type for kind in group._device_types]
+    for device in {local_part(param).device.type for param in params}:
+        if device not in able:
+            raise ValueError(
+                f"displacement_group reduces on {', '.join(able)}, but parameters are on {device}: make it with a "
+                'backend for each, such as init_process_group("cpu:gloo,cuda:nccl")'
+            )
 
 
 def _device_of(group: Any, device: torch.device) -> torch.device:

@@ -151,8 +151,13 @@ class Segment:
         """
         return as_part_of(shaped_like(self.buffer(name), self), self.param)
 
-    def adopt(self, *, restart: bool, shown: Tensor | None = None) -> None:
-        """Takes over values that somebody else wrote into the parameter.
+    def theta_versions(self) -> list[tuple[str, int]]:
+        """Of θ and the walk, where the state shows them: each grows with every write through the state's tensor."""
+        shown = [(name, self.state.get(name)) for name in (self.theta_name, self.cycle_key)]
+        return [(name, local_part(value)._version) for name, value in shown if isinstance(value, Tensor)]
+
+    def adopt(self, *, restart: bool, shown: Tensor | None = None, with_state: bool = False) -> None:
+        """Takes over values that somebody else wrote into the parameter; with_state: and into θ and the walk as well.
 
         Full precision: they are θ already; with `restart` a walk under way starts anew from them. Below float32: an
         element that no longer is the rounding of `shown` (by default the walk, or θ where there is none) replaces its
@@ -160,6 +165,8 @@ class Segment:
         """
         if self.staged is not None:
             self.staged.copy_(self.local.detach())
+        if with_state:
+            return
         if self.low_precision:
             if shown is None:
                 shown = self.walk if self.touched else self.theta

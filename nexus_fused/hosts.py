@@ -58,7 +58,7 @@ class AccumulationWatch:
             f"{host} accumulates the gradients of {micro_batches} micro-batches before each step() of NexusAdamW, so "
             f"that the walk takes one inner step where it should take {micro_batches}: set {setting} to 1 (a cycle of "
             "inner_steps micro-batches takes its place), or filter this warning if you mean it",
-            stacklevel=4,
+            stacklevel=6,
         )
 
 
@@ -75,5 +75,6 @@ def _lightning(closure: Callable[[], Any]) -> int:
         kind = getattr(sys.modules.get(package), "LightningModule", ())
         for argument in getattr(closure, "args", ()):
             if isinstance(argument, kind):
-                return int(argument.trainer.accumulate_grad_batches)
+                trainer = getattr(argument, "_trainer", None)  # `trainer` raises where there is none
+                return int(getattr(trainer, "accumulate_grad_batches", 1))
     return 1

@@ -24,6 +24,9 @@ from .distributed import local_part
 from .flat import Segment, make_segment, real_dtype
 from .table import Table
 
+_KEEP_FLAT = "an alias of a parameter keeps it out of flat memory: build the optimizer before others take views, or "
+_KEEP_FLAT += "with flatten=False"
+
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
@@ -76,8 +79,9 @@ class NexusAdamW(Optimizer):
             replays call no hooks, `step()` reads all gradients again. RuntimeError with the reference, and in a run of
             several processes.
         norm_group: a process group whose ranks hold other parameters of the same model, as the stages of a pipeline
-            do: ‖g‖ is that of the gradients of all of them, and skipping is common. Their parameters, and what this
-            rank has of DTensors, add up; replicas must not be in one group.
+            do: ‖g‖ is that of the gradients of all of them, and skipping is common. One rank of each stage, those with
+            this one's place in the other dimensions of the mesh (`mesh.get_group("pp")`): shards are summed before, and
+            replicas must not be in one group.
         displacement_group: a process group whose ranks hold the same parameters and walk on their own: each takes the
             inner steps of its own micro-batches, gradients are not reduced across them (leave DistributedDataParallel
             away, or run forward and backward passes under its `no_sync()`), and once in a cycle D and Γ are averaged
@@ -145,7 +149,7 @@ class NexusAdamW(Optimizer):
         hyperparameters.group_row({"base_lr": lr, **defaults}, 0, self._inner_steps)
         super().__init__(params, defaults)
         self._built = True
-        self._compare_ranks("at construction")
+        self._compare_ranks("at construction", weights=True)
 
     def _configure(
         self, inner_steps: int, backend: str | None, fused: bool | None, flatten: bool, overlap_norm: bool
@@ -218,19 +222,18 @@ class NexusAdamW(Optimizer):
                 overlap.check_params([p for _, _, p in live])
             if found.get(device) is not reference:  # one for all dtypes of a device
                 found[device] = backend
+        known = [(s.group, s.index, s.param) for table in self._tables.values() for s in table.segments]
+        self._ranks.follow([param for *_, param in sorted([*known, *live], key=lambda entry: entry[:2])])
         self._extend_tables(live, flatten=flatten)
         self._frozen += waiting
         # The same order, and so the same sum of squares, whenever a dtype or device came, and on all ranks.
-        firsts = {key: (*map(str, key[:2]), table.first) for key, table in self._tables.items()}
-        self._tables = dict(sorted(self._tables.items(), key=lambda item: firsts[item[0]]))
-        segments = sorted((s for t in self._tables.values() for s in t.segments), key=lambda s: (s.group, s.index))
-        self._ranks.follow([segment.param for segment in segments])
+        self._tables = dict(sorted(self._tables.items(), key=lambda item: item[1].first))
         tables: dict[tuple[torch.device, tuple[int, ...]], list[Table]] = defaultdict(list)
         for table in self._tables.values():
             tables[table.device, table.ranks].append(table)
         if not tables:  # all frozen so far
             found[torch.device("cpu")], tables[torch.device("cpu"), ()] = reference, []
-        known = list(self._cycles.values())
+        before = list(self._cycles.values())
         cycles = {key: self._cycles.get(key) or Cycle(key[0], self._inner_steps, found[key[0]]) for key in tables}
         for cycle in cycles.values():
             cycle.backend = found.get(cycle.device, cycle.backend)
@@ -242,10 +245,10 @@ class NexusAdamW(Optimizer):
                     self._overlap.watch(table, cycle.backend)
         self._members = [list(group["params"]) for group in self.param_groups]
         self._warm = False
-        for cycle in [*known, *self._cycles.values()]:
+        for cycle in [*before, *self._cycles.values()]:
             cycle.grow(len(self.param_groups))
-            if known and cycle not in known:
-                cycle.follow(known[0])
+            if before and cycle not in before:
+                cycle.follow(before[0])
         self._rows = []
 
     def _extend_tables(self, params: list[tuple[int, int, Tensor]], *, flatten: bool) -> None:
@@ -271,8 +274,8 @@ class NexusAdamW(Optimizer):
             raise
 
     def _thaw(self) -> None:
-        """Gives state to parameters that were frozen and have a gradient now."""
-        ready = [entry for entry in self._frozen if entry[2].grad is not None]
+        """Gives state to parameters that were frozen and have a gradient now or may get one."""
+        ready = [entry for entry in self._frozen if not hyperparameters.is_frozen(entry[2])]
         for group, index, param in ready:
             hyperparameters.check_param(param, f"parameter {index} of group {group}")
         if ready:
@@ -283,13 +286,10 @@ class NexusAdamW(Optimizer):
     def _show_cycle_data(self) -> None:
         """Puts the cycle's own data into the parameter groups, under the same keys at every position."""
         cycle = next(iter(self._cycles.values()))
-        touched: dict[int, list[int]] = defaultdict(list)
-        for table in self._tables.values():
-            for segment in table.segments:
-                if segment.touched:
-                    touched[segment.group].append(segment.index)
+        touched = {(s.group, s.index) for table in self._tables.values() for s in table.segments if s.touched}
         for index, group in enumerate(self.param_groups):
-            group.update(cycle.group_data(index), cycle_position=self._position, touched=sorted(touched[index]))
+            flags = [(index, i) in touched for i in range(len(group["params"]))]
+            group.update(cycle.group_data(index), cycle_position=self._position, touched=flags)
 
     # Stepping
 
@@ -311,8 +311,11 @@ class NexusAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._watch.look((p for group in self.param_groups for p in group["params"]), closure)
-        self._look(gradients=True)
         last = self._position + 1 == self._inner_steps
+        self._compare_ranks_for_debugging("in step()", averages=last)
+        self._look(gradients=True)
+        if self._ranks.modules and not any(any(table.addresses) for table in self._tables.values()):
+            self._ranks.reshard()  # no backward pass did
         if not last:
             for table in self._tables.values():
                 table.ensure_cycle_buffers()
@@ -356,25 +359,30 @@ class NexusAdamW(Optimizer):
     def outer_step(self) -> None:
         """Ends a partial cycle: applies the displacement so far. Gradients that wait are not used.
 
-        Without any inner step it does nothing. Errors as `step()`. With a `displacement_group` all ranks call it; they
-        may have taken different numbers of inner steps, or none.
+        Without any inner step it does nothing. Errors as `step()`. With a `displacement_group` all ranks call it once
+        their micro-batches are used up, however many each had: it takes part in the averages of those that still call
+        `step()`, returns when all have come, and waits for the device.
         """
         self._refuse_inside_outer_weights("outer_step()")
-        if not self._ranks.anybody_walked(self._position):
+        walks = self._ranks.displacement_group is not None
+        if self._position == 0 and not walks:
             return
-        self._look(gradients=False)
-        self._finish_cycle(None)
+        everybody_is_here = False
+        while not everybody_is_here:
+            self._compare_ranks_for_debugging("in outer_step()", averages=walks)
+            self._look(gradients=False)
+            # FSDP2 keeps the root's weights gathered after a forward pass without a backward one.
+            self._ranks.reshard()
+            everybody_is_here = self._finish_cycle(None)
 
     def _look(self, *, gradients: bool) -> None:
         """Checks everything that may be wrong, then tells tables and cycles what is new."""
         self._check_members()
         if self._overlap_norm and gradients:  # a process group may have come since
             overlap.check_processes()
-        if gradients and self._ranks.are_compared_at_each_step():
-            self._compare_ranks("in step()")
         self._follow_capture()
         rows = [hyperparameters.group_row(g, i, self._inner_steps) for i, g in enumerate(self.param_groups)]
-        if self._frozen and gradients:
+        if self._frozen:
             self._thaw()
         for table in self._tables.values():
             table.read_gradients(use=gradients)
@@ -445,7 +453,7 @@ class NexusAdamW(Optimizer):
                 "supported there: leave step() out of the graph"
             )
         amsgrad = [(b.amsgrad, self.param_groups[b.group]["amsgrad"]) for t in self._tables.values() for b in t.buckets]
-        thawing = any(param.grad is not None for _, _, param in self._frozen)
+        thawing = any(not hyperparameters.is_frozen(param) for _, _, param in self._frozen)
         if not self._warm or thawing or any(now != wanted for now, wanted in amsgrad):
             raise RuntimeError(
                 "step() is being captured into a CUDA graph, but memory would have to be allocated for it: run at "
@@ -475,12 +483,26 @@ class NexusAdamW(Optimizer):
             for table in self._tables.values():
                 table.set_amsgrad(index, group["amsgrad"])
 
-    def _compare_ranks(self, when: str, error: Exception | None = None, loads: int | None = None) -> None:
+    def _compare_ranks(
+        self, when: str, error: Exception | None = None, loads: int | None = None, *, weights: bool = False
+    ) -> None:
         """Raises RuntimeError on all ranks that communicate if they disagree; see `check_ranks`."""
         if self._ranks.communicates:
             position = self._position if loads is None else loads
-            memory = [table.layout for table in self._tables.values()]
-            self._ranks.check(*self._agreed(position, error), memory, when)
+            here, params = self._agreed(position, error)
+            layouts = [table.layout for table in self._tables.values()]
+            walks: dict[str, Any] = {f"where parameters lie ({_KEEP_FLAT})": layouts}
+            if weights and self._ranks.displacement_group is not None:
+                checksums = [table.checksum() for table in self._tables.values()]
+                walks["the weights (broadcast them from one rank before the optimizer is built)"] = checksums
+            self._ranks.check(here, params, walks, when)
+
+    def _compare_ranks_for_debugging(self, when: str, *, averages: bool) -> None:
+        """The same at each step, where torch.distributed was asked to look for mistakes. Ranks that walk on their own
+        may stand at different positions, and only come together when they average."""
+        if self._ranks.communicates and torch.distributed.get_debug_level() != torch.distributed.DebugLevel.OFF:
+            here, params = self._agreed(self._position, None)
+            self._ranks.check(here, params, {"cycle_position": "any"} if averages else None, when)
 
     def check_ranks(self, group: Any = None) -> None:
         """Raises RuntimeError on all ranks of a process group (None: the default one), naming the first difference,
@@ -489,6 +511,11 @@ class NexusAdamW(Optimizer):
         All of them call it. Where step() communicates that is done without asking, for the ranks it concerns, when the
         optimizer is built or loaded; use it for replicas that others keep equal, as DistributedDataParallel does.
         """
+        distributed.check_group(group, "group")
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            raise RuntimeError(
+                "check_ranks() compares processes: call torch.distributed.init_process_group() before it"
+            )
         here, params = self._agreed(self._position, None)
         found = distributed.difference(here, params, group or torch.distributed.group.WORLD, "in check_ranks()")
         if found is not None:
@@ -514,11 +541,19 @@ class NexusAdamW(Optimizer):
             else:
                 table.adopt_writes_into_theta()
 
-    def _finish_cycle(self, micro_batch: MicroBatch | None) -> None:
+    def _finish_cycle(self, micro_batch: MicroBatch | None) -> bool:
+        """The outer step; whether all ranks that walk on their own are in outer_step(), where this one is."""
         taken = self._position + (micro_batch is not None)
         displaced = self._ranks.displacement_group is not None
+        everybody_is_here = True
         if displaced:
-            self._displace(micro_batch)
+            votes = self._displace(micro_batch)
+            if micro_batch is None:  # only here does the host wait for them
+                waiting, walking = votes.tolist()
+                everybody_is_here = bool(waiting * self._ranks.share == 1)
+                if walking == 0:
+                    self._return_to_theta()
+                    return everybody_is_here
         for cycle, tables in self._work:
             if displaced:
                 cycle.backend.outer_step(tables, cycle, None, taken, displaced=True)
@@ -526,25 +561,33 @@ class NexusAdamW(Optimizer):
                 cycle.backend.outer_step(tables, cycle, micro_batch, taken)
             for table in tables:
                 table.finish_outer_step(displaced=displaced)
-        self._share_results()
         self._set_position(0)
         self._warm = True
+        self._share_results()
+        return everybody_is_here
 
-    def _displace(self, micro_batch: MicroBatch | None) -> None:
-        """Ends this rank's walk, and puts mean D and mean Γ over `displacement_group` in the place of its own."""
-        for cycle, tables in self._work:
-            for table in tables:
-                table.ensure_cycle_buffers()
-            cycle.backend.displace(tables, cycle, micro_batch, self._ranks.share)
+    def _displace(self, micro_batch: MicroBatch | None) -> Tensor:
+        """Ends this rank's walk, and puts mean D and mean Γ over `displacement_group` in the place of its own; how many
+        ranks are in outer_step(), and how many have taken an inner step: [2] float64."""
+        in_outer_step = micro_batch is None
+        walked = self._position > 0 or not in_outer_step
+        for table in self._tables.values():
+            table.ensure_cycle_buffers()
         try:
-            self._ranks.average(self._work)
-        except BaseException:  # a rank that has stopped, for example: D is lost, θ is not
             for cycle, tables in self._work:
-                cycle.reset()
-                for table in tables:
-                    table.return_to_theta()
-            self._set_position(0)
+                cycle.backend.displace(tables, cycle, micro_batch, self._ranks.share)
+            return self._ranks.average(self._work, [in_outer_step, walked])
+        except BaseException:  # a rank that has stopped, for example: D is lost, θ is not
+            self._return_to_theta()
             raise
+
+    def _return_to_theta(self) -> None:
+        """After `displace`: as if the cycle had not begun."""
+        for cycle, tables in self._work:
+            cycle.reset()
+            for table in tables:
+                table.return_to_theta()
+        self._set_position(0)
 
     def _share_results(self) -> None:
         """Adds up over all ranks what `metrics()` shows and each rank knows of its own parameters only.
@@ -601,7 +644,7 @@ class NexusAdamW(Optimizer):
         for group in self.param_groups:
             zeros = {key: torch.zeros_like(group[key]) for key in ("walk_length", "walk_sq_length")}
             norms = [torch.zeros_like(norm) for norm in group["grad_norms"]]
-            group.update(zeros, cycle_position=0, touched=[], grad_norms=norms)
+            group.update(zeros, cycle_position=0, touched=[False] * len(group["params"]), grad_norms=norms)
         try:
             yield
         finally:
@@ -616,7 +659,7 @@ class NexusAdamW(Optimizer):
                         table.ensure_cycle_buffers()
 
     def metrics(self) -> dict[str, Any]:
-        """Figures of the last finished cycle, partial ones too; the only call that waits for a device.
+        """Figures of the last finished cycle, partial ones too; waits for the device, not for other ranks.
 
         alignment: mean pairwise cosine similarity of the cycle's unit gradients, each at its own point of the walk;
         NaN where fewer than two were taken. grad_norms: ‖g_k‖ of each micro-batch, unscaled. lost_fraction: the share
@@ -662,13 +705,15 @@ class NexusAdamW(Optimizer):
                 f"state_dict() in mid-cycle ({self._position} of {self._inner_steps} inner steps), where each rank of "
                 "displacement_group has a walk of its own: have every rank save its model and optimizer for itself, or "
                 "save inside outer_weights() or at a boundary",
-                stacklevel=3,
+                stacklevel=4,
             )
         self._adopt_writes()
         self._follow_amsgrad()
         if self._outer is None:
+            self._thaw()  # distributed checkpoints need the state of each parameter that trains
             for table in self._tables.values():
                 table.fill_untouched()
+                table.hand_out()
             self._show_cycle_data()
         hooks, self._optimizer_state_dict_post_hooks = self._optimizer_state_dict_post_hooks, OrderedDict()
         try:
@@ -744,11 +789,13 @@ class NexusAdamW(Optimizer):
                 segment.restore(entries.get(segment.param))
             for index, group in enumerate(self.param_groups):
                 table.set_amsgrad(index, group["amsgrad"])
-            moved = [groups[i].get("touched", ()) if self._position > 0 else () for i in range(len(groups))]
+            moved = [s for s in table.segments if self._position > 0 and groups[s.group]["touched"][s.index]]
             table.set_touched(table.segments, False)
-            table.set_touched([s for s in table.segments if s.index in moved[s.group]], True)
+            table.set_touched(moved, True)
             table.show_low_precision()
+            table.forget_handed_out()
         self._rows, self._just_loaded = [], True
+        self._ranks.reshard()  # masters wrote the parameters
         self._show_cycle_data()
 
     @_of_the_optimizer
@@ -760,6 +807,7 @@ class NexusAdamW(Optimizer):
         self._refuse_inside_outer_weights("materialize_anchors()")
         if self._inner_steps > 1:
             self._adopt_writes()
+            self._thaw()
             for table in self._tables.values():
                 table.ensure_cycle_buffers()
                 table.fill_untouched()

@@ -72,6 +72,7 @@ class Table:
         self._complete = True  # every segment has a gradient
         self._strays: list[Segment] = []  # those whose parameters do not lie in their bucket's flat memory
         self._suspects: list[int] = []  # rows that others may have written
+        self._handed_out: dict[tuple[Segment, str], int] = {}  # versions of θ and walks in the state, see `hand_out`
         self._touched = 0  # how many segments are
         self._shows_cycle_buffers = False
         self._outdated = True  # `rows` lacks a segment, a buffer or where a parameter lies now
@@ -213,7 +214,15 @@ class Table:
     def layout(self) -> str:
         """Elements of each bucket and of what lies outside of them, which ranks that average them must share."""
         inside = [bucket.numel if bucket.flat is not None else 0 for bucket in self.buckets]
-        return f"{self.dtype} in buckets of {inside}, outside of them {[segment.numel for segment in self._strays]}"
+        outside = [segment.numel for segment in self._strays]
+        return f"{self.dtype} from parameter {self.first}: in buckets of {inside}, outside of them {outside}"
+
+    def checksum(self) -> int:
+        """Of the bits of all weights; waits for the device."""
+        bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[self.dtype.itemsize]
+        return sum(
+            int(s.weight.detach().view(bits).sum(dtype=torch.int64)) * (i + 1) for i, s in enumerate(self.segments)
+        )
 
     @property
     def is_current(self) -> bool:
@@ -279,6 +288,7 @@ class Table:
         """
         self._refresh()
         self.copies.clear()
+        self.forget_handed_out()
         addresses = array("q", bytes(8 * len(self.segments)))
         unusual, self._suspects = self._look(addresses, use)
         for row in unusual:
@@ -359,7 +369,7 @@ class Table:
         suspects = [self.segments[row] for row in self._suspects]
         written = [s for s in suspects if self.was_written(s) and not self._was_converted(s)]
         for segment in written:
-            segment.adopt(restart=restart)
+            segment.adopt(restart=restart, with_state=self._was_loaded(segment))
         self._remember(written)
 
     def adopt_writes_into_theta(self) -> None:
@@ -367,6 +377,22 @@ class Table:
         for segment in self.segments:
             if segment.low_precision and self.was_written(segment):
                 segment.adopt(restart=True, shown=segment.theta)
+
+    def hand_out(self) -> None:
+        """Remembers the state as it is handed out: a distributed load writes into its tensors before anything of ours
+        is called, and then neither anchors nor masters follow the weights that it wrote as well."""
+        for segment in self.segments:
+            for name, version in segment.theta_versions():
+                self._handed_out.setdefault((segment, name), version)
+
+    def forget_handed_out(self) -> None:
+        """The state is ours again: after a load, or in the next step."""
+        self._handed_out.clear()
+
+    def _was_loaded(self, segment: Segment) -> bool:
+        """Whether somebody else wrote into the θ or the walk that were handed out."""
+        known = self._handed_out
+        return any(known.get((segment, name), version) != version for name, version in segment.theta_versions())
 
     def _remember(self, segments: list[Segment]) -> None:
         for segment in segments:
@@ -522,7 +548,7 @@ class Table:
     def fill_untouched(self) -> None:
         """Gives parameters that have not moved in this cycle an anchor (a walk) equal to where they are."""
         for segment in self.segments:
-            if not segment.touched and segment.cycle_key in segment.state:
+            if not segment.touched and segment.cycle_key in segment.state and not self._was_loaded(segment):
                 if segment.low_precision:
                     segment.walk.copy_(segment.theta)
                 else:

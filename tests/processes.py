@@ -14,11 +14,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# One process imports torch, the ranks are forked from it: it has started no threads that a fork would lose. Optimizers
-# and DDP import torch._dynamo when they are first used, which takes seconds on each rank.
+# One process imports torch, the ranks are forked from it: it has started no threads that a fork would lose.
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "nexus_fused"]
+    [
+        "torch.distributed.fsdp",
+        "torch.distributed.tensor.parallel",
+        "torch.distributed.checkpoint.state_dict",
+        "torch._dynamo",  # which fully_shard imports at its first call
+        "nexus_fused",
+    ]
 )
 
 

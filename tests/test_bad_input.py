@@ -172,7 +172,7 @@ class TestBackends:
 
     @pytest.mark.parametrize("name", ["cpu", "triton", "cuda"])
     def test_missing(self, monkeypatch, name):
-        monkeypatch.setattr(backends, "why_not", lambda wanted, *_: "install it" if wanted == name else None)
+        monkeypatch.setattr(backends, "why_not", lambda wanted, *_, **__: "install it" if wanted == name else None)
         runs = "reference" if name == "cpu" else "cpu"
         with pytest.raises(
             RuntimeError, match=f"backend='{name}' cannot run: install it. On cpu, backend='{runs}' would"
@@ -306,6 +306,7 @@ MID_CYCLE = [
     (lambda s: s["param_groups"][0].pop("walk_length"), "lacks walk_length"),
     (lambda s: s["param_groups"][0].pop("touched"), "lacks touched"),
     (lambda s: s["param_groups"][0]["grad_norms"].pop(), "cycle data of group 0"),
+    (set_key("group", "touched", [True] * 7), "cycle data of group 0"),
     (set_key("group", "touched", [7]), "cycle data of group 0"),
     (set_key("group", "walk_length", "long"), "cycle data of group 0"),
 ]

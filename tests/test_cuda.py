@@ -133,7 +133,7 @@ def test_old_gpu(with_gpu):
 
 
 def test_the_fastest_comes_first(monkeypatch):
-    monkeypatch.setattr(backends, "why_not", lambda *args: None)
+    monkeypatch.setattr(backends, "why_not", lambda *_, **__: None)
     assert backends.chosen(GPU) == "cuda"
     assert backends.chosen(torch.device("cpu")) == "cpu"
     assert backends.chosen(torch.device("xpu")) == "triton"

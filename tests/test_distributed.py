@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from processes import on_ranks
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -188,6 +188,38 @@ def test_sharded_training_and_evaluation_in_mid_cycle(kind):
         torch.testing.assert_close(seen, expected, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(weights, [p.detach() for p in module.parameters()], rtol=1e-5, atol=1e-6)
         assert torch.equal(seen[3], seen[5])
+
+
+def _keeps_gathered(how):
+    """A module whose weights stay gathered after a forward pass, and then change without a backward pass."""
+    module = spread("fsdp", model(torch.bfloat16 if how == "load" else torch.float32))
+    optimizer = NexusAdamW(module.parameters(), **OPTIONS)
+    batch = torch.randn(4, 6, generator=torch.Generator().manual_seed(1)).to(next(module.parameters()).dtype)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for _ in range(3 if how == "load" else 2):
+        module(batch).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        before = module(batch)
+        if how == "outer_step":
+            optimizer.outer_step()
+        elif how == "step":
+            optimizer.step()  # the last of the cycle, without gradients
+        else:
+            optimizer.load_state_dict(saved)
+        after = module(batch)
+        for part in module.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
+        return before, after, module(batch)
+
+
+@pytest.mark.parametrize("how", ["outer_step", "step", "load"])
+def test_gathered_weights_are_those_of_the_shards(how):
+    for before, after, expected in on_ranks(2, _keeps_gathered, how):
+        assert torch.equal(after, expected)
+        assert not torch.equal(after, before)
 
 
 def _partial(placement):
@@ -382,6 +414,26 @@ def _refusals():
     with pytest.raises(RuntimeError, match="overlap_norm=True, but parameters are DTensors"):
         NexusAdamW([sharded], overlap_norm=True)
     return errors
+
+
+def _experts():
+    """Half of the ranks share one parameter, the others another; a mesh made by hand does not say so."""
+    rank = dist.get_rank()
+    everybody = init_device_mesh("cpu", (4,))
+    halves = [DeviceMesh("cpu", [0, 2]), DeviceMesh("cpu", [1, 3])]
+    dense = nn.Parameter(distribute_tensor(torch.ones(8), everybody, [Shard(0)]))
+    expert = nn.Parameter(distribute_tensor(torch.ones(8), halves[rank % 2], [Shard(0)]))
+    optimizer = NexusAdamW([dense])
+    with pytest.raises(ValueError, match="shard both over one DeviceMesh with named dimensions"):
+        optimizer.add_param_group({"params": [expert]})
+    assert len(optimizer.param_groups) == 1
+    dense.grad = torch.ones_like(dense)
+    optimizer.step()
+    return optimizer.param_groups[0]["grad_norms"][0].item()
+
+
+def test_meshes_that_say_nothing_of_each_other_are_refused():
+    assert on_ranks(4, _experts) == pytest.approx([8**0.5] * 4)
 
 
 def test_parameters_of_other_engines_are_refused():

@@ -113,7 +113,7 @@ def test_a_parameter_that_cannot_be_thawed_is_not_forgotten(monkeypatch):
     params = make_params((4,))
     optimizer = NexusAdamW([frozen, *params])
     reason = "no such luck"
-    monkeypatch.setattr(backends, "why_not", lambda name, *args: reason if name == "cpu" else None)
+    monkeypatch.setattr(backends, "why_not", lambda name, *_, **__: reason if name == "cpu" else None)
     optimizer._backend = "cpu"
     frozen.requires_grad_()
     frozen.grad = torch.ones(3)

@@ -14,6 +14,7 @@ from test_distributed import counted_collectives, give, whole
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from nexus_fused import NexusAdamW, reference
@@ -144,7 +145,7 @@ def test_two_ranks_equal_one_process_that_plays_them(dtype, reduced, backend, in
             assert_equal(weights, expected[0])
             assert_equal(exp_avg, expected[1])
         assert steps == expected[2]
-        assert [len(calls) for calls in sent] == [2, 2, 3 if in_part else 2]  # scalars and one bucket; who has walked
+        assert [len(calls) for calls in sent] == [2] * CYCLES  # scalars and one bucket
 
 
 @pytest.mark.parametrize("flatten", [True, False])
@@ -315,7 +316,6 @@ def test_alignment_is_that_of_all_ranks_gradients():
 
 def _bad_input():
     rank, errors = dist.get_rank(), []
-    param = nn.Parameter(torch.ones(4))
     group = dist.group.WORLD
     for options in (
         {"displacement_dtype": torch.bfloat16},
@@ -325,11 +325,21 @@ def _bad_input():
         {"displacement_group": group, "overlap_norm": True},
         {"displacement_group": group, "flatten": rank == 0},
         {"displacement_group": group, "inner_steps": 2 + rank},
+        {"displacement_group": group, "start": float(rank)},
     ):
+        param = nn.Parameter(torch.full((4,), options.pop("start", 1.0)))
         with pytest.raises((RuntimeError, ValueError, TypeError)) as raised:
             NexusAdamW([param], **options)
         errors.append(f"{raised.type.__name__}: {raised.value}")
-        param = nn.Parameter(torch.ones(4))
+    mesh = init_device_mesh("cpu", (2,))
+    sharded = nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)]))
+    for name in ("displacement_group", "norm_group"):
+        with pytest.raises(
+            ValueError, match=f"{name} has the ranks 0, 1, but a parameter is sharded over the ranks 0, 1"
+        ):
+            NexusAdamW([sharded], **{name: group})
+    with pytest.raises(TypeError, match="group must be a process group or None, but is 'x'"):
+        NexusAdamW([sharded]).check_ranks("x")
     return errors
 
 
@@ -340,12 +350,52 @@ def test_bad_input():
         "TypeError: displacement_group must be a process group or None, but is 'gloo'",
         "TypeError: norm_group must be a process group or None, but is 3",
         "RuntimeError: overlap_norm=True in a run of 2 processes",
-        "RuntimeError: ranks disagree at construction about the memory of parameters: ",
+        "RuntimeError: ranks disagree at construction about where parameters lie (an alias of a parameter keeps it out",
         "RuntimeError: ranks disagree at construction about inner_steps: 2 on rank 0, 3 on rank 1",
+        "RuntimeError: ranks disagree at construction about the weights (broadcast them from one rank",
     ]
     for errors in on_ranks(2, _bad_input):
         for error, expected in zip(errors, words, strict=True):
             assert error.startswith(expected), error
+
+
+def _uneven(debug):
+    """8, 7 and 2 micro-batches in cycles of 4, then outer_step() on each."""
+    if debug:
+        dist.set_debug_level(dist.DebugLevel.INFO)
+    rank = dist.get_rank()
+    params = [nn.Parameter(start) for start in starts(torch.float32)]
+    frozen = nn.Parameter(torch.ones(3), requires_grad=False)
+    optimizer = NexusAdamW(
+        [*params, frozen], lr=1e-2, inner_lr=0.05, inner_steps=4, displacement_group=dist.group.WORLD
+    )
+    with counted_collectives() as calls:
+        for k in range((8, 7, 2)[rank]):
+            if k == 1:
+                frozen.requires_grad_()  # on all ranks; one has a gradient
+                frozen.grad = torch.ones(3) if rank == 0 else None
+            for index, param in enumerate(params):
+                param.grad = gradient_of(rank, 0, k, index, torch.float32)
+            optimizer.step()
+        optimizer.outer_step()
+    state = [int(optimizer.state[p]["step"]) for p in [*params, frozen]]
+    return (
+        [p.detach().clone() for p in [*params, frozen]],
+        state,
+        len([c for c in calls if c[0] > 4]),
+        optimizer.metrics(),
+    )
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_ranks_with_fewer_micro_batches_take_part_until_the_last_has_come(debug):
+    results = on_ranks(3, _uneven, debug)
+    for weights, steps, averages, metrics in results:
+        assert_equal(weights, results[0][0])
+        assert max(steps) == 2  # two cycles; in the third nobody walks, and nothing happens
+        assert steps[-1] == 2  # rank 0 had gradients of it in both
+        assert averages == results[0][2]
+        assert metrics["skipped_outer_steps"] == 0
 
 
 def _is_left_alone(dtype):

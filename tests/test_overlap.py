@@ -633,7 +633,7 @@ class TestRefused:
         assert params[0].data_ptr() == address
 
     def test_a_fallback_is_the_reference(self, monkeypatch):
-        monkeypatch.setattr(backends, "why_not", lambda *args: "it is not built")
+        monkeypatch.setattr(backends, "why_not", lambda *_, **__: "it is not built")
         with pytest.warns(UserWarning, match="runs its reference"), pytest.raises(RuntimeError, match="overlap_norm"):
             NexusAdamW(make_params((3,)), overlap_norm=True)
 
