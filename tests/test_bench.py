@@ -77,7 +77,7 @@ def test_figures(tmp_path, backend):
         ("time added to training / AdamW's", 2, 1 if backend == "cuda" else 0),
         ("foreach Nexus / ours", 4, 2),
         ("kernels that step() starts", 2, 2),
-        ("host time of step()", 2, 2),
+        ("host time of step()", 3, 3),
     ):
         found = [figure for name, figure in figures.items() if part in name and name.startswith(backend)]
         assert len(found) == count
