@@ -246,7 +246,10 @@ def frozen_from_the_start(params, optimizer):
 def other_layout(params, optimizer):
     backward(params, 5)
     params[0].grad = params[0].grad.t().contiguous().t()
-    params[2].grad = torch._neg_view(params[2].grad.clone())
+    gradient = params[2].grad
+    if gradient.dtype in (torch.float32, torch.float64):  # else nothing public makes a negated one
+        params[2].grad = torch.complex(torch.zeros_like(gradient), -gradient).conj().imag
+        assert params[2].grad.is_neg()
     finish(params, optimizer)
     params[0].grad = torch.ones(3, 5, dtype=params[0].dtype).t()
     backward(params, 6)  # accumulates in that layout
