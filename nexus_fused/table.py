@@ -67,6 +67,7 @@ class Table:
         self.moved: Tensor
         self._objects = array("q")  # of `_quick_look`
         self._states: list[dict[str, Any]] = []  # the segments'
+        self._cycle_views: list[Tensor] = []  # theirs too, once all of them have one
         self._counts_alone = False  # writing into one parameter is known to change no other's version
         self._staged: list[Segment] = []  # those whose parameters have gaps
         self._complete = True  # every segment has a gradient
@@ -126,6 +127,7 @@ class Table:
             _C.prepare_to_look_at_dtensors(dtensor_type())
         self._objects = array("q", bytes(8 * len(self.segments)))
         self._states = [s.state for s in self.segments]
+        self._cycle_views = []
         self._counts_alone = False
         self._staged = [s for s in self.segments if s.staged is not None]
         self._shows_cycle_buffers = False  # not all of them
@@ -478,9 +480,10 @@ class Table:
             segment.touched = touched
         if len(segments) == len(self.segments):
             self.rows[:, TOUCHED] = touched
+            self._touched = touched * len(segments)
         elif segments:
             self.rows[[s.row for s in segments], TOUCHED] = int(touched)
-        self._touched = int(self.rows[:, TOUCHED].sum())
+            self._touched = int(self.rows[:, TOUCHED].sum())
         self._stale_touched |= bool(segments)
 
     def show_theta(self) -> None:
@@ -527,10 +530,13 @@ class Table:
         for bucket in self.buckets:
             bucket.ensure(name)
         self._refresh()
-        for segment, state in zip(self.segments, self._states, strict=True):
-            if segment.cycle_view is None:
-                segment.cycle_view = segment.shaped(name)
-            state[name] = segment.cycle_view
+        if not self._cycle_views:
+            for segment in self.segments:
+                if segment.cycle_view is None:
+                    segment.cycle_view = segment.shaped(name)
+            self._cycle_views = [s.cycle_view for s in self.segments if s.cycle_view is not None]
+        for state, view in zip(self._states, self._cycle_views, strict=True):
+            state[name] = view
         self._shows_cycle_buffers = True
 
     @property
