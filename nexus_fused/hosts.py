@@ -58,7 +58,7 @@ class AccumulationWatch:
             f"{host} accumulates the gradients of {micro_batches} micro-batches before each step() of NexusAdamW, so "
             f"that the walk takes one inner step where it should take {micro_batches}: set {setting} to 1 (a cycle of "
             "inner_steps micro-batches takes its place), or filter this warning if you mean it",
-            stacklevel=6,
+            stacklevel=1,  # schedulers wrap step(), and Accelerate ignores all that they seem to warn of
         )
 
 
