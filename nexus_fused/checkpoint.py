@@ -6,6 +6,7 @@ import warnings
 from copy import deepcopy
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import hyperparameters
@@ -26,6 +27,12 @@ def check(
     if not isinstance(state_dict, dict) or "state" not in state_dict or "param_groups" not in state_dict:
         raise ValueError("not an optimizer's state_dict: the keys 'state' and 'param_groups' are missing")
     saved = state_dict["param_groups"]
+    if not isinstance(state_dict["state"], dict) or not isinstance(saved, (list, tuple)):
+        kinds = f"{type(state_dict['state']).__name__} and {type(saved).__name__}"
+        raise TypeError(
+            f"'state' and 'param_groups' of the loaded state dict must be a dict and a list, but are {kinds}: the "
+            "checkpoint is damaged"
+        )
     if len(saved) != len(groups):
         raise ValueError(
             f"loaded state dict has a different number of parameter groups: {len(saved)}, the optimizer {len(groups)}; "
@@ -34,6 +41,11 @@ def check(
     entries: dict[Tensor, dict[str, Any]] = {}
     names: dict[Any, Tensor] = {}
     for index, (group, loaded) in enumerate(zip(groups, saved, strict=True)):
+        if not isinstance(loaded, dict) or not isinstance(loaded.get("params"), (list, tuple)):
+            raise TypeError(
+                f"group {index} of the loaded state dict must be a dict with a list under 'params': the checkpoint is "
+                "damaged, or not an optimizer's"
+            )
         if len(group["params"]) != len(loaded["params"]):
             raise ValueError(
                 f"loaded state dict contains a parameter group that doesn't match the size of optimizer's group: group "
@@ -48,6 +60,7 @@ def check(
     position = _check_position(complete, inner_steps)
     for index, group in enumerate(complete):
         hyperparameters.group_row(group, index, inner_steps)
+        _check_totals(group, index)
         if position > 0 and groups[index]["params"]:
             _check_cycle_data(group, index, inner_steps, len(groups[index]["params"]))
         group["cycle_position"] = position
@@ -85,10 +98,10 @@ def _completed(loaded: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_position(groups: list[dict[str, Any]], inner_steps: int) -> int:
-    positions = {group["cycle_position"] for group in groups if "cycle_position" in group}
-    if len(positions) > 1:
-        raise ValueError(f"the loaded parameter groups stand at different positions of a cycle: {sorted(positions)}")
-    position = positions.pop() if positions else 0
+    positions = [group["cycle_position"] for group in groups if "cycle_position" in group]
+    if any(position != positions[0] for position in positions):
+        raise ValueError(f"the loaded parameter groups stand at different positions of a cycle: {positions}")
+    position = positions[0] if positions else 0
     for index, group in enumerate(groups):
         if group["inner_steps"] != inner_steps:
             message = (
@@ -105,6 +118,21 @@ def _check_position(groups: list[dict[str, Any]], inner_steps: int) -> int:
     return position
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1 and _has_values(value))
+
+
+def _has_values(value: Tensor) -> bool:
+    """Whether a tensor's values can be copied."""
+    return value.layout is torch.strided and value.device.type != "meta" and not value.is_quantized
+
+
+def _check_totals(group: dict[str, Any], index: int) -> None:
+    for key in ("skipped_inner_steps", "skipped_outer_steps"):
+        if not _is_number(group.get(key, 0)):
+            raise TypeError(f"the loaded {key} of group {index} must be a number, but is {group[key]!r}")
+
+
 def _check_cycle_data(group: dict[str, Any], index: int, inner_steps: int, n_params: int) -> None:
     missing = [key for key in GROUP_KEYS if key not in group]
     if missing:
@@ -113,10 +141,11 @@ def _check_cycle_data(group: dict[str, Any], index: int, inner_steps: int, n_par
             "is truncated; load one that was saved at a boundary"
         )
     touched, norms = group["touched"], group["grad_norms"]
-    lengths = [group["walk_length"], group["walk_sq_length"], *norms]
     if (
-        len(norms) != inner_steps
-        or not all(isinstance(x, (int, float)) or (isinstance(x, Tensor) and x.numel() == 1) for x in lengths)
+        not isinstance(norms, (list, tuple))
+        or len(norms) != inner_steps
+        or not all(map(_is_number, [group["walk_length"], group["walk_sq_length"], *norms]))
+        or not isinstance(touched, (list, tuple))
         or [type(flag) for flag in touched] != [bool] * n_params
     ):
         raise ValueError(
@@ -157,11 +186,16 @@ def _check_entry(entry: Any, param: Tensor, where: str, *, amsgrad: bool, positi
         if key == "step":
             if isinstance(value, Tensor) and value.numel() != 1:
                 raise ValueError(f"the loaded 'step' of {where} must be one number, but has shape {tuple(value.shape)}")
-            if not isinstance(value, (Tensor, int, float)):
+            if not _is_number(value):
                 raise TypeError(f"the loaded 'step' of {where} must be a number, but is {value!r}")
         elif not isinstance(value, Tensor) or value.shape != param.shape or value.is_complex() != param.is_complex():
             got = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else repr(value)
             raise ValueError(
                 f"the loaded {key!r} of {where} is {got}, the parameter {tuple(param.shape)} {param.dtype}: "
                 "the checkpoint is of another model"
+            )
+        elif not _has_values(value):
+            raise ValueError(
+                f"the loaded {key!r} of {where} is a {value.layout} tensor on {value.device}, whose values cannot be "
+                "copied: load the checkpoint with dense tensors on a device, torch.load(..., map_location='cpu')"
             )
