@@ -152,7 +152,10 @@ def costs(
             continue
         flat = replicated or reduced > itemsize  # else D takes the place of shards, which stay where FSDP2 put them
         calls = math.ceil(parameters * reduced / shards / BUCKET_BYTES) if flat else tensors
-        displacement = [across(1, mine * reduced, calls), across(1, 8 * (4 + tensors), 1)]  # and Γ, Σγ² and two votes
+        displacement = [
+            across(1, mine * reduced, calls),
+            across(1, 8 * (9 + tensors), 1),
+        ]  # two votes, Γ, Σγ², AdamW's five
         scatters = within("reduce_scatter", steps, size)
         traffic = mine * walks_traffic(steps, itemsize, reduced)
         found[method] = Cost([*nexus, scatters, *displacement], traffic, mine * 20)

@@ -165,18 +165,26 @@ class Cycle:
         self.reset()
 
     def results_of_parameters(self) -> Tensor:
-        """What the parameters of this cycle alone brought to the finished one, other ranks' others: [n_groups + 2]
-        float64, ‖D‖² of each group, moves and lost moves."""
-        sums, counts = self.results
-        return torch.cat([sums[2 * len(self.factor) : 3 * len(self.factor)], counts[:2].double()])
+        """What the parameters of this cycle alone brought to the finished one, other ranks' others, which may have
+        other groups: [3] float64, Σ_groups ‖D‖²/Γ², moves and lost moves."""
+        walk_length, displacement_sq = self._finished_walk()
+        r_sq = torch.where(walk_length > 0, displacement_sq / walk_length**2, 0.0).sum()
+        return torch.cat([r_sq.view(1), self.results[1][:2].double()])
+
+    def _finished_walk(self) -> tuple[Tensor, Tensor]:
+        """Γ and ‖D‖² of each group in the cycle that finished last, views."""
+        walk_length, _, displacement_sq, _ = self.results[0].split([len(self.factor)] * 3 + [self.inner_steps])
+        return walk_length, displacement_sq
 
     def set_results_of_parameters(self, values: Tensor | None) -> None:
-        """Puts others in their place; None: zeros, since another cycle's hold all."""
-        sums, counts = self.results
-        values = torch.zeros(len(self.factor) + 2, dtype=torch.float64) if values is None else values
-        values = values.to(sums.device, non_blocking=sums.device.type != "cpu")
-        sums[2 * len(self.factor) : 3 * len(self.factor)] = values[:-2]
-        counts[:2] = values[-2:]
+        """Puts others in their place, ‖D‖² of all in that of the first group that walked; None: zeros, since another
+        cycle's hold all."""
+        values = torch.zeros(3, dtype=torch.float64) if values is None else values
+        values = values.to(self.device, non_blocking=self.device.type != "cpu")
+        walk_length, displacement_sq = self._finished_walk()
+        first = torch.arange(len(walk_length), device=self.device) == (walk_length > 0).int().argmax()
+        displacement_sq.copy_(torch.where(first, values[0] * walk_length**2, 0.0))
+        self.results[1][:2] = values[1:]
 
     def forget_finished(self, *, keep_memory: bool) -> None:
         """As if no cycle had finished. keep_memory: replays may finish one in `results`."""

@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .cycle import LR, WEIGHT_DECAY
+
 if TYPE_CHECKING:
     from .cycle import Cycle
     from .table import Table
@@ -95,6 +97,19 @@ def why_not(param: Any) -> str | None:
         if type(local_part(param)) is not Tensor:
             return f"is a DTensor of {type(local_part(param)).__name__}: use DTensors of plain tensors"
     return None
+
+
+def checksum(param: Any) -> str:
+    """Of the bits of this rank's part of a parameter, of its shape where it is sparse or has no memory; waits for its
+    device."""
+    local = local_part(param).detach()
+    if local.layout is not torch.strided or local.device.type == "meta":
+        return str(tuple(local.shape))
+    if local.is_complex():
+        local = torch.view_as_real(local.resolve_conj())
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[local.element_size()]
+    flat = local.resolve_neg().contiguous().view(-1)
+    return hex(int(flat.view(bits).sum(dtype=torch.int64)) % 2**64)
 
 
 def shard_ranks(param: Any) -> tuple[int, ...]:
@@ -213,9 +228,9 @@ class Ranks:
     def add(self, parts: list[tuple[tuple[int, ...], Tensor]], what: str) -> list[Tensor]:
         """Sums over all ranks of what each knows of its own parameters; the sum of those returned is the whole.
 
-        parts: float64 tensors of one shape, each with the ranks that the parameters it tells of are sharded over. One
-        tensor is reduced for each set of ranks that no other one contains (for each dimension of the mesh, unless these
-        are all ranks), and one over `norm_group`.
+        parts: float64 tensors of one shape, on all ranks, each with the ranks that the parameters it tells of are
+        sharded over. One tensor is reduced for each set of ranks that no other one contains (for each dimension of the
+        mesh, unless these are all ranks), and one over `norm_group`.
         """
         totals = [value for _, value in parts] if not self._sums else []
         for groups, device, counted in self._sums:
@@ -234,29 +249,34 @@ class Ranks:
         return totals
 
     @property
-    def share(self) -> float:
-        """What each rank's displacement counts in the mean."""
-        return 1 / dist.get_world_size(self.displacement_group)
+    def walkers(self) -> int:
+        """How many ranks average their displacements."""
+        return dist.get_world_size(self.displacement_group)
 
     def average(self, work: list[tuple[Cycle, list[Table]]], votes: list[bool]) -> Tensor:
         """Puts the sum over `displacement_group` in the place of each table's displacements, and the mean Γ in that of
         each cycle's; tells the tables which parameters had a gradient on any rank. Nothing waits for a device.
 
-        Sends a float64 vector of each cycle (votes, Γ and Σγ² of each group, who had a gradient), and the buckets as
-        they lie. Of all ranks' inner steps Σγ²/Γ² is that of the sums: mean Σγ² is divided by the ranks once more.
-        Returns how many ranks voted for each of `votes`: [2] float64.
+        The hyperparameters of AdamW's step become the mean of those of the ranks that walked: schedules of ranks with
+        fewer micro-batches stand still, and weights must stay equal.
+        Sends a float64 vector of each cycle (votes, Γ, Σγ² and five hyperparameters of each group, who had a gradient),
+        and the buckets as they lie. Of all ranks' inner steps Σγ²/Γ² is that of the sums: mean Σγ² is divided by the
+        ranks once more. votes: whether this rank is in outer_step(), whether it walked.
+        Returns how many ranks voted for each: [2] float64.
         """
-        what, group, share = "the average of displacements", self.displacement_group, self.share
+        what, group, share = "the average of displacements", self.displacement_group, 1 / self.walkers
         sum_of_votes = torch.empty(0)
         for cycle, tables in work:
             host = torch.cat([torch.tensor(votes, device="cpu"), *[table.took_part() for table in tables]]).double()
             if cycle.device.type != "cpu":
                 host = host.pin_memory()
             n = len(cycle.walk_length)
+            of_adamw = cycle.hyper[:, LR : WEIGHT_DECAY + 1]
             scalars = torch.cat(
                 [
                     cycle.walk_length,
                     cycle.walk_sq_length,
+                    of_adamw.flatten() * votes[1],
                     host.to(cycle.device, non_blocking=cycle.device.type != "cpu"),
                 ]
             )
@@ -264,7 +284,11 @@ class Ranks:
                 dist.all_reduce(scalars, group=group)
             cycle.walk_length.copy_(scalars[:n] * share)
             cycle.walk_sq_length.copy_(scalars[n : 2 * n] * share**2)
-            sum_of_votes, *counts = scalars[2 * n :].split([len(votes), *[len(table.segments) for table in tables]])
+            hypers, *rest = scalars[2 * n :].split(
+                [of_adamw.numel(), len(votes), *[len(table.segments) for table in tables]]
+            )
+            sum_of_votes, *counts = rest
+            of_adamw.copy_(hypers.view_as(of_adamw) / sum_of_votes[1].clamp(min=1))
             for table, count in zip(tables, counts, strict=True):
                 table.moved = (count != 0).long()
         displacements = [flat for _, tables in work for table in tables for flat in table.displacements()]
@@ -287,21 +311,22 @@ class Ranks:
             if module is not None:
                 module.reshard()
 
-    def check(self, here: dict[str, Any], params: list[str], walks: dict[str, Any] | None, when: str) -> None:
+    def check(self, here: dict[str, Any], of_params: dict[str, Any], walks: dict[str, Any] | None, when: str) -> None:
         """Raises RuntimeError on all ranks that communicate, naming the first difference, where they disagree.
 
-        here: what must be the same on all of them. params: a line for each parameter, which must be the same too, but
-        over `norm_group`. walks: what takes the place of `here`'s, or comes to it, over `displacement_group`, None
-        if that is not asked. Waits for all of them, and for the device.
+        here: what must be the same on all of them. of_params: what must be too, but not over `norm_group`. walks: what
+        takes the place of `here`'s, or comes to it, over `displacement_group`, None if that is not asked. Waits for
+        all of them, and for the device.
         """
-        groups = [(group, here, params) for groups, *_ in self._sums for group in groups]
+        everything = {**here, **of_params}
+        groups = [(group, everything) for groups, *_ in self._sums for group in groups]
         if self.displacement_group is not None and walks is not None:
-            groups.append((self.displacement_group, {**here, **walks}, params))
+            groups.append((self.displacement_group, {**everything, **walks}))
         if self.norm_group is not None:
-            groups.append((self.norm_group, here, []))
+            groups.append((self.norm_group, here))
         found = None
-        for group, shared, lines in groups:  # all of them whatever was found: others wait there
-            found = difference({"an earlier comparison": found, **shared}, lines, group, when) or found
+        for group, shared in groups:  # all of them whatever was found: others wait there
+            found = difference({"an earlier comparison": found, **shared}, group, when) or found
         if found is not None:
             raise RuntimeError(found)
 
@@ -357,12 +382,11 @@ def _device_of(group: Any, device: torch.device) -> torch.device:
     return device if device.type in types else torch.device(types[0])
 
 
-def difference(here: dict[str, Any], params: list[str], group: Any, when: str) -> str | None:
+def difference(here: dict[str, Any], group: Any, when: str) -> str | None:
     """The first difference between the ranks of a group, as an error tells it; None if there is none. Waits for them.
 
     A digest decides, so that agreement costs four numbers however large the model and the group are.
     """
-    here = {**here, "the number of parameters": len(params), **{f"parameter {i}": p for i, p in enumerate(params)}}
     digest = hashlib.sha256(repr(here).encode()).digest()
     halves = [int.from_bytes(digest[i : i + 7], "big") for i in (0, 7)]
     bounds = torch.tensor([*halves, *(-half for half in halves)], device=_device_of(group, torch.device("cpu")))

@@ -8,7 +8,7 @@ import operator
 import warnings
 import weakref
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from itertools import zip_longest
 from types import ModuleType
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import backends, capture, checkpoint, distributed, hosts, hyperparameters, overlap, reference
-from .cycle import GROUP_KEYS, PREPARED_CYCLES, Cycle, MicroBatch, combine, summarize
+from .cycle import GROUP_KEYS, HYPER, PREPARED_CYCLES, Cycle, MicroBatch, combine, summarize
 from .distributed import local_part
 from .flat import Segment, make_segment, real_dtype
 from .table import Table
@@ -149,7 +149,7 @@ class NexusAdamW(Optimizer):
         hyperparameters.group_row({"base_lr": lr, **defaults}, 0, self._inner_steps)
         super().__init__(params, defaults)
         self._built = True
-        self._compare_ranks("at construction", weights=True)
+        self._compare_ranks("at construction", weights=[p for group in self.param_groups for p in group["params"]])
 
     def _configure(
         self, inner_steps: int, backend: str | None, fused: bool | None, flatten: bool, overlap_norm: bool
@@ -198,21 +198,22 @@ class NexusAdamW(Optimizer):
                 group[key] = group[key].detach().clone()
         group["base_lr"] = float(group["lr"])
         try:
+            if self._built:
+                self._follow_ranks([(index, i, p) for i, p in enumerate(unique) if not hyperparameters.is_frozen(p)])
+                self._compare_ranks("in add_param_group()", weights=unique)
             self._register([(index, i, p) for i, p in enumerate(unique)], flatten=self._flatten)
         except BaseException:
             self.param_groups.pop()
+            self._follow_ranks([])
             raise
         self._show_cycle_data()
-        if self._built:
-            self._compare_ranks("after add_param_group()")
 
     def _register(self, params: list[tuple[int, int, Tensor]], *, flatten: bool) -> None:
         """Gives parameters (group, index, tensor) state and a place in a table; frozen ones wait for a gradient."""
         live: list[tuple[int, int, Tensor]] = []
         waiting: list[tuple[int, int, Tensor]] = []
         for entry in params:
-            waits = hyperparameters.is_frozen(entry[2]) and not self.state.get(entry[2])
-            (waiting if waits else live).append(entry)
+            (waiting if self._waits(entry[2]) else live).append(entry)
         found: dict[torch.device, ModuleType] = {}
         for device, dtype in {(local_part(p).device, real_dtype(p.dtype)): None for _, _, p in live}:
             walks = self._ranks.displacement_group is not None
@@ -222,8 +223,7 @@ class NexusAdamW(Optimizer):
                 overlap.check_params([p for _, _, p in live])
             if found.get(device) is not reference:  # one for all dtypes of a device
                 found[device] = backend
-        known = [(s.group, s.index, s.param) for table in self._tables.values() for s in table.segments]
-        self._ranks.follow([param for *_, param in sorted([*known, *live], key=lambda entry: entry[:2])])
+        self._follow_ranks(live)
         self._extend_tables(live, flatten=flatten)
         self._frozen += waiting
         # The same order, and so the same sum of squares, whenever a dtype or device came, and on all ranks.
@@ -251,6 +251,15 @@ class NexusAdamW(Optimizer):
                 cycle.follow(before[0])
         self._rows = []
 
+    def _waits(self, param: Tensor) -> bool:
+        """Whether a parameter is frozen and has no state yet."""
+        return hyperparameters.is_frozen(param) and not self.state.get(param)
+
+    def _follow_ranks(self, live: list[tuple[int, int, Tensor]]) -> None:
+        """Learns over which ranks parameters are sharded, with those that are to come."""
+        known = [(s.group, s.index, s.param) for table in self._tables.values() for s in table.segments]
+        self._ranks.follow([param for *_, param in sorted([*known, *live], key=lambda entry: entry[:2])])
+
     def _extend_tables(self, params: list[tuple[int, int, Tensor]], *, flatten: bool) -> None:
         """Gives parameters state and a row in the table of their device and dtype; all of them or none."""
         fresh: dict[tuple[int, torch.device, torch.dtype, tuple[int, ...]], list[Segment]] = defaultdict(list)
@@ -260,6 +269,7 @@ class NexusAdamW(Optimizer):
         try:
             for (group, device, dtype, ranks), segments in fresh.items():
                 table = self._tables.setdefault((device, dtype, ranks), Table(device, dtype, ranks))
+                table.walks_alone = self._ranks.displacement_group is not None
                 table.reduces_low_precision = dtype is self._ranks.displacement_dtype
                 table.extend(segments, flatten=flatten)
                 table.set_amsgrad(group, self.param_groups[group]["amsgrad"])
@@ -314,8 +324,7 @@ class NexusAdamW(Optimizer):
         last = self._position + 1 == self._inner_steps
         self._compare_ranks_for_debugging("in step()", averages=last)
         self._look(gradients=True)
-        if self._ranks.modules and not any(any(table.addresses) for table in self._tables.values()):
-            self._ranks.reshard()  # no backward pass did
+        self._ranks.reshard()
         if not last:
             for table in self._tables.values():
                 table.ensure_cycle_buffers()
@@ -347,12 +356,16 @@ class NexusAdamW(Optimizer):
         return self._add_norms([(t.ranks, self._overlap.sq_norm(t)) for _, tables in self._work for t in tables])
 
     def _add_norms(self, sq_norms: list[tuple[tuple[int, ...], Tensor]]) -> list[Tensor]:
-        """The same over all ranks."""
+        """The same over all ranks; infinite where one of them was told of an overflow, which skips the step on all."""
         if not self._ranks.norm_is_shared:
             return [sq_norm for _, sq_norm in sq_norms]
         if not sq_norms:  # all parameters are frozen
             sq_norms = [((), torch.zeros((), dtype=torch.float64))]
-        return self._ranks.add([(ranks, sq_norm.sum()) for ranks, sq_norm in sq_norms], "the norm")
+        parts = [(ranks, sq_norm.sum()) for ranks, sq_norm in sq_norms]
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None:
+            parts = [(of, torch.where(found_inf.to(part.device).view(()) == 0, part, torch.inf)) for of, part in parts]
+        return self._ranks.add(parts, "the norm")
 
     @_of_the_optimizer
     @torch.no_grad()
@@ -484,29 +497,34 @@ class NexusAdamW(Optimizer):
                 table.set_amsgrad(index, group["amsgrad"])
 
     def _compare_ranks(
-        self, when: str, error: Exception | None = None, loads: int | None = None, *, weights: bool = False
+        self, when: str, error: Exception | None = None, loads: int | None = None, *, weights: Sequence[Tensor] = ()
     ) -> None:
-        """Raises RuntimeError on all ranks that communicate if they disagree; see `check_ranks`."""
+        """Raises RuntimeError on all ranks that communicate if they disagree; see `check_ranks`.
+
+        weights: parameters that must have the same values on ranks that walk on their own.
+        """
         if self._ranks.communicates:
             position = self._position if loads is None else loads
-            here, params = self._agreed(position, error)
+            here, of_params = self._agreed(position, error, hyper=loads is None and error is None)
             layouts = [table.layout for table in self._tables.values()]
             walks: dict[str, Any] = {f"where parameters lie ({_KEEP_FLAT})": layouts}
-            if weights and self._ranks.displacement_group is not None:
-                checksums = [table.checksum() for table in self._tables.values()]
-                walks["the weights (broadcast them from one rank before the optimizer is built)"] = checksums
-            self._ranks.check(here, params, walks, when)
+            if self._ranks.displacement_group is not None:
+                late = "which must be broadcast from one rank before the optimizer gets it"
+                for i, param in enumerate(weights):
+                    walks[f"the value of parameter {i}, {late}"] = distributed.checksum(param)
+            self._ranks.check(here, of_params, walks, when)
 
     def _compare_ranks_for_debugging(self, when: str, *, averages: bool) -> None:
         """The same at each step, where torch.distributed was asked to look for mistakes. Ranks that walk on their own
         may stand at different positions, and only come together when they average."""
         if self._ranks.communicates and torch.distributed.get_debug_level() != torch.distributed.DebugLevel.OFF:
-            here, params = self._agreed(self._position, None)
-            self._ranks.check(here, params, {"cycle_position": "any"} if averages else None, when)
+            here, of_params = self._agreed(self._position, None, hyper=self._ranks.displacement_group is None)
+            self._ranks.check(here, of_params, {"cycle_position": "any"} if averages else None, when)
 
     def check_ranks(self, group: Any = None) -> None:
         """Raises RuntimeError on all ranks of a process group (None: the default one), naming the first difference,
-        unless inner_steps, cycle_position and the parameters (shapes, dtypes, shardings, frozen or not) are the same.
+        unless inner_steps, cycle_position, hyperparameters and the parameters' shapes, dtypes, shardings and
+        requires_grad are the same. The values of parameters are not compared.
 
         All of them call it. Where step() communicates that is done without asking, for the ranks it concerns, when the
         optimizer is built or loaded; use it for replicas that others keep equal, as DistributedDataParallel does.
@@ -516,28 +534,38 @@ class NexusAdamW(Optimizer):
             raise RuntimeError(
                 "check_ranks() compares processes: call torch.distributed.init_process_group() before it"
             )
-        here, params = self._agreed(self._position, None)
-        found = distributed.difference(here, params, group or torch.distributed.group.WORLD, "in check_ranks()")
+        here, of_params = self._agreed(self._position, None)
+        group = group or torch.distributed.group.WORLD
+        found = distributed.difference({**here, **of_params}, group, "in check_ranks()")
         if found is not None:
             raise RuntimeError(found)
 
-    def _agreed(self, position: int, error: Exception | None) -> tuple[dict[str, Any], list[str]]:
-        """What all ranks must have in common, and a line for each parameter."""
-        live = {segment.param for table in self._tables.values() for segment in table.segments}
+    def _agreed(
+        self, position: int, error: Exception | None, *, hyper: bool = True
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What all ranks must have in common, and what those that have the same parameters must.
+
+        hyper: hyperparameters too. Those on a device count as equal: reading them would wait for it.
+        """
         params = [
-            f"{tuple(p.shape)} {p.dtype}{' in use' if p in live else ' frozen'} in group {index}"
+            f"{tuple(p.shape)} {p.dtype}{' frozen' if self._waits(p) else ' in use'} in group {index}"
             + (f" {p.placements} on {p.device_mesh.shape}" if distributed.is_dtensor(p) else "")
             for index, group in enumerate(self.param_groups)
             for p in group["params"]
         ]
         here = {"what fails": str(error), "inner_steps": self._inner_steps, "cycle_position": position}
-        return here, params
+        of_params: dict[str, Any] = {"the number of parameters": len(params)}
+        of_params.update((f"parameter {i}", line) for i, line in enumerate(params))
+        for index, group in enumerate(self.param_groups if hyper else []):
+            row = zip(HYPER, hyperparameters.group_row(group, index, self._inner_steps), strict=True)
+            of_params.update((f"{name} of group {index}", str(v)) for name, v in row if not isinstance(v, Tensor))
+        return here, of_params
 
-    def _adopt_writes(self) -> None:
+    def _adopt_writes(self, *, replaced: bool = False) -> None:
         """What others wrote must be in masters and anchors before these are copied or saved."""
         for table in self._tables.values():
             if self._outer is None:
-                table.adopt_writes(restart=not self._just_loaded)
+                table.adopt_writes(restart=not self._just_loaded, replaced=replaced)
             else:
                 table.adopt_writes_into_theta()
 
@@ -550,7 +578,7 @@ class NexusAdamW(Optimizer):
             votes = self._displace(micro_batch)
             if micro_batch is None:  # only here does the host wait for them
                 waiting, walking = votes.tolist()
-                everybody_is_here = bool(waiting * self._ranks.share == 1)
+                everybody_is_here = bool(waiting == self._ranks.walkers)
                 if walking == 0:
                     self._return_to_theta()
                     return everybody_is_here
@@ -573,9 +601,10 @@ class NexusAdamW(Optimizer):
         walked = self._position > 0 or not in_outer_step
         for table in self._tables.values():
             table.ensure_cycle_buffers()
+        self._rows = []  # the mean over ranks takes their place
         try:
             for cycle, tables in self._work:
-                cycle.backend.displace(tables, cycle, micro_batch, self._ranks.share)
+                cycle.backend.displace(tables, cycle, micro_batch, 1 / self._ranks.walkers)
             return self._ranks.average(self._work, [in_outer_step, walked])
         except BaseException:  # a rank that has stopped, for example: D is lost, θ is not
             self._return_to_theta()
@@ -748,12 +777,12 @@ class NexusAdamW(Optimizer):
         self._check_members()
         try:
             groups, entries, foreign = checkpoint.check(state_dict, self.param_groups, self._inner_steps)
-        except (ValueError, TypeError) as error:
+        except Exception as error:  # whatever it is, others must not wait for this rank
             self._compare_ranks("in load_state_dict()", error)
             raise
         position = groups[0].get("cycle_position", 0) if groups else 0
         self._compare_ranks("in load_state_dict()", loads=position)
-        self._adopt_writes()
+        self._adopt_writes(replaced=True)
         self._restore(groups, entries)
         self.state.update(foreign)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():

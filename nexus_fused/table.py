@@ -61,9 +61,10 @@ class Table:
         self.displacement_sq: Tensor  # ΣD² of each chunk
         self.sq_norm: Tensor  # Σg² of all chunks, [1], where a kernel adds them up
         self.arrivals: Tensor  # blocks of a grid that have finished, [1] int32; 0 between launches
-        # Where ranks average their displacements: whether those of parameters below float32 are rounded to their dtype,
-        # and, before a displaced outer step, != 0 for each segment that had a gradient on any rank, int64 on `device`.
-        self.reduces_low_precision = False
+        # Where ranks average their displacements: that they do; whether those of parameters below float32 are rounded
+        # to their dtype; and, before a displaced outer step, != 0 for each segment that had a gradient on any rank,
+        # int64 on `device`.
+        self.walks_alone = self.reduces_low_precision = False
         self.moved: Tensor
         self._objects = array("q")  # of `_quick_look`
         self._states: list[dict[str, Any]] = []  # the segments'
@@ -219,13 +220,6 @@ class Table:
         outside = [segment.numel for segment in self._strays]
         return f"{self.dtype} from parameter {self.first}: in buckets of {inside}, outside of them {outside}"
 
-    def checksum(self) -> int:
-        """Of the bits of all weights; waits for the device."""
-        bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[self.dtype.itemsize]
-        return sum(
-            int(s.weight.detach().view(bits).sum(dtype=torch.int64)) * (i + 1) for i, s in enumerate(self.segments)
-        )
-
     @property
     def is_current(self) -> bool:
         """Whether `rows`, `partials` and the segments' chunks belong together."""
@@ -360,16 +354,24 @@ class Table:
         row = segment.row
         return segment.version != self.versions[row] or segment.local.data_ptr() != self.pointers[row]
 
-    def adopt_writes(self, *, restart: bool, look: bool = True) -> None:
+    def adopt_writes(self, *, restart: bool, look: bool = True, replaced: bool = False) -> None:
         """Takes over what others wrote into the parameters since the last look; see `Segment.adopt`.
 
         `restart=False`: values written since the last step are the walk that belongs to a state just loaded.
-        `look=False`: `read_gradients` has just looked.
+        `look=False`: `read_gradients` has just looked. `replaced`: all of it is about to be overwritten.
+        RuntimeError where a walk of this rank alone would become θ.
         """
         if look:
             _, self._suspects = self._look(self.addresses, use=False)
         suspects = [self.segments[row] for row in self._suspects]
         written = [s for s in suspects if self.was_written(s) and not self._was_converted(s)]
+        for segment in written:
+            if self.walks_alone and segment.touched and restart and not replaced and not self._was_loaded(segment):
+                raise RuntimeError(
+                    f"{segment.where} was written in mid-cycle, where each rank of displacement_group has weights of "
+                    "its own, so that ranks would part for good: write at a boundary (optimizer.at_boundary) or inside "
+                    "outer_weights(), on all ranks"
+                )
         for segment in written:
             segment.adopt(restart=restart, with_state=self._was_loaded(segment))
         self._remember(written)

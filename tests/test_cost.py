@@ -138,7 +138,7 @@ def test_layouts():
     def near(**expected):
         return {getattr(cost, name): pytest.approx(values) for name, values in expected.items()}
 
-    all_12, vector = 2 * 11 / 12, 8 * (4 + 5)
+    all_12, vector = 2 * 11 / 12, 8 * (9 + 5)
     assert found(1) == near(
         ADAMW=(0, all_12 * 4000, 16000),
         SYNCHRONIZED=(0, 3 * all_12 * 4000, 20000),
@@ -218,8 +218,8 @@ def test_measured_bytes():
 
 
 def assert_figures(figures):
-    """A vector of float64 numbers goes with D: Γ and Σγ² of the group, two votes, a number for each tensor."""
-    size, vector = cost_measured.LAYERS * cost_measured.WIDTH**2, 8 * (4 + cost_measured.LAYERS)
+    """A float64 vector goes with D: Γ, Σγ² and five hyperparameters of the group, two votes, a number per tensor."""
+    size, vector = cost_measured.LAYERS * cost_measured.WIDTH**2, 8 * (9 + cost_measured.LAYERS)
     found = {name: figure["value"] for name, figure in figures.items()}
     assert found == {
         "float32: bytes of a cycle, local walks / AdamW's": 1 + vector / (4 * size),

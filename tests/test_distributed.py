@@ -206,6 +206,9 @@ def _keeps_gathered(how):
             optimizer.outer_step()
         elif how == "step":
             optimizer.step()  # the last of the cycle, without gradients
+        elif how == "step after a look":
+            give(list(optimizer.param_groups[0]["params"]), gradients(list(module.parameters()), 1))
+            optimizer.step()
         else:
             optimizer.load_state_dict(saved)
         after = module(batch)
@@ -215,7 +218,7 @@ def _keeps_gathered(how):
         return before, after, module(batch)
 
 
-@pytest.mark.parametrize("how", ["outer_step", "step", "load"])
+@pytest.mark.parametrize("how", ["outer_step", "step", "step after a look", "load"])
 def test_gathered_weights_are_those_of_the_shards(how):
     for before, after, expected in on_ranks(2, _keeps_gathered, how):
         assert torch.equal(after, expected)
@@ -313,7 +316,8 @@ def _stage():
     params = list(model().parameters())
     rank = dist.get_rank()
     own = params[:4] if rank == 0 else params[4:]
-    optimizer = NexusAdamW(own, **OPTIONS, norm_group=dist.group.WORLD)
+    groups = [own] if rank == 0 else [own[:1], own[1:3], own[3:]]
+    optimizer = NexusAdamW([{"params": group} for group in groups], **OPTIONS, norm_group=dist.group.WORLD)
     for step in range(7):
         values = gradients(params, step)
         if step == 4:
@@ -342,6 +346,29 @@ def test_stages_of_a_pipeline_have_one_norm():
     assert str(metrics) == str(same)
     for key in ("alignment", "skipped_inner_steps", "lost_fraction"):
         assert metrics[key] == pytest.approx(optimizer.metrics()[key]), key
+
+
+def _overflows(whose):
+    """`found_inf` as a scaler of one's own hands it over, on one rank."""
+    params = list(spread("fsdp", model()).parameters())
+    optimizer = NexusAdamW(params, **OPTIONS)
+    for step in range(2 * OPTIONS["inner_steps"]):
+        give(params, gradients(params, step))
+        optimizer.found_inf = torch.tensor(float(step == 1 and dist.get_rank() == whose))
+        optimizer.step()
+    return [whole(p) for p in params], optimizer.metrics()
+
+
+def test_an_overflow_on_one_rank_skips_the_step_on_all():
+    params = list(model().parameters())
+    optimizer = NexusAdamW(params, **OPTIONS)
+    for step in range(2 * OPTIONS["inner_steps"]):
+        give(params, gradients(params, step))
+        optimizer.found_inf = torch.tensor(float(step == 1))
+        optimizer.step()
+    for weights, metrics in on_ranks(2, _overflows, 1):
+        equal_but_for_the_norm(weights, [p.detach() for p in params])
+        assert metrics["skipped_inner_steps"] == 1
 
 
 # DistributedDataParallel, and 200 cycles with faults
@@ -462,6 +489,8 @@ def _disagrees(about):
     if about == "group":
         with pytest.raises(RuntimeError) as raised:
             optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3 + rank))]})
+        assert len(optimizer.param_groups) == 1
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
         return str(raised.value)
     saved = [copy.deepcopy(optimizer.state_dict())]
     for step in range(2):
@@ -495,7 +524,7 @@ def _disagrees(about):
         ("parameters", "at construction about the number of parameters: 10 on rank 0, 9 on rank 1"),
         (
             "group",
-            r"after add_param_group\(\) about parameter 10: \(3,\) .* in group 1 on rank 0, \(4,\)",
+            r"in add_param_group\(\) about parameter 10: \(3,\) .* in group 1 on rank 0, \(4,\)",
         ),
         ("loaded position", r"in load_state_dict\(\) about cycle_position: 1 on rank 0, 2 on rank 1"),
         (

@@ -18,6 +18,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from nexus_fused import NexusAdamW, reference
+from nexus_fused.distributed import Ranks
 from nexus_fused.flat import STATE_DTYPE
 
 K = 3
@@ -326,8 +327,11 @@ def _bad_input():
         {"displacement_group": group, "flatten": rank == 0},
         {"displacement_group": group, "inner_steps": 2 + rank},
         {"displacement_group": group, "start": float(rank)},
+        {"displacement_group": group, "start": float(rank), "frozen": True},
+        {"displacement_group": group, "lr": 1e-3 * (1 + rank)},
     ):
         param = nn.Parameter(torch.full((4,), options.pop("start", 1.0)))
+        param.requires_grad_(not options.pop("frozen", False))
         with pytest.raises((RuntimeError, ValueError, TypeError)) as raised:
             NexusAdamW([param], **options)
         errors.append(f"{raised.type.__name__}: {raised.value}")
@@ -352,7 +356,9 @@ def test_bad_input():
         "RuntimeError: overlap_norm=True in a run of 2 processes",
         "RuntimeError: ranks disagree at construction about where parameters lie (an alias of a parameter keeps it out",
         "RuntimeError: ranks disagree at construction about inner_steps: 2 on rank 0, 3 on rank 1",
-        "RuntimeError: ranks disagree at construction about the weights (broadcast them from one rank",
+        "RuntimeError: ranks disagree at construction about the value of parameter 0, which must be broadcast from",
+        "RuntimeError: ranks disagree at construction about the value of parameter 0, which must be broadcast from",
+        "RuntimeError: ranks disagree at construction about lr of group 0: 0.001 on rank 0, 0.002 on rank 1",
     ]
     for errors in on_ranks(2, _bad_input):
         for error, expected in zip(errors, words, strict=True):
@@ -360,7 +366,7 @@ def test_bad_input():
 
 
 def _uneven(debug):
-    """8, 7 and 2 micro-batches in cycles of 4, then outer_step() on each."""
+    """8, 7 and 2 micro-batches in cycles of 4, with schedules that stand still afterwards; outer_step() on each."""
     if debug:
         dist.set_debug_level(dist.DebugLevel.INFO)
     rank = dist.get_rank()
@@ -377,6 +383,7 @@ def _uneven(debug):
             for index, param in enumerate(params):
                 param.grad = gradient_of(rank, 0, k, index, torch.float32)
             optimizer.step()
+            optimizer.param_groups[0].update(lr=1e-2 / (2 + k), betas=(0.9 - 0.02 * k, 0.95))
         optimizer.outer_step()
     state = [int(optimizer.state[p]["step"]) for p in [*params, frozen]]
     return (
@@ -396,6 +403,86 @@ def test_ranks_with_fewer_micro_batches_take_part_until_the_last_has_come(debug)
         assert steps[-1] == 2  # rank 0 had gradients of it in both
         assert averages == results[0][2]
         assert metrics["skipped_outer_steps"] == 0
+
+
+def _once_all_have_come():
+    param = nn.Parameter(torch.ones(3))
+    optimizer = NexusAdamW([param], displacement_group=dist.group.WORLD)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Ranks, "walkers", 49)
+        patch.setattr(Ranks, "average", lambda *_: torch.tensor([49.0, 0.0], dtype=torch.float64))
+        optimizer.outer_step()
+    return param.detach()
+
+
+def test_outer_step_returns_whatever_the_number_of_ranks():
+    """In float64 49 · (1/49) is not 1."""
+    assert_equal(on_ranks(1, _once_all_have_come, timeout=3), [torch.ones(3)])
+
+
+def _writes(where):
+    params = [nn.Parameter(start) for start in starts(torch.float32)]
+    optimizer = NexusAdamW(params, **OPTIONS, displacement_group=dist.group.WORLD)
+
+    def step(k):
+        for index, param in enumerate(params):
+            param.grad = gradient_of(dist.get_rank(), 0, k, index, torch.float32)
+        optimizer.step()
+
+    for k in range(2 * K):
+        step(k)
+        with torch.no_grad():
+            if where == "at a boundary" and optimizer.at_boundary:
+                params[0].clamp_(-0.1, 0.1)
+            if where == "inside outer_weights()" and k == 1:
+                with optimizer.outer_weights():
+                    params[0].clamp_(-0.1, 0.1)
+            if where == "in mid-cycle" and k == 1:
+                params[0].clamp_(-0.1, 0.1)
+                errors = []
+                for call in (optimizer.step, optimizer.outer_step, optimizer.state_dict):
+                    with pytest.raises(RuntimeError) as raised:
+                        call()
+                    errors.append(str(raised.value))
+                return errors
+    return [p.detach() for p in params]
+
+
+@pytest.mark.parametrize("where", ["at a boundary", "inside outer_weights()", "in mid-cycle"])
+def test_writes_reach_all_ranks_alike_or_are_refused(where):
+    """A walk is one rank's own: what is written into it cannot become θ."""
+    results = on_ranks(2, _writes, where)
+    for result in results:
+        if where == "in mid-cycle":
+            assert all("parameter 0 of group 0" in e and "was written in mid-cycle" in e for e in result)
+        else:
+            assert_equal(result, results[0])
+
+
+def _adds_a_group(of_rank):
+    params = [nn.Parameter(start) for start in starts(torch.float32)]
+    optimizer = NexusAdamW(params, **OPTIONS, displacement_group=dist.group.WORLD)
+    for index, param in enumerate(params):
+        param.grad = gradient_of(dist.get_rank(), 0, 0, index, torch.float32)
+    optimizer.step()
+    late = nn.Parameter(torch.ones(3) + of_rank * dist.get_rank())
+    if of_rank:
+        with pytest.raises(RuntimeError, match=r"in add_param_group\(\) about the value of parameter 0"):
+            optimizer.add_param_group({"params": [late]})
+        late = nn.Parameter(torch.ones(3))
+    optimizer.add_param_group({"params": [late]})
+    assert len(optimizer.param_groups) == 2
+    for _ in range(1, K):
+        late.grad = torch.ones(3)
+        optimizer.step()
+    return [p.detach() for p in [*params, late]]
+
+
+@pytest.mark.parametrize("of_rank", [0, 1])
+def test_a_late_group_starts_from_equal_weights(of_rank):
+    results = on_ranks(2, _adds_a_group, of_rank)
+    assert_equal(results[0], results[1])
+    assert not torch.equal(results[0][-1], torch.ones(3))
 
 
 def _is_left_alone(dtype):
