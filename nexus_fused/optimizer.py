@@ -561,11 +561,11 @@ class NexusAdamW(Optimizer):
             of_params.update((f"{name} of group {index}", str(v)) for name, v in row if not isinstance(v, Tensor))
         return here, of_params
 
-    def _adopt_writes(self, *, replaced: bool = False) -> None:
+    def _adopt_writes(self, *, loading: bool = False) -> None:
         """What others wrote must be in masters and anchors before these are copied or saved."""
         for table in self._tables.values():
             if self._outer is None:
-                table.adopt_writes(restart=not self._just_loaded, replaced=replaced)
+                table.adopt_writes(restart=not self._just_loaded, loading=loading)
             else:
                 table.adopt_writes_into_theta()
 
@@ -782,7 +782,7 @@ class NexusAdamW(Optimizer):
             raise
         position = groups[0].get("cycle_position", 0) if groups else 0
         self._compare_ranks("in load_state_dict()", loads=position)
-        self._adopt_writes(replaced=True)
+        self._adopt_writes(loading=True)
         self._restore(groups, entries)
         self.state.update(foreign)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():

@@ -354,19 +354,22 @@ class Table:
         row = segment.row
         return segment.version != self.versions[row] or segment.local.data_ptr() != self.pointers[row]
 
-    def adopt_writes(self, *, restart: bool, look: bool = True, replaced: bool = False) -> None:
+    def adopt_writes(self, *, restart: bool, look: bool = True, loading: bool = False) -> None:
         """Takes over what others wrote into the parameters since the last look; see `Segment.adopt`.
 
         `restart=False`: values written since the last step are the walk that belongs to a state just loaded.
-        `look=False`: `read_gradients` has just looked. `replaced`: all of it is about to be overwritten.
+        `look=False`: `read_gradients` has just looked. `loading`: the state is about to be replaced, perhaps by itself,
+        after torch.distributed.checkpoint wrote the weights of FSDP2 in a way that leaves no trace.
         RuntimeError where a walk of this rank alone would become θ.
         """
         if look:
             _, self._suspects = self._look(self.addresses, use=False)
-        suspects = [self.segments[row] for row in self._suspects]
-        written = [s for s in suspects if self.was_written(s) and not self._was_converted(s)]
+        suspects = self.segments if loading else [self.segments[row] for row in self._suspects]
+        written = [
+            s for s in suspects if (self.was_written(s) or (loading and s.low_precision)) and not self._was_converted(s)
+        ]
         for segment in written:
-            if self.walks_alone and segment.touched and restart and not replaced and not self._was_loaded(segment):
+            if self.walks_alone and segment.touched and restart and not loading and not self._was_loaded(segment):
                 raise RuntimeError(
                     f"{segment.where} was written in mid-cycle, where each rank of displacement_group has weights of "
                     "its own, so that ranks would part for good: write at a boundary (optimizer.at_boundary) or inside "

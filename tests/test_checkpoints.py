@@ -101,6 +101,40 @@ def app(module, optimizer, **options):
     return {"model": get_model_state_dict(module), "optim": optim}
 
 
+def _comes_from_adamw(folder, dtype, model_first):
+    module = spread("fsdp", model(dtype))
+    params = list(module.parameters())
+    adamw = torch.optim.AdamW(params, lr=3e-3)
+    for step in range(3):
+        give(params, gradients(params, step))
+        adamw.step()
+    dcp.save(app(module, adamw), checkpoint_id=folder)
+    module = spread("fsdp", model(dtype))
+    optimizer = NexusAdamW(module.parameters(), **OPTIONS)
+    state = app(module, optimizer)
+    dcp.load(state, checkpoint_id=folder, planner=dcp.DefaultLoadPlanner(allow_partial_load=True))
+    if model_first:
+        set_model_state_dict(module, state["model"])
+    set_optimizer_state_dict(module, optimizer, state["optim"])
+    if not model_first:
+        set_model_state_dict(module, state["model"])
+    optimizer.state_dict()
+    assert optimizer.param_groups[0]["lr"] == 3e-3
+    for p, q in zip(params, module.parameters(), strict=True):
+        ours, theirs = optimizer.state[q], adamw.state[p]
+        assert torch.equal(whole(q), whole(p))
+        assert torch.equal(whole(ours.get("master", q)), whole(p).to(torch.float32))
+        assert ours["step"] == 3
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(whole(ours[key]), whole(theirs[key]).to(torch.float32))
+
+
+@pytest.mark.parametrize("model_first", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_adamws_checkpoint(tmp_path, dtype, model_first):
+    on_ranks(2, _comes_from_adamw, str(tmp_path / "saved"), dtype, model_first)
+
+
 def is_of_mid_cycle(folder):
     """As docs/checkpoints.md says."""
     keys = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
