@@ -419,7 +419,7 @@ def explained(what: str, group: Any) -> Iterator[None]:
         raise RuntimeError(
             f"NexusAdamW on rank {dist.get_rank()}: {what} failed between ranks "
             f"{_shown(dist.get_process_group_ranks(group))}. Either one of them has stopped, or they did not all call "
-            "step() and outer_step() equally often; TORCH_DISTRIBUTED_DEBUG=INFO has them compared at each step. "
+            "step() and outer_step() equally often: log the micro-batches that each rank has seen. "
             f"What torch.distributed says: {error}"
         ) from error
 
