@@ -247,8 +247,8 @@ def main(arguments: list[str] | None = None) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--parameters", type=float, default=1e9)
-    add("--ranks", type=int, default=8)
+    add("--parameters", type=float, default=1e9, help="of the model, their number")
+    add("--ranks", type=int, default=8, help="processes, one device each")
     add(
         "--shards", type=int, default=1, help="1: replicas (DDP); as many as ranks: FSDP; between: FSDP in each replica"
     )

@@ -86,9 +86,9 @@ class NexusAdamW(Optimizer):
             inner steps of its own micro-batches, gradients are not reduced across them (leave DistributedDataParallel
             away, or run forward and backward passes under its `no_sync()`), and once in a cycle D and Γ are averaged
             over them, θ ← AdamW(θ, mean D / mean Γ): a K-th of the communication, and no memory beside. All ranks start
-            from the same weights, and call `step()` and `outer_step()` together; AdamW's hyperparameters are the mean of
-            those of the ranks that walked. In mid-cycle each has a walk of its own: what is saved then must be saved by
-            every rank, for itself, and weights that others write raise RuntimeError.
+            from the same weights, and call `step()` and `outer_step()` together; AdamW's hyperparameters are the mean
+            of those of the ranks that walked. In mid-cycle each has a walk of its own: what is saved then must be saved
+            by every rank, for itself, and weights that others write raise RuntimeError.
         displacement_dtype: torch.bfloat16 has displacements of bfloat16 parameters rounded to it for the average,
             which halves what is sent; None: they are float32.
 
