@@ -195,8 +195,8 @@ class Ranks:
             _check_devices(params, self.displacement_group)
         largest = [ranks for ranks in classes if ranks and not any(set(ranks) < set(other) for other in classes)]
         new = [param for param in params if id(param) not in self._known]
-        self.modules += find_fsdp_modules(new)
-        self._known.update(map(id, new))
+        self.modules += [module for module in find_fsdp_modules(new) if module not in self.modules]
+        self._known = set(map(id, params))
         sums: list[tuple[list[Any], torch.device, set[tuple[int, ...]]]] = []
         taken: set[tuple[int, ...]] = set()
         for ranks in largest:
