@@ -1,9 +1,13 @@
 // CUDA kernels: squared norm, inner step, displacement, fused outer step, over a table of segments; one launch each.
 //
-// A grid of as many blocks as the chip holds walks the chunks of kChunk elements. A block works on one chunk at a time,
-// each thread on 16 bytes of every operand at a time. What is summed is summed per chunk, by threads in a fixed order,
-// and over chunks by the last block that finishes, in their order: results repeat bit for bit and depend neither on the
-// grid nor on alignment. The scalars of a cycle are read by every block and written by one: the host is never asked.
+// What is summed is summed per chunk of kChunk elements, by threads in a fixed order, and over chunks by the last block
+// that finishes, in their order: results repeat bit for bit and depend neither on the grid nor on alignment. The scalars
+// of a cycle are read by every block and written by one: the host is never asked.
+//
+// Which block works where was measured (docs/gpu.md). Memory likes small blocks that start in the order of addresses: a
+// block of an inner step or displacement has kPart elements, one of an outer step, which sums, a chunk. A norm, which
+// only reads, is best with as many blocks as the chip holds, which walk the chunks. Hints to the cache (ld.cs, st.cs)
+// cost up to a tenth, and walking backwards after the norm, to find its end in the cache, gains nothing.
 
 #define NEXUS_ISA cuda
 #include "cuda.h"
@@ -13,6 +17,7 @@
 #include <algorithm>
 #include <map>
 #include <stdexcept>
+#include <type_traits>
 #include <utility>
 
 namespace nexus::cuda {
@@ -20,38 +25,40 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
+constexpr int kPart = 4096;  // elements of a block that sums nothing over its chunk
 
-// Memory. The update kernels read everything for the last time in a while, and say so to the cache (ld.cs, st.cs); the
-// norm's gradients are read again at once, from the last chunk to the first, so that the end is still in L2. All are
-// intrinsics for global memory: a plain access through an address of the table would be generic.
+// Memory: 16 bytes at a time, or 8 where n elements are no more. An address of the table could be of shared memory, for
+// all the compiler knows, and its accesses slower; hence the assumptions.
 
-template <bool stream, bool aligned, class X, int n>
+template <class X, int n>
+using Word = std::conditional_t<n * sizeof(X) % sizeof(uint4) == 0, uint4, uint2>;
+
+template <bool aligned, class X, int n>
 __device__ __forceinline__ void load(const X* from, X (&to)[n]) {
+  __builtin_assume(__isGlobal(from));
   if constexpr (aligned && n > 1) {
-    static_assert(n * sizeof(X) % sizeof(uint4) == 0, "16 bytes at a time");
-    uint4 words[n * sizeof(X) / sizeof(uint4)];
+    static_assert(n * sizeof(X) % sizeof(Word<X, n>) == 0, "8 or 16 bytes at a time");
+    Word<X, n> words[n * sizeof(X) / sizeof(Word<X, n>)];
 #pragma unroll
-    for (int i = 0; i < int(sizeof words / sizeof(uint4)); ++i) {
-      const uint4* word = reinterpret_cast<const uint4*>(from) + i;
-      words[i] = stream ? __ldcs(word) : __ldg(word);
-    }
+    for (int i = 0; i < int(sizeof words / sizeof *words); ++i) words[i] = reinterpret_cast<const Word<X, n>*>(from)[i];
     memcpy(to, words, sizeof words);
   } else {
 #pragma unroll
-    for (int i = 0; i < n; ++i) to[i] = stream ? __ldcs(from + i) : __ldg(from + i);
+    for (int i = 0; i < n; ++i) to[i] = from[i];
   }
 }
 
 template <bool aligned, class X, int n>
 __device__ __forceinline__ void store(X* to, const X (&from)[n]) {
+  __builtin_assume(__isGlobal(to));
   if constexpr (aligned && n > 1) {
-    uint4 words[n * sizeof(X) / sizeof(uint4)];
+    Word<X, n> words[n * sizeof(X) / sizeof(Word<X, n>)];
     memcpy(words, from, sizeof words);
 #pragma unroll
-    for (int i = 0; i < int(sizeof words / sizeof(uint4)); ++i) __stcs(reinterpret_cast<uint4*>(to) + i, words[i]);
+    for (int i = 0; i < int(sizeof words / sizeof *words); ++i) reinterpret_cast<Word<X, n>*>(to)[i] = words[i];
   } else {
 #pragma unroll
-    for (int i = 0; i < n; ++i) __stcs(to + i, from[i]);
+    for (int i = 0; i < n; ++i) to[i] = from[i];
   }
 }
 
@@ -60,40 +67,55 @@ __device__ __forceinline__ bool all_aligned(const Pointers*... pointers) {
   return ((... | reinterpret_cast<uintptr_t>(pointers)) & 15) == 0;
 }
 
-// Calls work.apply<width, batch, aligned>(i) so that each of n elements is worked on once: `batch` times `width` of
-// them, kThreads · width apart, from element i. Which thread works on an element does not depend on `aligned`.
-template <int width, int batch, bool aligned, class Work>
+// Calls work.apply<width, batch, aligned, aligned_g>(i) so that each of n elements is worked on once: `batch` times
+// `width` of them, kThreads · width apart, from element i. Which thread works on an element does not depend on alignment.
+template <int width, int batch, bool aligned, bool aligned_g, class Work>
 __device__ __forceinline__ void for_each(Work& work, int n) {
   constexpr int stride = kThreads * width;
   const int whole = n / width * width;
   int i = threadIdx.x * width;
 #pragma unroll 1  // `batch` decides what is in flight; more copies of the work would only take registers
-  for (; i + (batch - 1) * stride < whole; i += batch * stride) work.template apply<width, batch, aligned>(i);
+  for (; i + (batch - 1) * stride < whole; i += batch * stride)
+    work.template apply<width, batch, aligned, aligned_g>(i);
   if constexpr (batch > 1) {
 #pragma unroll 1
-    for (; i < whole; i += stride) work.template apply<width, 1, aligned>(i);
+    for (; i < whole; i += stride) work.template apply<width, 1, aligned, aligned_g>(i);
   }
 #pragma unroll 1
-  for (i = whole + threadIdx.x; i < n; i += kThreads) work.template apply<1, 1, false>(i);
+  for (i = whole + threadIdx.x; i < n; i += kThreads) work.template apply<1, 1, false, false>(i);
 }
 
-template <class T, int batch, class Work>
-__device__ __forceinline__ void for_each_element(Work& work, int n, bool aligned) {
-  constexpr int width = sizeof(uint4) / sizeof(typename T::Storage);
-  if (aligned)
-    for_each<width, batch, true>(work, n);
+// A gradient may lie anywhere (in a bucket of DistributedDataParallel behind an odd parameter, for example), which does
+// not make the accesses to the others narrow.
+template <int width, int batch, class Work>
+__device__ __forceinline__ void for_each_element(Work& work, int n, bool aligned, bool aligned_g) {
+  if (aligned && aligned_g)
+    for_each<width, batch, true, true>(work, n);
+  else if (aligned)
+    for_each<width, batch, true, false>(work, n);
   else
-    for_each<width, 1, false>(work, n);
+    for_each<width, 1, false, false>(work, n);
 }
+
+// Elements of which a thread's share of a value of type X is 16 bytes: of the state, whose bytes are most.
+template <class X>
+constexpr int width_of = sizeof(uint4) / sizeof(X);
 
 // Sums
 
-// The block's sum in a fixed order, for all of its threads.
+// The sum of a warp in a fixed order, for its first thread.
+template <class X>
+__device__ X warp_sum(X value) {
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) value += __shfl_down_sync(~0u, value, distance);
+  return value;
+}
+
+// The same of a block, for all of its threads.
 template <class X>
 __device__ X block_sum(X value) {
   __shared__ X of_warp[kThreads / kWarp];
-#pragma unroll
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) value += __shfl_down_sync(~0u, value, distance);
+  value = warp_sum(value);
   if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = value;
   __syncthreads();
   X sum = of_warp[0];
@@ -103,12 +125,18 @@ __device__ X block_sum(X value) {
   return sum;
 }
 
-// Σ partials[begin … end), which other blocks may have written, in an order that only their number decides.
+// Σ partials[begin … end), which other blocks may have written, by a block or a warp, for its first thread, in an order
+// that only their number decides.
+template <int team>
 __device__ double sum_of(const double* partials, int64_t begin, int64_t end) {
+  static_assert(team == kThreads || team == kWarp, "a block or a warp");
   double sum = 0;
 #pragma unroll 8
-  for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) sum += __ldcg(partials + i);
-  return block_sum(sum);
+  for (int64_t i = begin + threadIdx.x % team; i < end; i += team) sum += __ldcg(partials + i);
+  if constexpr (team == kThreads)
+    return block_sum(sum);
+  else
+    return warp_sum(sum);
 }
 
 // Whether this block is the last of the grid to come here; it then sees what all the others wrote.
@@ -131,22 +159,26 @@ __device__ __forceinline__ bool is_touched(const Segment& row, int64_t touch) {
   return touch == 2 ? row.touched != 0 : touch == 1 && row.grad != 0;
 }
 
-// Part of a row that one block works on: from element `begin`, n elements.
-struct Chunk {
+// Part of a row: up to `size` elements from `begin`; n is 0 or less behind the row's end. Where no row has elements, one
+// block works on none.
+template <int size>
+struct Part {
   const Segment& row;
   int64_t begin;
   int n;
 
-  __device__ Chunk(const Table& table, int64_t chunk)
-      : row(table.rows[table.row_of_chunk[chunk]]),
-        begin((chunk - row.chunk) * kChunk),
-        n(int(row.length - begin < kChunk ? row.length - begin : kChunk)) {}
+  // number: kChunk / size parts make a chunk.
+  __device__ Part(const Table& table, int64_t number)
+      : row(table.rows[table.chunks ? table.row_of_chunk[number / (kChunk / size)] : 0]),
+        begin((number / (kChunk / size) - row.chunk) * kChunk + number % (kChunk / size) * size),
+        n(int(row.length - begin < size ? row.length - begin : size)) {}
 
   template <class X>
   __device__ X* at(int64_t address) const {
     return address ? pointer<X>(address) + begin : nullptr;
   }
 };
+using Chunk = Part<kChunk>;
 
 // Squared norm
 
@@ -155,11 +187,11 @@ struct SumSquares {
   const typename T::Storage* g;
   double sum;
 
-  template <int width, int batch, bool aligned>
+  template <int width, int batch, bool, bool aligned>
   __device__ __forceinline__ void apply(int i) {
     typename T::Storage values[batch][width];
 #pragma unroll
-    for (int b = 0; b < batch; ++b) load<false, aligned>(g + i + b * kThreads * width, values[b]);
+    for (int b = 0; b < batch; ++b) load<aligned>(g + i + b * kThreads * width, values[b]);
 #pragma unroll
     for (int b = 0; b < batch; ++b)
 #pragma unroll
@@ -173,7 +205,7 @@ struct SumSquares {
 template <class T>
 __device__ double sum_squares_of(const typename T::Storage* g, int n) {
   SumSquares<T> work{g, 0};
-  if (g) for_each_element<T, 4>(work, n, all_aligned(g));
+  if (g) for_each_element<width_of<typename T::Storage>, 4>(work, n, all_aligned(g), all_aligned(g));
   return block_sum(work.sum);
 }
 
@@ -187,7 +219,7 @@ __global__ void __launch_bounds__(kThreads)
     if (threadIdx.x == 0) partials[chunk] = sum;
   }
   if (is_last_block(arrivals)) {
-    const double sum = sum_of(partials, 0, table.chunks);
+    const double sum = sum_of<kThreads>(partials, 0, table.chunks);
     if (threadIdx.x == 0) *sq_norm = sum;
   }
 }
@@ -203,7 +235,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __global__ void __launch_bounds__(kThreads) add_up_kernel(const double* partials, int64_t chunks, double* sq_norm) {
-  const double sum = sum_of(partials, 0, chunks);
+  const double sum = sum_of<kThreads>(partials, 0, chunks);
   if (threadIdx.x == 0) *sq_norm = sum;
 }
 
@@ -224,6 +256,22 @@ struct InnerStep {
   __device__ double factor(const Hyper& h) const { return taken ? h.sign * h.inner_lr / norm : 0; }
 };
 
+// What a block of an inner step needs of it: one thread computes it, since double precision is slow on some chips.
+template <class State>
+struct Shared {
+  GradientScale<State> scale;
+  bool taken;
+
+  __device__ void compute(const MicroBatch& micro_batch, const Hyper& hyper) {
+    if (threadIdx.x == 0) {
+      const InnerStep step(micro_batch);
+      taken = step.taken;
+      scale = GradientScale<State>(step.factor(hyper));
+    }
+    __syncthreads();
+  }
+};
+
 // Counts an inner step; by one block, after all have read the sums.
 __device__ void advance(const Cycle& cycle, const MicroBatch& micro_batch, const InnerStep& step) {
   if (!micro_batch.n_norms) return;
@@ -239,21 +287,24 @@ __device__ void advance(const Cycle& cycle, const MicroBatch& micro_batch, const
   }
 }
 
-// Of one table: `step` of the parameters that took part, and ‖D‖² of each group, added to what earlier tables left.
+// Of one table: `step` of the parameters that took part, and ‖D‖² of each group, added to what earlier tables left. A
+// block for each group in turn would be slow for many groups: then each warp takes one at a time.
+template <int team>
 __device__ void finish_table(const Table& table, const Cycle& cycle, const InnerStep& step,
                              const double* displacement_sq, bool first) {
-  for (int64_t group = 0; group < cycle.groups; ++group) {
+  const int lane = threadIdx.x % team;
+  for (int64_t group = threadIdx.x / team; group < cycle.groups; group += kThreads / team) {
     double sum = 0;
     if (group < table.groups) {
       const int64_t* start = table.starts + 2 * group;
       if (cycle.sums[group] + step.length(cycle.hyper[group]) > 0)
-        for (int64_t i = start[0] + threadIdx.x; i < start[2]; i += kThreads) {
+        for (int64_t i = start[0] + lane; i < start[2]; i += team) {
           const Segment& row = table.rows[i];
           if (row.grad || is_touched(row, table.touch)) *pointer<float>(row.step) += 1;
         }
-      sum = sum_of(displacement_sq, start[1], start[3]);
+      sum = sum_of<team>(displacement_sq, start[1], start[3]);
     }
-    if (threadIdx.x == 0) {
+    if (lane == 0) {
       double* finished = cycle.finished_sums + 2 * cycle.groups + group;
       *finished = first ? sum : *finished + sum;
     }
@@ -290,14 +341,14 @@ struct Move {
   GradientScale<State> scale;
   uint32_t moves, lost_moves;
 
-  template <int width, int batch, bool aligned>
+  template <int width, int batch, bool aligned, bool aligned_g>
   __device__ __forceinline__ void apply(int i) {
     State w[batch][width];
     Storage gradient[batch][width] = {};
 #pragma unroll
     for (int b = 0; b < batch; ++b) {
-      load<true, aligned>(from + i + b * kThreads * width, w[b]);
-      if (g) load<true, aligned>(g + i + b * kThreads * width, gradient[b]);
+      load<aligned>(from + i + b * kThreads * width, w[b]);
+      if (g) load<aligned_g>(g + i + b * kThreads * width, gradient[b]);
     }
 #pragma unroll
     for (int b = 0; b < batch; ++b) {
@@ -330,34 +381,31 @@ __global__ void __launch_bounds__(kThreads, 3)
     inner_step_kernel(Table table, Cycle cycle, MicroBatch micro_batch, bool last_table) {
   using Storage = typename T::Storage;
   using State = typename T::State;
-  const InnerStep step(micro_batch);
-  int64_t group = -1;
-  double factor = 0;
+  const Part<kPart> part(table, blockIdx.x);
+  const Segment& row = part.row;
+  __shared__ Shared<State> step;
+  step.compute(micro_batch, cycle.hyper[row.group]);
+  const bool first = !is_touched(row, table.touch);
   Move<T> work{};
-  for (int64_t i = blockIdx.x; i < table.chunks; i += gridDim.x) {
-    const Chunk part(table, table.chunks - 1 - i);
-    const Segment& row = part.row;
-    if (row.group != group) {
-      group = row.group;
-      factor = step.factor(cycle.hyper[group]);
-      work.scale = GradientScale<State>(factor);
-    }
-    const bool first = !is_touched(row, table.touch);
-    if (!row.grad || !(step.taken || first)) continue;
-    work.g = step.taken ? part.at<const Storage>(row.grad) : nullptr;
-    work.weight = part.at<Storage>(row.weight);
-    work.walk = part.at<State>(row.walk);
-    State* const theta = part.at<State>(row.theta);
+  if (row.grad && (step.taken || first)) {
+    work.scale = step.scale;
+    work.g = step.taken ? part.template at<const Storage>(row.grad) : nullptr;
+    work.weight = part.template at<Storage>(row.weight);
+    work.walk = part.template at<State>(row.walk);
+    State* const theta = part.template at<State>(row.theta);
     work.from = T::low_precision && first ? theta : work.walk;
     work.theta = !T::low_precision && first ? theta : nullptr;
-    for_each_element<T, 2>(work, part.n, all_aligned(work.from, work.g, work.weight, work.walk, theta));
+    const bool aligned = all_aligned(work.from, work.weight, work.walk, theta);
+    for_each_element<width_of<State>, 2>(work, part.n, aligned, all_aligned(work.g));
   }
-  const uint64_t moves = block_sum(uint64_t(work.moves)), lost_moves = block_sum(uint64_t(work.lost_moves));
-  if (threadIdx.x == 0 && moves) {
-    atomicAdd(reinterpret_cast<unsigned long long*>(cycle.counts), static_cast<unsigned long long>(moves));
-    atomicAdd(reinterpret_cast<unsigned long long*>(cycle.counts + 1), static_cast<unsigned long long>(lost_moves));
+  const uint64_t counts = block_sum(uint64_t(work.lost_moves) << 32 | work.moves);
+  if (threadIdx.x == 0 && counts) {
+    auto* const total = reinterpret_cast<unsigned long long*>(cycle.counts);
+    atomicAdd(total, static_cast<unsigned long long>(counts & 0xffffffffu));
+    atomicAdd(total + 1, static_cast<unsigned long long>(counts >> 32));
   }
-  if (last_table && blockIdx.x == 0) advance(cycle, micro_batch, step);  // no block of an inner step reads the sums
+  // No block of an inner step reads the sums.
+  if (last_table && blockIdx.x == 0) advance(cycle, micro_batch, InnerStep(micro_batch));
 }
 
 // Displacement
@@ -373,14 +421,14 @@ struct Displace {
   GradientScale<State> scale;
   State share;
 
-  template <int width, int batch, bool aligned>
+  template <int width, int batch, bool aligned, bool aligned_g>
   __device__ __forceinline__ void apply(int i) {
     static_assert(batch == 1, "three operands are enough in flight");
     State old[width] = {}, w[width] = {};
     Storage gradient[width] = {};
-    if (theta) load<true, aligned>(theta + i, old);
-    if (theta || anchor) load<true, aligned>(walk + i, w);
-    if (g) load<true, aligned>(g + i, gradient);
+    if (theta) load<aligned>(theta + i, old);
+    if (theta || anchor) load<aligned>(walk + i, w);
+    if (g) load<aligned_g>(g + i, gradient);
     State D[width];
 #pragma unroll
     for (int j = 0; j < width; ++j) {
@@ -410,27 +458,24 @@ __global__ void __launch_bounds__(kThreads, 3)
     displace_kernel(Table table, Cycle cycle, MicroBatch micro_batch, double share, bool in_weight, bool last_table) {
   using Storage = typename T::Storage;
   using State = typename T::State;
-  const InnerStep step(micro_batch);
-  int64_t group = -1;
+  const Part<kPart> part(table, blockIdx.x);
+  const Segment& row = part.row;
+  __shared__ Shared<State> step;
+  step.compute(micro_batch, cycle.hyper[row.group]);
+  const bool touched = is_touched(row, table.touch);
+  State* const theta = part.template at<State>(row.theta);
   Displace<T> work{};
+  work.scale = step.scale;
   work.share = State(share);
-  for (int64_t i = blockIdx.x; i < table.chunks; i += gridDim.x) {
-    const Chunk part(table, table.chunks - 1 - i);
-    const Segment& row = part.row;
-    if (row.group != group) {
-      group = row.group;
-      work.scale = GradientScale<State>(step.factor(cycle.hyper[group]));
-    }
-    const bool touched = is_touched(row, table.touch);
-    State* const theta = part.at<State>(row.theta);
-    work.theta = touched ? theta : nullptr;
-    work.g = step.taken ? part.at<const Storage>(row.grad) : nullptr;
-    work.anchor = !T::low_precision && !touched ? theta : nullptr;
-    work.walk = part.at<State>(row.walk);
-    work.rounded = T::low_precision && in_weight ? part.at<Storage>(row.weight) : nullptr;
-    for_each_element<T, 1>(work, part.n, all_aligned(theta, work.g, work.walk, work.rounded));
-  }
-  if (last_table && blockIdx.x == 0) advance(cycle, micro_batch, step);  // no block of this kernel reads the sums
+  work.theta = touched ? theta : nullptr;
+  work.g = step.taken ? part.template at<const Storage>(row.grad) : nullptr;
+  work.anchor = !T::low_precision && !touched ? theta : nullptr;
+  work.walk = part.template at<State>(row.walk);
+  work.rounded = T::low_precision && in_weight ? part.template at<Storage>(row.weight) : nullptr;
+  const bool aligned = all_aligned(theta, work.walk, work.rounded);
+  for_each_element<width_of<State>, 1>(work, part.n, aligned, all_aligned(work.g));
+  // No block of this kernel reads the sums.
+  if (last_table && blockIdx.x == 0) advance(cycle, micro_batch, InnerStep(micro_batch));
 }
 
 // Outer step
@@ -463,18 +508,18 @@ struct Update {
   Storage* weight;
   double displacement_sq;
 
-  template <int width, int batch, bool aligned>
+  template <int width, int batch, bool aligned, bool aligned_g>
   __device__ __forceinline__ void apply(int i) {
     static_assert(batch == 1, "five operands are enough in flight");
     State old[width], w[width], m[width], v[width], v_max[width];
     Storage gradient[width];
-    load<true, aligned>(from + i, old);
-    if (!displaced || !g) load<true, aligned>(walk + i, w);
-    if (g) load<true, aligned>(g + i, gradient);
-    load<true, aligned>(exp_avg + i, m);
-    load<true, aligned>(exp_avg_sq + i, v);
+    load<aligned>(from + i, old);
+    if (!displaced || !g) load<aligned>(walk + i, w);
+    if (g) load<aligned_g>(g + i, gradient);
+    load<aligned>(exp_avg + i, m);
+    load<aligned>(exp_avg_sq + i, v);
     if (amsgrad && max_exp_avg_sq) {
-      load<true, aligned>(max_exp_avg_sq + i, v_max);
+      load<aligned>(max_exp_avg_sq + i, v_max);
     } else {
 #pragma unroll
       for (int j = 0; j < width; ++j) v_max[j] = -INFINITY;  // below every exp_avg_sq, which then is the maximum
@@ -525,9 +570,9 @@ __device__ __forceinline__ double update(const Scalars<T>& scalars, const Chunk&
       weight,
       0,
   };
-  for_each_element<T, 1>(work, part.n,
-                         all_aligned(work.from, work.walk, work.g, work.exp_avg, work.exp_avg_sq, work.max_exp_avg_sq,
-                                     work.theta, work.weight));
+  const bool aligned = all_aligned(work.from, work.walk, work.exp_avg, work.exp_avg_sq, work.max_exp_avg_sq, work.theta,
+                                   work.weight);
+  for_each_element<width_of<State>, 1>(work, part.n, aligned, all_aligned(work.g));
   return work.displacement_sq;
 }
 
@@ -539,10 +584,10 @@ struct Restore {
   const State* theta;
   Storage* weight;
 
-  template <int width, int batch, bool aligned>
+  template <int width, int batch, bool aligned, bool>
   __device__ __forceinline__ void apply(int i) {
     State old[width];
-    load<true, aligned>(theta + i, old);
+    load<aligned>(theta + i, old);
     if constexpr (T::low_precision) {
       Storage rounded[width];
 #pragma unroll
@@ -557,7 +602,8 @@ struct Restore {
 template <class T>
 __device__ __forceinline__ void restore(const Chunk& part) {
   Restore<T> work{part.at<const typename T::State>(part.row.theta), part.at<typename T::Storage>(part.row.weight)};
-  for_each_element<T, 1>(work, part.n, all_aligned(work.theta, work.weight));
+  const bool aligned = all_aligned(work.theta, work.weight);
+  for_each_element<width_of<typename T::State>, 1>(work, part.n, aligned, aligned);
 }
 
 // D = (θ − w) + γ·g/n;  G = D/Γ;  θ ← AdamW(θ, G);  w ← θ.  displacement_sq[chunk] = Σ D².
@@ -569,35 +615,33 @@ template <class T, bool amsgrad, bool displaced>
 __global__ void __launch_bounds__(kThreads, 2)
     outer_step_kernel(Table table, Cycle cycle, MicroBatch micro_batch, int64_t taken, double* displacement_sq,
                       uint32_t* arrivals, bool first_table, bool last_table) {
+  const int64_t chunk = blockIdx.x;
+  const Chunk part(table, chunk);
+  const Segment& row = part.row;
   __shared__ Scalars<T> scalars;
-  const InnerStep step(micro_batch);
-  int64_t group = -1;
-  float updates = -1;
-  for (int64_t i = blockIdx.x; i < table.chunks; i += gridDim.x) {
-    const int64_t chunk = table.chunks - 1 - i;
-    const Chunk part(table, chunk);
-    const Segment& row = part.row;
+  __shared__ bool moved, taken_last;
+  if (threadIdx.x == 0) {
     const Hyper& hyper = cycle.hyper[row.group];
+    const InnerStep step(micro_batch);
     const double walk_length = cycle.sums[row.group] + step.length(hyper);
-    const bool touched = is_touched(row, table.touch);
-    double sum = 0;
-    if ((touched || row.grad) && walk_length > 0) {
-      const float updates_before = *pointer<const float>(row.step);
-      if (row.group != group || updates_before != updates) {  // mostly those of the chunk before: powers are not cheap
-        group = row.group, updates = updates_before;
-        __syncthreads();
-        if (threadIdx.x == 0) compute(scalars, hyper, double(updates) + 1, step.factor(hyper), walk_length);
-        __syncthreads();
-      }
-      sum = update<T, amsgrad, displaced>(scalars, part, touched, displaced || step.taken);
-    } else if constexpr (displaced) {
-      restore<T>(part);
-    }
-    sum = block_sum(sum);
-    if (threadIdx.x == 0) displacement_sq[chunk] = sum;
+    moved = walk_length > 0, taken_last = step.taken;
+    if (moved) compute(scalars, hyper, double(*pointer<const float>(row.step)) + 1, step.factor(hyper), walk_length);
   }
+  __syncthreads();
+  const bool touched = is_touched(row, table.touch);
+  double sum = 0;
+  if ((touched || row.grad) && moved)
+    sum = update<T, amsgrad, displaced>(scalars, part, touched, displaced || taken_last);
+  else if constexpr (displaced)
+    restore<T>(part);
+  sum = block_sum(sum);
+  if (threadIdx.x == 0 && chunk < table.chunks) displacement_sq[chunk] = sum;
   if (is_last_block(arrivals)) {  // nobody reads steps or sums any more
-    finish_table(table, cycle, step, displacement_sq, first_table);
+    const InnerStep step(micro_batch);
+    if (cycle.groups < kThreads / kWarp)
+      finish_table<kThreads>(table, cycle, step, displacement_sq, first_table);
+    else
+      finish_table<kWarp>(table, cycle, step, displacement_sq, first_table);
     if (last_table) {
       __syncthreads();
       advance(cycle, micro_batch, step);
@@ -614,31 +658,37 @@ __global__ void __launch_bounds__(kThreads, 2)
                            "). An error of work started earlier shows up here too: CUDA_LAUNCH_BLOCKING=1 tells which");
 }
 
-// Starts a kernel with one block for each of `items`, but no more than the device holds at a time.
-template <class... Parameters, class... Arguments>
-void launch(const char* name, void (*kernel)(Parameters...), int64_t items, const Where& where,
-            const Arguments&... arguments) {
-  static std::map<std::pair<const void*, int>, int64_t> resident;  // the caller holds Python's lock
-  const int device = where.device;
-  const auto check = [&](cudaError_t error) {
-    if (error != cudaSuccess) {
-      cudaGetLastError();
-      fail(name, device, error);
-    }
-  };
-  check(cudaSetDevice(device));
-  int64_t& blocks = resident[{reinterpret_cast<const void*>(kernel), device}];
+void check(cudaError_t error, const char* kernel, int device) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();
+  fail(kernel, device, error);
+}
+
+// The blocks of a kernel that a device holds at a time.
+template <class... Parameters>
+int64_t resident(const char* name, void (*kernel)(Parameters...), int device) {
+  static std::map<std::pair<const void*, int>, int64_t> known;  // the caller holds Python's lock
+  int64_t& blocks = known[{reinterpret_cast<const void*>(kernel), device}];
   if (!blocks) {
     int processors = 0, each = 0;
-    check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, kThreads, 0));
+    check(cudaSetDevice(device), name, device);
+    check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), name, device);
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, kThreads, 0), name, device);
     blocks = int64_t(processors) * each;
   }
+  return blocks;
+}
+
+// Starts a kernel; without blocks there is nothing to do.
+template <class... Parameters, class... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, const Where& where,
+            const Arguments&... arguments) {
+  check(cudaSetDevice(where.device), name, where.device);
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(std::clamp<int64_t>(items, 1, blocks)));
+  config.gridDim = dim3(static_cast<unsigned>(std::max<int64_t>(blocks, 1)));
   config.blockDim = dim3(kThreads);
   config.stream = static_cast<cudaStream_t>(where.stream);
-  check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
+  check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), name, where.device);
 }
 
 template <class Function>
@@ -705,15 +755,18 @@ uint64_t capture_id(void* stream) {
 void sq_norm(const Table& table, DType dtype, double* partials, double* sq_norm, uint32_t* arrivals,
              const Where& where) {
   with_dtype(dtype, [&](auto type) {
-    launch("sq_norm", sq_norm_kernel<decltype(type)>, table.chunks, where, table, partials, sq_norm, arrivals);
+    const auto kernel = sq_norm_kernel<decltype(type)>;
+    const int64_t blocks = std::min(table.chunks, resident("sq_norm", kernel, where.device));
+    launch("sq_norm", kernel, blocks, where, table, partials, sq_norm, arrivals);
   });
 }
 
 void sum_squares(const void* grad, int64_t length, DType dtype, double* partials, const Where& where) {
   with_dtype(dtype, [&](auto type) {
     using Storage = typename decltype(type)::Storage;
-    launch("sum_squares", sum_squares_kernel<decltype(type)>, (length + kChunk - 1) / kChunk, where,
-           static_cast<const Storage*>(grad), length, partials);
+    const auto kernel = sum_squares_kernel<decltype(type)>;
+    const int64_t blocks = std::min((length + kChunk - 1) / kChunk, resident("sum_squares", kernel, where.device));
+    launch("sum_squares", kernel, blocks, where, static_cast<const Storage*>(grad), length, partials);
   });
 }
 
@@ -724,7 +777,8 @@ void add_up(const double* partials, int64_t chunks, double* sq_norm, const Where
 void inner_step(const Table& table, DType dtype, const Cycle& cycle, const MicroBatch& micro_batch,
                 const Where& where) {
   with_dtype(dtype, [&](auto type) {
-    launch("inner_step", inner_step_kernel<decltype(type)>, table.chunks, where, table, cycle, micro_batch, where.last);
+    launch("inner_step", inner_step_kernel<decltype(type)>, table.chunks * (kChunk / kPart), where, table, cycle,
+           micro_batch, where.last);
   });
 }
 
@@ -744,8 +798,8 @@ void outer_step(const Table& table, DType dtype, bool amsgrad, const Cycle& cycl
 void displace(const Table& table, DType dtype, const Cycle& cycle, const MicroBatch& micro_batch, double share,
               bool in_weight, const Where& where) {
   with_dtype(dtype, [&](auto type) {
-    launch("displace", displace_kernel<decltype(type)>, table.chunks, where, table, cycle, micro_batch, share, in_weight,
-           where.last);
+    launch("displace", displace_kernel<decltype(type)>, table.chunks * (kChunk / kPart), where, table, cycle, micro_batch,
+           share, in_weight, where.last);
   });
 }
 

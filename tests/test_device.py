@@ -111,11 +111,11 @@ def test_chunks_are_balanced():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("offset", [0, 1])
-def test_one_gradient_as_in_the_table(backend, dtype, offset):
+@pytest.mark.parametrize("offsets", [(0, 0), (1, 1)])
+def test_one_gradient_as_in_the_table(backend, dtype, offsets):
     """`sum_squares` gives the partial sums of `sq_norm`, of every chunk and alignment, and they add up to the same."""
     sizes = [0, 5, 3 * CHUNK_ELEMENTS + 17, 2048]
-    table, module = make_table(dtype, sizes, offset=offset), make_cycle(backend).backend
+    table, module = make_table(dtype, sizes, offsets=offsets), make_cycle(backend).backend
     expected = module.sq_norm(table).clone()
     table.partials.fill_(float("nan"))
     for segment in table.segments:
@@ -149,10 +149,11 @@ def test_offsets_beyond_int32(backend, dtype):
     assert_same(*results)
 
 
-def test_more_groups_than_a_block(backend):
-    """Triton's scalars go through blocks of 32 groups, CUDA's through a block's 256 threads."""
-    results = []
-    many = 300 if backend == "cuda" else 70
+@pytest.mark.parametrize("many", [7, 8, 20, 70, 300])
+def test_many_groups(backend, many):
+    """Triton's scalars go through blocks of 32 groups, CUDA's through a block's 256 threads; from 8 groups on, ‖D‖² of
+    one is a warp's."""
+    results, alignments = [], []
     for which in ("reference", backend):
         torch.manual_seed(0)
         params = [nn.Parameter(torch.randn(3)) for _ in range(many)]
@@ -160,7 +161,9 @@ def test_more_groups_than_a_block(backend):
         optimizer = NexusAdamW(groups, backend=which)
         run(optimizer, params, 9)
         results.append([*values(params), *(s["step"] for s in optimizer.state_dict()["state"].values())])
+        alignments.append(optimizer.metrics()["alignment"])
     assert_same(*results)
+    assert alignments[0] == pytest.approx(alignments[1], rel=1e-12)
 
 
 # Steps captured into a CUDA graph, played by calls that are recorded instead of made

@@ -55,10 +55,10 @@ def compare(name, dtype, **kwargs):
 @pytest.mark.parametrize("name", FUSED)
 @pytest.mark.parametrize(("dtype", "low"), [*((dtype, False) for dtype in DTYPES), *((dtype, True) for dtype in LOW)])
 class TestParity:
-    @pytest.mark.parametrize(("sizes", "offset"), [(SIZES, 0), ([1023, 5, 33], 1), ([1100], 3)])
-    def test_sizes_and_alignments(self, name, dtype, low, sizes, offset):
+    @pytest.mark.parametrize(("sizes", "offsets"), [(SIZES, (0, 0)), ([1023, 5, 33], (1, 1)), ([1100], (0, 3))])
+    def test_sizes_and_alignments(self, name, dtype, low, sizes, offsets):
         for touched in ((), range(len(sizes))):
-            compare(name, dtype, low=low, sizes=sizes, offset=offset, touched=touched)
+            compare(name, dtype, low=low, sizes=sizes, offsets=offsets, touched=touched)
 
     def test_who_takes_part(self, name, dtype, low):
         """Touched or not, with or without a gradient, moved on another rank or on none."""

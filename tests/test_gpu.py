@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import DTYPES, assert_same
-from test_parity import SIZES, compare, contents, make_cycle, make_table, run_function, sq_norm
+from test_parity import OFFSETS, SIZES, compare, contents, make_cycle, make_table, run_function, sq_norm
 from torch import nn
 
 import nexus_fused.table
@@ -147,13 +147,13 @@ def compare_all(name, dtype, **table):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 class TestKernelParity:
     @pytest.mark.parametrize("size", SIZES)
-    @pytest.mark.parametrize("offset", [0, 1, 3])
-    def test_sizes_and_alignments(self, backend, dtype, size, offset):
+    @pytest.mark.parametrize("offsets", OFFSETS)
+    def test_sizes_and_alignments(self, backend, dtype, size, offsets):
         sizes = [size, 5, size]
-        made = make_table(dtype, sizes, offset=offset, device=CUDA)
+        made = make_table(dtype, sizes, offsets=offsets, device=CUDA)
         torch.testing.assert_close(sq_norm(backend, made), reference.sq_norm(made), rtol=1e-12, atol=0)
         for touched in ((), (0, 1, 2), (1,)):
-            compare_all(backend, dtype, sizes=sizes, offset=offset, touched=touched)
+            compare_all(backend, dtype, sizes=sizes, offsets=offsets, touched=touched)
 
     def test_many_chunks(self, backend, dtype):
         compare_all(backend, dtype, sizes=[1_000_003, 3, 200_000], touched=(0, 2), flatten=True)

@@ -16,6 +16,7 @@ from nexus_fused.cycle import Cycle, MicroBatch
 from nexus_fused.flat import make_segment
 from nexus_fused.table import CHUNK_ELEMENTS, COLUMNS, Table
 
+OFFSETS = [(0, 0), (1, 1), (3, 3), (0, 1)]  # of weights and of gradients, which may be the only ones off 16 bytes
 SIZES = [0, 1, 31, 1023, CHUNK_ELEMENTS - 1, CHUNK_ELEMENTS, CHUNK_ELEMENTS + 1, 3 * CHUNK_ELEMENTS + 17]
 FUSED = [name for name in BACKENDS if name != "reference"]
 HYPER = {
@@ -34,14 +35,18 @@ CPU = torch.device("cpu")
 
 
 def make_table(
-    dtype, sizes, *, offset=0, touched=(), gradients="all", flatten=False, amsgrad=False, bad=None, device=CPU
+    dtype, sizes, *, offsets=(0, 0), touched=(), gradients="all", flatten=False, amsgrad=False, bad=None, device=CPU
 ):
-    """A table with random weights, moments, θ and gradients; unwritten memory is NaN. `offset`: of the weights."""
+    """A table with random weights, moments, θ and gradients; unwritten memory is NaN. offsets: of both."""
+
+    def randn(numel, offset):
+        return torch.randn(numel + offset, dtype=torch.float64).to(device, dtype)[offset:]
+
     torch.manual_seed(0)
     table = Table(device, dtype)
     segments = []
     for i, size in enumerate(sizes):
-        param = nn.Parameter(torch.randn(size + offset, dtype=torch.float64).to(device, dtype)[offset:])
+        param = nn.Parameter(randn(size, offsets[0]))
         segments.append(make_segment(param, group=0, index=i, state={}))
     table.extend(segments, flatten=flatten)
     table.set_amsgrad(0, amsgrad)
@@ -63,7 +68,7 @@ def make_table(
             else:
                 segment.theta.copy_(segment.walk + 0.01 * torch.randn(segment.numel).to(device))
         if gradients == "all" or i in gradients:
-            segment.param.grad = torch.randn(segment.numel + offset, dtype=torch.float64).to(device, dtype)[offset:]
+            segment.param.grad = randn(segment.numel, offsets[1])
             if bad is not None and segment.numel:
                 segment.param.grad[-1] = bad
     table.set_touched([s for i, s in enumerate(table.segments) if i in touched], True)
@@ -126,13 +131,13 @@ def sq_norm(name, table):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 class TestParity:
     @pytest.mark.parametrize("size", SIZES)
-    @pytest.mark.parametrize("offset", [0, 1, 3])
-    def test_sizes_and_alignments(self, name, dtype, size, offset):
-        made = make_table(dtype, [size, 5, size], offset=offset)
+    @pytest.mark.parametrize("offsets", OFFSETS)
+    def test_sizes_and_alignments(self, name, dtype, size, offsets):
+        made = make_table(dtype, [size, 5, size], offsets=offsets)
         torch.testing.assert_close(sq_norm(name, made), reference.sq_norm(made), rtol=1e-12, atol=0)
         for function in ("inner_step", "outer_step"):
             for touched in ((), (0, 1, 2)):
-                compare(function, name, dtype, sizes=[size, 5, size], offset=offset, touched=touched)
+                compare(function, name, dtype, sizes=[size, 5, size], offsets=offsets, touched=touched)
 
     @pytest.mark.parametrize("position", range(3))
     def test_empty_parameter_in_every_position(self, name, dtype, position):

@@ -18,9 +18,13 @@
 #define __noinline__
 #define __shared__ static
 #define __launch_bounds__(...)
+#define __builtin_assume(...)
 
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
+};
+struct alignas(8) uint2 {
+  uint32_t x, y;
 };
 struct dim3 {
   unsigned x, y, z;
@@ -131,13 +135,7 @@ X __shfl_down_sync(unsigned, X value, unsigned distance) {
 
 inline void __threadfence() {}
 template <class X>
-X __ldcs(const X* from) { return *from; }
-template <class X>
-X __ldg(const X* from) { return *from; }
-template <class X>
 X __ldcg(const X* from) { return *from; }
-template <class X>
-void __stcs(X* to, X value) { *to = value; }
 template <class X>
 X atomicAdd(X* to, X value) {
   const X before = *to;
