@@ -21,7 +21,7 @@ from triton.compiler import ASTSource
 import nexus_fused
 from nexus_fused import triton as backend
 from nexus_fused.cycle import MicroBatch
-from nexus_fused.triton_kernels import displace, inner_step, outer_step, scalars, sq_norm
+from nexus_fused.triton_kernels import displace, elements, inner_step, outer_step, scalars, sq_norm
 
 TABLE = Path(__file__).with_name("registers.json")
 TYPES = {torch.float64: "*fp64", torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32"}
@@ -60,8 +60,9 @@ def launches():
 
 def compile_kernel(kernel, types, constants, target):
     """The compiled kernel; pointers are multiples of 16 bytes, as PyTorch's allocators give them."""
-    options = {"num_warps": constants["num_warps"], "enable_fp_fusion": False}
-    constants = {name: value for name, value in constants.items() if name != "num_warps"}
+    options = {name: constants[name] for name in ("num_warps", "maxnreg") if name in constants}
+    options["enable_fp_fusion"] = False
+    constants = {name: value for name, value in constants.items() if name not in options}
     given = dict(zip(kernel.arg_names, types, strict=False))
     constants |= {name: None for name, type_ in given.items() if type_ is None}
     signature = {name: "constexpr" if name in constants else given[name] for name in kernel.arg_names}
@@ -71,8 +72,23 @@ def compile_kernel(kernel, types, constants, target):
     return triton.compile(source, target=target, options=options)
 
 
+def conversions(ttgir):
+    """Of each loop, in their order: how many values change hands between threads, through shared memory, on each turn."""
+    counts, inside = [], None  # the indentation of the loop we are in
+    for line in ttgir.splitlines():
+        indentation = len(line) - len(line.lstrip())
+        if inside is not None and line.strip() and indentation <= inside:
+            inside = None
+        if inside is None and "scf.for" in line:
+            inside = indentation
+            counts.append(0)
+        elif inside is not None:
+            counts[-1] += "ttg.convert_layout" in line
+    return counts
+
+
 def nvidia_figures(ptx, arch):
-    """From PTX: 16-byte accesses and contracted products; from ptxas, which comes with Triton: registers, spills."""
+    """From PTX: accesses of 16 bytes and contracted products; from ptxas, which comes with Triton: registers, spills."""
     folder = Path(triton.__file__).parent / "backends/nvidia/bin"
     name = "ptxas-blackwell" if arch >= 100 and (folder / "ptxas-blackwell").exists() else "ptxas"
     gpu = re.search(r"\.target (\w+)", ptx).group(1)
@@ -95,14 +111,15 @@ def amd_figures(assembly):
     return {
         "registers": int(re.search(r"\.vgpr_count:\s*(\d+)", assembly).group(1)),
         "spilled": sum(map(int, re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", assembly))),
-        "loads": len(re.findall(r"global_load_dwordx4", assembly)),
-        "stores": len(re.findall(r"global_store_dwordx4", assembly)),
+        "loads": len(re.findall(r"(?:global|buffer)_load_dwordx4", assembly)),
+        "stores": len(re.findall(r"(?:global|buffer)_store_dwordx4", assembly)),
     }
 
 
 def figures(target_name):
     """{kernel and constants: figures} for "cuda:90" or "hip:gfx942"."""
     platform, _, arch = target_name.partition(":")
+    elements.LANES, elements.LIMITS_REGISTERS = (64, False) if platform == "hip" else (32, True)
     target = GPUTarget(platform, int(arch), 32) if platform == "cuda" else GPUTarget(platform, arch, 64)
     made = {}
     for kernel, types, constants in launches():
@@ -113,6 +130,7 @@ def figures(target_name):
         made[key] = (
             nvidia_figures(assembly["ptx"], int(arch)) if platform == "cuda" else amd_figures(assembly["amdgcn"])
         )
+        made[key]["conversions"] = conversions(assembly["ttgir"])
     return made
 
 

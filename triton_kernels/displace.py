@@ -12,55 +12,45 @@ from ..table import Table
 from .elements import (
     GRAD,
     GROUP,
+    PART,
+    PARTS,
     THETA,
     TOUCHED,
     WALK,
     WEIGHT,
     address_of,
-    chunk_of,
     constants_of,
     is_touched,
     launch,
     load,
+    load_gradient,
+    part_of,
     power_and_rest,
     store,
+    wide_part,
 )
 
 
 @triton.jit
 def _displace(
-    addresses, scale, touched, taken, in_weight, share, offsets, n,
-    STORAGE: tl.constexpr, STATE: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr,
+    addresses, scale, touched, taken, in_weight, share, aligned_g, offsets, n,
+    STORAGE: tl.constexpr, STATE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One block."""
     theta, g, walk, weight = addresses
     power, rest = scale
     D = tl.zeros([offsets.shape[0]], STATE)
     if touched:
-        D = load(theta, offsets, n, STATE, ALIGNED, MASKED) - load(walk, offsets, n, STATE, ALIGNED, MASKED)
+        D = load(theta, offsets, n, STATE, WIDE) - load(walk, offsets, n, STATE, WIDE)
     elif STORAGE == STATE:
-        store(theta, offsets, n, load(walk, offsets, n, STATE, ALIGNED, MASKED), STATE, ALIGNED, MASKED)
+        store(theta, offsets, n, load(walk, offsets, n, STATE, WIDE), STATE, WIDE)
     if taken:  # the gradient of a skipped step may hold NaN
-        D = D + (load(g, offsets, n, STORAGE, ALIGNED, MASKED) * power) * rest
+        D = D + (load_gradient(g, aligned_g, offsets, n, STORAGE, WIDE) * power) * rest
     D = D * share
     if in_weight:
-        store(weight, offsets, n, D, STORAGE, ALIGNED, MASKED)
+        store(weight, offsets, n, D, STORAGE, WIDE)
     else:
-        store(walk, offsets, n, D, STATE, ALIGNED, MASKED)
-
-
-@triton.jit
-def _displace_chunk(
-    addresses, scale, touched, taken, in_weight, share, n,
-    STORAGE: tl.constexpr, STATE: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
-    lanes = tl.arange(0, BLOCK)
-    full = n // BLOCK * BLOCK
-    for start in range(0, full, BLOCK):
-        offsets = start + lanes
-        _displace(addresses, scale, touched, taken, in_weight, share, offsets, n, STORAGE, STATE, ALIGNED, False)
-    if full < n:
-        _displace(addresses, scale, touched, taken, in_weight, share, full + lanes, n, STORAGE, STATE, False, True)
+        store(walk, offsets, n, D, STATE, WIDE)
 
 
 @triton.jit(do_not_specialize=["touch", "share", "in_weight"])
@@ -73,7 +63,7 @@ def displace_kernel(
     share: the bits of a float64, which an argument cannot be. Bytes per element, float32: reads θ w g, writes w, or
     reads w g, writes θ w (16). Below: reads θ walk g, writes walk (14) or the weight (12).
     """
-    row, begin, n = chunk_of(rows, row_of_chunk)
+    row, begin, n = part_of(rows, row_of_chunk, PART)
     g, weight = address_of(row, GRAD, begin, STORAGE), address_of(row, WEIGHT, begin, STORAGE)
     theta, walk = address_of(row, THETA, begin, STATE), address_of(row, WALK, begin, STATE)
     touched = is_touched(tl.load(row + TOUCHED), g, touch)
@@ -81,11 +71,17 @@ def displace_kernel(
     taken = (g != 0) & (factor_of_group != 0)
     addresses = (theta, g, walk, weight)
     scale = power_and_rest(factor_of_group, STATE)
-    part = share.to(tl.float64, bitcast=True).to(STATE)
-    if (g | theta | walk | weight) % 16 == 0:
-        _displace_chunk(addresses, scale, touched, taken, in_weight != 0, part, n, STORAGE, STATE, BLOCK, True)
-    else:
-        _displace_chunk(addresses, scale, touched, taken, in_weight != 0, part, n, STORAGE, STATE, BLOCK, False)
+    of_one = share.to(tl.float64, bitcast=True).to(STATE)
+    in_weight = in_weight != 0
+    aligned_g = g % 16 == 0
+    wide = wide_part((theta | walk | weight) % 16 == 0, n, BLOCK)
+    lanes = tl.arange(0, BLOCK)
+    for start in range(0, wide, BLOCK):
+        offsets = start + lanes
+        _displace(addresses, scale, touched, taken, in_weight, of_one, aligned_g, offsets, n, STORAGE, STATE, True)
+    for start in range(wide, n, BLOCK):
+        offsets = start + lanes
+        _displace(addresses, scale, touched, taken, in_weight, of_one, aligned_g, offsets, n, STORAGE, STATE, False)
 
 
 def displace(table: Table, cycle: Cycle, share: float) -> None:
@@ -93,7 +89,7 @@ def displace(table: Table, cycle: Cycle, share: float) -> None:
     rows, row_of_chunk, _, touch = table.on_device()
     (bits,) = struct.unpack("q", struct.pack("d", share))
     launch(
-        displace_kernel, table.chunks,
+        displace_kernel, table.chunks * PARTS,
         rows, row_of_chunk, cycle.factor, bits, int(table.displacement_in_weight), touch,
         **constants_of(table.dtype, block=1024),
     )  # fmt: skip

@@ -15,6 +15,13 @@ WEIGHT, GRAD, THETA, WALK, EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ, STEP, LENGTH, GR
     tl.constexpr(column) for column in range(len(COLUMNS))
 )
 CHUNK = tl.constexpr(CHUNK_ELEMENTS)
+PART = tl.constexpr(
+    4096
+)  # elements of a program that sums nothing over its chunk: memory likes small ones (docs/gpu.md)
+PARTS = CHUNK_ELEMENTS // PART.value  # of a chunk
+
+LANES = 32 if torch.version.hip is None else 64  # threads of a warp
+LIMITS_REGISTERS = torch.version.hip is None and getattr(torch.version, "xpu", None) is None  # as NVIDIA's compiler
 
 STORAGE = {
     torch.float64: tl.float64,
@@ -43,21 +50,32 @@ def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
         ) from error
 
 
-def constants_of(dtype: torch.dtype, *, block: int) -> dict[str, Any]:
+def constants_of(dtype: torch.dtype, *, block: int, each: int = 4) -> dict[str, Any]:
     """STORAGE (of weight and gradient), STATE (of everything else), BLOCK (elements that a program works on at a time)
-    and num_warps of a table's kernels: twice the threads for float64, whose elements take two registers each."""
+    and num_warps of a table's kernels.
+
+    each: elements of a thread, in float64 half of them. With 4 it has 16 bytes of float32 state: with more, blocks of
+    2-byte weights and gradients are moved between threads through shared memory, and registers run short.
+    """
     wide = dtype == torch.float64
-    state, num_warps = (tl.float64, 8) if wide else (tl.float32, 4)
-    return {"STORAGE": STORAGE[dtype], "STATE": state, "BLOCK": block, "num_warps": num_warps}
+    state, each = (tl.float64, each // 2) if wide else (tl.float32, each)
+    return {"STORAGE": STORAGE[dtype], "STATE": state, "BLOCK": block, "num_warps": block // each // LANES}
+
+
+def at_most_registers(limit: int) -> dict[str, Any]:
+    """Constants that keep a thread to so many. Left to itself, NVIDIA's compiler aims lower and spills."""
+    return {"maxnreg": limit} if LIMITS_REGISTERS else {}
 
 
 @triton.jit
-def chunk_of(rows, row_of_chunk):
-    """This program's row, the first element of its chunk (int64) and the number of elements (int32)."""
-    chunk = tl.program_id(0).to(tl.int64)
+def part_of(rows, row_of_chunk, SIZE: tl.constexpr):
+    """This program's row, the first element of its part of a chunk (int64) and the number of elements (int32), 0 behind
+    the row's end. SIZE: elements of a part, CHUNK or PART."""
+    number = tl.program_id(0).to(tl.int64)
+    chunk = number // (CHUNK // SIZE)
     row = rows + tl.load(row_of_chunk + chunk).to(tl.int64) * N_COLUMNS
-    begin = (chunk - tl.load(row + FIRST_CHUNK)) * CHUNK
-    return row, begin, tl.minimum(tl.load(row + LENGTH) - begin, CHUNK).to(tl.int32)
+    begin = (chunk - tl.load(row + FIRST_CHUNK)) * CHUNK + number % (CHUNK // SIZE) * SIZE
+    return row, begin, tl.maximum(tl.minimum(tl.load(row + LENGTH) - begin, SIZE), 0).to(tl.int32)
 
 
 @triton.jit
@@ -85,12 +103,7 @@ def _pointers(address, offsets, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def load(address, offsets, n, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr):
-    """Elements at `offsets` as float32 (float64 for float64); zeros from `n` on.
-
-    ALIGNED promises that `address` is a multiple of 16, and lets the compiler load 16 bytes at a time. It could not
-    under a mask that depends on a length: only the last block of a chunk is MASKED.
-    """
+def _load(address, offsets, n, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr):
     pointers = _pointers(address, offsets, DTYPE, ALIGNED)
     if MASKED:
         values = tl.load(pointers, mask=offsets < n, other=0)
@@ -105,9 +118,32 @@ def load(address, offsets, n, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, MASKED
 
 
 @triton.jit
-def store(address, offsets, n, values, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr):
+def load(address, offsets, n, DTYPE: tl.constexpr, WIDE: tl.constexpr):
+    """Elements at `offsets` as float32 (float64 for float64); zeros from `n` on.
+
+    WIDE promises that `address` is a multiple of 16 and that all elements exist, and lets the compiler load 16 bytes at
+    a time. It could not under a mask that depends on a length: the last block of a chunk goes one by one.
+    """
+    return _load(address, offsets, n, DTYPE, WIDE, not WIDE)
+
+
+@triton.jit
+def load_gradient(address, aligned, offsets, n, DTYPE: tl.constexpr, WIDE: tl.constexpr):
+    """The same of a gradient, which may lie anywhere: in a bucket of DistributedDataParallel, for example."""
+    if WIDE:
+        if aligned:
+            values = _load(address, offsets, n, DTYPE, True, False)
+        else:
+            values = _load(address, offsets, n, DTYPE, False, False)
+    else:
+        values = _load(address, offsets, n, DTYPE, False, True)
+    return values
+
+
+@triton.jit
+def store(address, offsets, n, values, DTYPE: tl.constexpr, WIDE: tl.constexpr):
     """Writes `values`, rounded to nearest, ties to even; see `load`."""
-    pointers = _pointers(address, offsets, DTYPE, ALIGNED)
+    pointers = _pointers(address, offsets, DTYPE, WIDE)
     if DTYPE == tl.bfloat16:
         bits = values.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -115,10 +151,16 @@ def store(address, offsets, n, values, DTYPE: tl.constexpr, ALIGNED: tl.constexp
         values = rounded.to(tl.uint16).to(tl.int16, bitcast=True)
     else:
         values = values.to(DTYPE)
-    if MASKED:
-        tl.store(pointers, values, mask=offsets < n)
-    else:
+    if WIDE:
         tl.store(pointers, values)
+    else:
+        tl.store(pointers, values, mask=offsets < n)
+
+
+@triton.jit
+def wide_part(aligned, n, BLOCK: tl.constexpr):
+    """How many of n elements, from the first on, are in blocks that can be WIDE."""
+    return tl.where(aligned, n // BLOCK * BLOCK, 0)
 
 
 @triton.jit

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..cycle import BETA1, BETA2, EPS, HYPER, LR, NORMALIZE, WEIGHT_DECAY, Cycle
 from ..table import Table
 from .elements import (
+    CHUNK,
     EXP_AVG,
     EXP_AVG_SQ,
     GRAD,
@@ -20,13 +21,16 @@ from .elements import (
     WALK,
     WEIGHT,
     address_of,
-    chunk_of,
+    at_most_registers,
     constants_of,
     is_touched,
     launch,
     load,
+    load_gradient,
+    part_of,
     power_and_rest,
     store,
+    wide_part,
 )
 
 _LR, _BETA1, _BETA2, _EPS, _WEIGHT_DECAY, _NORMALIZE = (
@@ -79,88 +83,59 @@ def _scalars(hyper, group, step, gamma, STATE: tl.constexpr):
 
 @triton.jit
 def _update(
-    addresses, scale, scalars, with_gradient, offsets, n, total,
-    STORAGE: tl.constexpr, STATE: tl.constexpr, AMSGRAD: tl.constexpr, DISPLACED: tl.constexpr,
-    ALIGNED: tl.constexpr, MASKED: tl.constexpr,
+    addresses, scale, scalars, with_gradient, aligned_g, offsets, n, total,
+    STORAGE: tl.constexpr, STATE: tl.constexpr, AMSGRAD: tl.constexpr, DISPLACED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One block; returns `total` with each lane's D² added, float64. DISPLACED: D is read from g, in the dtype of
-    gradients, or without one from `walk_source`."""
+    """One block; returns `total` with the D² of each 4 elements, which one thread has, added, float64.
+
+    DISPLACED: D is read from g, in the dtype of gradients, or without one from `walk_source`.
+    """
     theta_source, walk_source, g, exp_avg, exp_avg_sq, max_exp_avg_sq, theta, weight = addresses
     power, rest = scale
     inv_gamma, decay, beta1, one_minus_beta1, from_start, beta2, one_minus_beta2, neg_step_size, inv_root, eps = scalars
-    old = load(theta_source, offsets, n, STATE, ALIGNED, MASKED)
+    old = load(theta_source, offsets, n, STATE, WIDE)
     if DISPLACED:
         if STORAGE == STATE:
-            D = load(walk_source, offsets, n, STATE, ALIGNED, MASKED)
+            D = load(walk_source, offsets, n, STATE, WIDE)
         elif with_gradient:
-            D = load(g, offsets, n, STORAGE, ALIGNED, MASKED)
+            D = load_gradient(g, aligned_g, offsets, n, STORAGE, WIDE)
         else:
-            D = load(walk_source, offsets, n, STATE, ALIGNED, MASKED)
+            D = load(walk_source, offsets, n, STATE, WIDE)
     else:
-        walk = load(walk_source, offsets, n, STATE, ALIGNED, MASKED)
-        gradient = tl.where(with_gradient, load(g, offsets, n, STORAGE, ALIGNED, MASKED), 0.0)
-    m = load(exp_avg, offsets, n, STATE, ALIGNED, MASKED)
-    v = load(exp_avg_sq, offsets, n, STATE, ALIGNED, MASKED)
+        walk = load(walk_source, offsets, n, STATE, WIDE)
+        gradient = load_gradient(g, aligned_g, offsets, n, STORAGE, WIDE)
+        gradient = tl.where(with_gradient, gradient, 0.0)
+    m = load(exp_avg, offsets, n, STATE, WIDE)
+    v = load(exp_avg_sq, offsets, n, STATE, WIDE)
 
     if not DISPLACED:
         D = (old - walk) + (gradient * power) * rest
     wide = D.to(tl.float64)
-    total += wide * wide
+    total += tl.sum(tl.reshape(wide * wide, [total.shape[0], 4]), axis=1)
     G = D * inv_gamma
     change = G - m
     m = tl.where(from_start, m + one_minus_beta1 * change, G - beta1 * change)
     v = beta2 * v + (one_minus_beta2 * G) * G
-    store(exp_avg, offsets, n, m, STATE, ALIGNED, MASKED)
-    store(exp_avg_sq, offsets, n, v, STATE, ALIGNED, MASKED)
+    store(exp_avg, offsets, n, m, STATE, WIDE)
+    store(exp_avg_sq, offsets, n, v, STATE, WIDE)
     if AMSGRAD:
         if max_exp_avg_sq != 0:
-            maximum = load(max_exp_avg_sq, offsets, n, STATE, ALIGNED, MASKED)
+            maximum = load(max_exp_avg_sq, offsets, n, STATE, WIDE)
             # As torch.maximum: NaN wins.
             v = tl.where((maximum > v) | (maximum != maximum), maximum, v)
-            store(max_exp_avg_sq, offsets, n, v, STATE, ALIGNED, MASKED)
+            store(max_exp_avg_sq, offsets, n, v, STATE, WIDE)
     denom = _sqrt(v) * inv_root + eps
     new = old * decay + _divide(neg_step_size * m, denom)
-    store(theta, offsets, n, new, STATE, ALIGNED, MASKED)
+    store(theta, offsets, n, new, STATE, WIDE)
     if STORAGE != STATE:
-        store(weight, offsets, n, new, STORAGE, ALIGNED, MASKED)
+        store(weight, offsets, n, new, STORAGE, WIDE)
     return total
 
 
 @triton.jit
-def _update_chunk(
-    addresses, scale, scalars, with_gradient, n,
-    STORAGE: tl.constexpr, STATE: tl.constexpr, AMSGRAD: tl.constexpr, DISPLACED: tl.constexpr,
-    BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
-    total = tl.zeros([BLOCK], tl.float64)
-    lanes = tl.arange(0, BLOCK)
-    full = n // BLOCK * BLOCK
-    for start in range(0, full, BLOCK):
-        total = _update(
-            addresses, scale, scalars, with_gradient, start + lanes, n, total,
-            STORAGE, STATE, AMSGRAD, DISPLACED, ALIGNED, False,
-        )  # fmt: skip
-    if full < n:
-        total = _update(
-            addresses, scale, scalars, with_gradient, full + lanes, n, total,
-            STORAGE, STATE, AMSGRAD, DISPLACED, False, True,
-        )  # fmt: skip
-    return tl.sum(total)
-
-
-@triton.jit
-def _restore_chunk(
-    theta, weight, n, STORAGE: tl.constexpr, STATE: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr
-):
-    """w ← θ."""
-    lanes = tl.arange(0, BLOCK)
-    full = n // BLOCK * BLOCK
-    for start in range(0, full, BLOCK):
-        offsets = start + lanes
-        store(weight, offsets, n, load(theta, offsets, n, STATE, ALIGNED, False), STORAGE, ALIGNED, False)
-    if full < n:
-        offsets = full + lanes
-        store(weight, offsets, n, load(theta, offsets, n, STATE, False, True), STORAGE, False, True)
+def _restore(theta, weight, offsets, n, STORAGE: tl.constexpr, STATE: tl.constexpr, WIDE: tl.constexpr):
+    """w ← θ, one block."""
+    store(weight, offsets, n, load(theta, offsets, n, STATE, WIDE), STORAGE, WIDE)
 
 
 @triton.jit(do_not_specialize=["touch"])
@@ -176,13 +151,14 @@ def outer_step_kernel(
     float32: reads θ D m v, writes w m v (28). Below: reads θ D m v, writes θ m v and the weight (30, D in it: 28).
     Source: Algorithm 3 of arXiv 2604.09258; AdamW: arXiv 1711.05101 in torch.optim's order of operations.
     """
-    row, begin, n = chunk_of(rows, row_of_chunk)
+    row, begin, n = part_of(rows, row_of_chunk, CHUNK)
     g, weight = address_of(row, GRAD, begin, STORAGE), address_of(row, WEIGHT, begin, STORAGE)
     theta, walk = address_of(row, THETA, begin, STATE), address_of(row, WALK, begin, STATE)
     touched = is_touched(tl.load(row + TOUCHED), g, touch)
     group = tl.load(row + GROUP)
     gamma = tl.load(walk_length + group)
     total = tl.zeros([], tl.float64)
+    lanes = tl.arange(0, BLOCK)
     if (touched | (g != 0)) & (gamma > 0):
         exp_avg = address_of(row, EXP_AVG, begin, STATE)
         exp_avg_sq = address_of(row, EXP_AVG_SQ, begin, STATE)
@@ -201,19 +177,27 @@ def outer_step_kernel(
         scale = power_and_rest(factor_of_group, STATE)
         step = tl.load(tl.load(row + STEP).to(tl.pointer_type(tl.float32))).to(tl.float64) + 1
         scalars = _scalars(hyper, group, step, gamma, STATE)
-        if (g | theta_source | walk_source | theta | weight | exp_avg | exp_avg_sq | max_exp_avg_sq) % 16 == 0:
-            total = _update_chunk(
-                addresses, scale, scalars, with_gradient, n, STORAGE, STATE, AMSGRAD, DISPLACED, BLOCK, True
-            )
-        else:
-            total = _update_chunk(
-                addresses, scale, scalars, with_gradient, n, STORAGE, STATE, AMSGRAD, DISPLACED, BLOCK, False
-            )
+        aligned_g = g % 16 == 0
+        state = theta_source | walk_source | theta | weight | exp_avg | exp_avg_sq | max_exp_avg_sq
+        wide = wide_part(state % 16 == 0, n, BLOCK)
+        squares = tl.zeros([BLOCK // 4], tl.float64)
+        for start in range(0, wide, BLOCK):
+            squares = _update(
+                addresses, scale, scalars, with_gradient, aligned_g, start + lanes, n, squares,
+                STORAGE, STATE, AMSGRAD, DISPLACED, True,
+            )  # fmt: skip
+        for start in range(wide, n, BLOCK):
+            squares = _update(
+                addresses, scale, scalars, with_gradient, aligned_g, start + lanes, n, squares,
+                STORAGE, STATE, AMSGRAD, DISPLACED, False,
+            )  # fmt: skip
+        total = tl.sum(squares)
     elif DISPLACED:
-        if (theta | weight) % 16 == 0:
-            _restore_chunk(theta, weight, n, STORAGE, STATE, BLOCK, True)
-        else:
-            _restore_chunk(theta, weight, n, STORAGE, STATE, BLOCK, False)
+        wide = wide_part((theta | weight) % 16 == 0, n, BLOCK)
+        for start in range(0, wide, BLOCK):
+            _restore(theta, weight, start + lanes, n, STORAGE, STATE, True)
+        for start in range(wide, n, BLOCK):
+            _restore(theta, weight, start + lanes, n, STORAGE, STATE, False)
     tl.store(partials + tl.program_id(0), total)
 
 
@@ -224,9 +208,10 @@ def outer_step(table: Table, on_device: tuple[Tensor, Tensor, Tensor, int], cycl
     """
     rows, row_of_chunk, _, touch = on_device
     amsgrad = any(bucket.amsgrad for bucket in table.buckets)
-    constants = {**constants_of(table.dtype, block=1024), "AMSGRAD": amsgrad, "DISPLACED": displaced}
-    if displaced and amsgrad:  # with 8 elements in a thread, some compilers spill
-        constants["num_warps"] = 8
+    block = 1024 if table.dtype.itemsize >= 4 else 512  # measured: docs/gpu.md
+    constants = {**constants_of(table.dtype, block=block), "AMSGRAD": amsgrad, "DISPLACED": displaced}
+    # 80: three programs of 256 threads on a multiprocessor.
+    constants |= at_most_registers(128 if displaced else 96 if amsgrad else 80)
     launch(
         outer_step_kernel, table.chunks,
         rows, row_of_chunk, cycle.hyper, cycle.factor, cycle.walk_length, table.displacement_sq, touch, **constants,

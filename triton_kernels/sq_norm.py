@@ -10,30 +10,22 @@ from torch import Tensor
 
 from ..flat import Segment
 from ..table import CHUNK_ELEMENTS, Table
-from .elements import CHUNK, GRAD, address_of, chunk_of, constants_of, launch, load
-
-
-@triton.jit
-def _sum_blocks(g, n, STORAGE: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
-    total = tl.zeros([BLOCK], tl.float64)
-    full = n // BLOCK * BLOCK
-    for start in range(0, full, BLOCK):
-        values = load(g, start + tl.arange(0, BLOCK), n, STORAGE, ALIGNED, False).to(tl.float64)
-        total += values * values
-    if full < n:
-        values = load(g, full + tl.arange(0, BLOCK), n, STORAGE, False, True).to(tl.float64)
-        total += values * values
-    return tl.sum(total)
+from .elements import CHUNK, GRAD, address_of, constants_of, launch, load, part_of, wide_part
 
 
 @triton.jit
 def _sum_chunk(g, n, STORAGE: tl.constexpr, BLOCK: tl.constexpr):
     """Σ g² of n elements at an address: one function for both kernels, whose sums must be equal bit for bit."""
-    if g % 16 == 0:
-        total = _sum_blocks(g, n, STORAGE, BLOCK, True)
-    else:
-        total = _sum_blocks(g, n, STORAGE, BLOCK, False)
-    return total
+    lanes = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float64)
+    wide = wide_part(g % 16 == 0, n, BLOCK)
+    for start in range(0, wide, BLOCK):
+        values = load(g, start + lanes, n, STORAGE, True).to(tl.float64)
+        total += values * values
+    for start in range(wide, n, BLOCK):
+        values = load(g, start + lanes, n, STORAGE, False).to(tl.float64)
+        total += values * values
+    return tl.sum(total)
 
 
 @triton.jit
@@ -42,7 +34,7 @@ def sq_norm_kernel(rows, row_of_chunk, partials, STORAGE: tl.constexpr, STATE: t
 
     Bytes per element: reads g (float32: 4, below: 2).
     """
-    row, begin, n = chunk_of(rows, row_of_chunk)
+    row, begin, n = part_of(rows, row_of_chunk, CHUNK)
     g = address_of(row, GRAD, begin, STORAGE)
     total = tl.zeros([], tl.float64)
     if g != 0:
@@ -67,7 +59,7 @@ def sum_squares_kernel(
 
 
 def _constants(table: Table) -> dict[str, Any]:
-    return constants_of(table.dtype, block=2048)
+    return constants_of(table.dtype, block=2048, each=16)
 
 
 def sum_squares(table: Table, segment: Segment, gradient: Tensor) -> None:
