@@ -14,8 +14,8 @@ namespace nexus::cuda {
 
 using Integers = std::vector<int64_t>;
 
-inline Table table_from(const std::array<int64_t, 6>& a) {
-  return {pointer<const Segment>(a[0]), pointer<const int32_t>(a[1]), pointer<const int64_t>(a[2]), a[3], a[4], a[5]};
+inline Table table_from(const std::array<int64_t, 7>& a) {
+  return {pointer<const Segment>(a[0]), pointer<const int32_t>(a[1]), pointer<const int64_t>(a[2]), a[3], a[4], a[5], a[6]};
 }
 
 inline Cycle cycle_from(const std::array<int64_t, 8>& a) {
@@ -38,7 +38,7 @@ inline void define_cuda(pybind11::module_& m) {
   m.attr("CUDA_MAX_NORMS") = kMaxNorms;
   m.def("cuda_why_not", &why_not);
   m.def("cuda_capture_id", [](int64_t stream) { return capture_id(pointer<void>(stream)); });
-  m.def("cuda_sq_norm", [](const std::array<int64_t, 6>& table, int dtype, int64_t partials, int64_t norm,
+  m.def("cuda_sq_norm", [](const std::array<int64_t, 7>& table, int dtype, int64_t partials, int64_t norm,
                            int64_t arrivals, const std::array<int64_t, 4>& where) {
     sq_norm(table_from(table), DType(dtype), pointer<double>(partials), pointer<double>(norm),
             pointer<uint32_t>(arrivals), where_from(where));
@@ -50,20 +50,20 @@ inline void define_cuda(pybind11::module_& m) {
   m.def("cuda_add_up", [](int64_t partials, int64_t chunks, int64_t norm, const std::array<int64_t, 4>& where) {
     add_up(pointer<const double>(partials), chunks, pointer<double>(norm), where_from(where));
   });
-  m.def("cuda_inner_step", [](const std::array<int64_t, 6>& table, int dtype, const std::array<int64_t, 8>& cycle,
+  m.def("cuda_inner_step", [](const std::array<int64_t, 7>& table, int dtype, const std::array<int64_t, 8>& cycle,
                               const Integers& norms, const std::array<int64_t, 3>& micro_batch,
                               const std::array<int64_t, 4>& where) {
     inner_step(table_from(table), DType(dtype), cycle_from(cycle), micro_batch_from(norms, micro_batch),
                where_from(where));
   });
-  m.def("cuda_outer_step", [](const std::array<int64_t, 6>& table, int dtype, bool amsgrad,
+  m.def("cuda_outer_step", [](const std::array<int64_t, 7>& table, int dtype, bool amsgrad,
                               const std::array<int64_t, 8>& cycle, const Integers& norms,
                               const std::array<int64_t, 3>& micro_batch, int64_t taken, int64_t displacement_sq,
                               int64_t arrivals, bool displaced, const std::array<int64_t, 4>& where) {
     outer_step(table_from(table), DType(dtype), amsgrad, cycle_from(cycle), micro_batch_from(norms, micro_batch), taken,
                pointer<double>(displacement_sq), pointer<uint32_t>(arrivals), displaced, where_from(where));
   });
-  m.def("cuda_displace", [](const std::array<int64_t, 6>& table, int dtype, const std::array<int64_t, 8>& cycle,
+  m.def("cuda_displace", [](const std::array<int64_t, 7>& table, int dtype, const std::array<int64_t, 8>& cycle,
                             const Integers& norms, const std::array<int64_t, 3>& micro_batch, double share,
                             bool in_weight, const std::array<int64_t, 4>& where) {
     displace(table_from(table), DType(dtype), cycle_from(cycle), micro_batch_from(norms, micro_batch), share, in_weight,

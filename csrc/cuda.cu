@@ -5,7 +5,7 @@
 // of a cycle are read by every block and written by one: the host is never asked.
 //
 // Which block works where was measured (docs/gpu.md). Memory likes small blocks that start in the order of addresses: a
-// block of an inner step or displacement has kPart elements, one of an outer step, which sums, a chunk. A norm, which
+// block of an inner step or displacement has a part of a chunk, one of an outer step, which sums, a whole one. A norm, which
 // only reads, is best with as many blocks as the chip holds, which walk the chunks. Hints to the cache (ld.cs, st.cs)
 // cost up to a tenth, and walking backwards after the norm, to find its end in the cache, gains nothing.
 
@@ -25,7 +25,6 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
-constexpr int kPart = 4096;  // elements of a block that sums nothing over its chunk
 
 // Memory: 16 bytes at a time, or 8 where n elements are no more. An address of the table could be of shared memory, for
 // all the compiler knows, and its accesses slower; hence the assumptions.
@@ -159,26 +158,24 @@ __device__ __forceinline__ bool is_touched(const Segment& row, int64_t touch) {
   return touch == 2 ? row.touched != 0 : touch == 1 && row.grad != 0;
 }
 
-// Part of a row: up to `size` elements from `begin`; n is 0 or less behind the row's end. Where no row has elements, one
-// block works on none.
-template <int size>
+// Part of a row: n elements from `begin`; n is 0 or less behind the row's end. Where no row has elements, one block works
+// on none.
 struct Part {
   const Segment& row;
   int64_t begin;
   int n;
 
-  // number: kChunk / size parts make a chunk.
-  __device__ Part(const Table& table, int64_t number)
-      : row(table.rows[table.chunks ? table.row_of_chunk[number / (kChunk / size)] : 0]),
-        begin((number / (kChunk / size) - row.chunk) * kChunk + number % (kChunk / size) * size),
-        n(int(row.length - begin < size ? row.length - begin : size)) {}
+  // Part `number` of all chunks, of which each has `parts`.
+  __device__ Part(const Table& table, uint32_t number, uint32_t parts)
+      : row(table.rows[table.chunks ? table.row_of_chunk[number / parts] : 0]),
+        begin((number / parts - row.chunk) * kChunk + number % parts * (kChunk / parts)),
+        n(int(row.length - begin < kChunk / parts ? row.length - begin : kChunk / parts)) {}
 
   template <class X>
   __device__ X* at(int64_t address) const {
     return address ? pointer<X>(address) + begin : nullptr;
   }
 };
-using Chunk = Part<kChunk>;
 
 // Squared norm
 
@@ -214,7 +211,7 @@ template <class T>
 __global__ void __launch_bounds__(kThreads)
     sq_norm_kernel(Table table, double* partials, double* sq_norm, uint32_t* arrivals) {
   for (int64_t chunk = blockIdx.x; chunk < table.chunks; chunk += gridDim.x) {
-    const Chunk part(table, chunk);
+    const Part part(table, uint32_t(chunk), 1);
     const double sum = sum_squares_of<T>(part.at<const typename T::Storage>(part.row.grad), part.n);
     if (threadIdx.x == 0) partials[chunk] = sum;
   }
@@ -381,7 +378,7 @@ __global__ void __launch_bounds__(kThreads, 3)
     inner_step_kernel(Table table, Cycle cycle, MicroBatch micro_batch, bool last_table) {
   using Storage = typename T::Storage;
   using State = typename T::State;
-  const Part<kPart> part(table, blockIdx.x);
+  const Part part(table, blockIdx.x, uint32_t(table.parts));
   const Segment& row = part.row;
   __shared__ Shared<State> step;
   step.compute(micro_batch, cycle.hyper[row.group]);
@@ -389,10 +386,10 @@ __global__ void __launch_bounds__(kThreads, 3)
   Move<T> work{};
   if (row.grad && (step.taken || first)) {
     work.scale = step.scale;
-    work.g = step.taken ? part.template at<const Storage>(row.grad) : nullptr;
-    work.weight = part.template at<Storage>(row.weight);
-    work.walk = part.template at<State>(row.walk);
-    State* const theta = part.template at<State>(row.theta);
+    work.g = step.taken ? part.at<const Storage>(row.grad) : nullptr;
+    work.weight = part.at<Storage>(row.weight);
+    work.walk = part.at<State>(row.walk);
+    State* const theta = part.at<State>(row.theta);
     work.from = T::low_precision && first ? theta : work.walk;
     work.theta = !T::low_precision && first ? theta : nullptr;
     const bool aligned = all_aligned(work.from, work.weight, work.walk, theta);
@@ -458,20 +455,20 @@ __global__ void __launch_bounds__(kThreads, 3)
     displace_kernel(Table table, Cycle cycle, MicroBatch micro_batch, double share, bool in_weight, bool last_table) {
   using Storage = typename T::Storage;
   using State = typename T::State;
-  const Part<kPart> part(table, blockIdx.x);
+  const Part part(table, blockIdx.x, uint32_t(table.parts));
   const Segment& row = part.row;
   __shared__ Shared<State> step;
   step.compute(micro_batch, cycle.hyper[row.group]);
   const bool touched = is_touched(row, table.touch);
-  State* const theta = part.template at<State>(row.theta);
+  State* const theta = part.at<State>(row.theta);
   Displace<T> work{};
   work.scale = step.scale;
   work.share = State(share);
   work.theta = touched ? theta : nullptr;
-  work.g = step.taken ? part.template at<const Storage>(row.grad) : nullptr;
+  work.g = step.taken ? part.at<const Storage>(row.grad) : nullptr;
   work.anchor = !T::low_precision && !touched ? theta : nullptr;
-  work.walk = part.template at<State>(row.walk);
-  work.rounded = T::low_precision && in_weight ? part.template at<Storage>(row.weight) : nullptr;
+  work.walk = part.at<State>(row.walk);
+  work.rounded = T::low_precision && in_weight ? part.at<Storage>(row.weight) : nullptr;
   const bool aligned = all_aligned(theta, work.walk, work.rounded);
   for_each_element<width_of<State>, 1>(work, part.n, aligned, all_aligned(work.g));
   // No block of this kernel reads the sums.
@@ -551,7 +548,7 @@ struct Update {
 };
 
 template <class T, bool amsgrad, bool displaced>
-__device__ __forceinline__ double update(const Scalars<T>& scalars, const Chunk& part, bool touched, bool taken) {
+__device__ __forceinline__ double update(const Scalars<T>& scalars, const Part& part, bool touched, bool taken) {
   using Storage = typename T::Storage;
   using State = typename T::State;
   const Segment& row = part.row;
@@ -600,7 +597,7 @@ struct Restore {
 };
 
 template <class T>
-__device__ __forceinline__ void restore(const Chunk& part) {
+__device__ __forceinline__ void restore(const Part& part) {
   Restore<T> work{part.at<const typename T::State>(part.row.theta), part.at<typename T::Storage>(part.row.weight)};
   const bool aligned = all_aligned(work.theta, work.weight);
   for_each_element<width_of<typename T::State>, 1>(work, part.n, aligned, aligned);
@@ -615,8 +612,8 @@ template <class T, bool amsgrad, bool displaced>
 __global__ void __launch_bounds__(kThreads, 2)
     outer_step_kernel(Table table, Cycle cycle, MicroBatch micro_batch, int64_t taken, double* displacement_sq,
                       uint32_t* arrivals, bool first_table, bool last_table) {
-  const int64_t chunk = blockIdx.x;
-  const Chunk part(table, chunk);
+  const uint32_t chunk = blockIdx.x;
+  const Part part(table, chunk, 1);
   const Segment& row = part.row;
   __shared__ Scalars<T> scalars;
   __shared__ bool moved, taken_last;
@@ -777,7 +774,7 @@ void add_up(const double* partials, int64_t chunks, double* sq_norm, const Where
 void inner_step(const Table& table, DType dtype, const Cycle& cycle, const MicroBatch& micro_batch,
                 const Where& where) {
   with_dtype(dtype, [&](auto type) {
-    launch("inner_step", inner_step_kernel<decltype(type)>, table.chunks * (kChunk / kPart), where, table, cycle,
+    launch("inner_step", inner_step_kernel<decltype(type)>, table.chunks * table.parts, where, table, cycle,
            micro_batch, where.last);
   });
 }
@@ -798,7 +795,7 @@ void outer_step(const Table& table, DType dtype, bool amsgrad, const Cycle& cycl
 void displace(const Table& table, DType dtype, const Cycle& cycle, const MicroBatch& micro_batch, double share,
               bool in_weight, const Where& where) {
   with_dtype(dtype, [&](auto type) {
-    launch("displace", displace_kernel<decltype(type)>, table.chunks * (kChunk / kPart), where, table, cycle, micro_batch,
+    launch("displace", displace_kernel<decltype(type)>, table.chunks * table.parts, where, table, cycle, micro_batch,
            share, in_weight, where.last);
   });
 }

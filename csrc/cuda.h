@@ -11,12 +11,12 @@ namespace nexus::cuda {
 constexpr int kMaxNorms = 8;  // tables of one optimizer that a MicroBatch can bring
 
 // table.Table as its kernels read it. row_of_chunk [chunks]; starts [groups + 1][2]: first row and first chunk of each
-// group and of the end; touch: see Table.on_device.
+// group and of the end; touch: see Table.on_device; parts: see Table.
 struct Table {
   const Segment* rows;
   const int32_t* row_of_chunk;
   const int64_t* starts;
-  int64_t groups, chunks, touch;
+  int64_t groups, chunks, touch, parts;
 };
 
 // cycle.Cycle: `sums` and `counts` of the running cycle, and the memory that keeps them when it is finished.

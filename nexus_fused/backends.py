@@ -71,11 +71,12 @@ def resolve(
     """
     if fused is False or backend == "reference":
         return importlib.import_module("nexus_fused.reference")
-    names = [backend] if backend else _fused(device)
-    reasons = {name: why_not(name, device, dtype, displaced=displaced) for name in names}
-    for name, reason in reasons.items():
-        if reason is None:
+    reasons = {}
+    for name in [backend] if backend else _fused(device):
+        reason = why_not(name, device, dtype, displaced=displaced)
+        if reason is None:  # the others are not asked: Triton's answer is to compile all of its kernels
             return importlib.import_module(f"nexus_fused.{name}")
+        reasons[name] = reason
     if backend is not None:
         raise RuntimeError(
             f"backend={backend!r} cannot run: {reasons[backend]}. On {device}, backend={chosen(device)!r} would run"

@@ -51,7 +51,7 @@ def _table(table: Table, *, displaced: bool = False) -> tuple[tuple[int, ...], i
     """`struct Table` and the dtype."""
     rows, row_of_chunk, starts, touch = table.displaced_on_device() if displaced else table.on_device()
     pointers = rows.data_ptr(), row_of_chunk.data_ptr(), starts.data_ptr()
-    return (*pointers, starts.shape[0] - 1, table.chunks, touch), _DTYPES[table.dtype]
+    return (*pointers, starts.shape[0] - 1, table.chunks, touch, table.parts), _DTYPES[table.dtype]
 
 
 def _scalars(cycle: Cycle, micro_batch: MicroBatch | None) -> tuple[tuple[int, ...], list[int], tuple[int, int, int]]:

@@ -28,6 +28,7 @@ COLUMNS = (
 WEIGHT, GRAD, TOUCHED, CHUNK = (COLUMNS.index(name) for name in ("weight", "grad", "touched", "chunk"))
 
 CHUNK_ELEMENTS = 16384  # one partial sum each: fixes the order of summation, whatever the number of threads
+PARTS = 4  # of a chunk, for kernels on a GPU that sum nothing over it: memory likes small blocks (docs/gpu.md)
 
 
 # The extension's quick look at parameters and gradients; without it Python looks at each.
@@ -43,6 +44,7 @@ class Table:
     """All segments of one device and dtype, of all groups, and the flat buffers behind them.
 
     ranks: those that the parameters, all of them DTensors then, are sharded over; () where this rank has all of each.
+    chunks: how many; parts: into how many a GPU's blocks divide each where they may, 1 where most of them are small.
     `segments` stand in the order of `rows`; `params` are theirs. In the same order: `addresses` of this micro-batch's
     gradients (0: none, -1: one without elements), and `pointers` and `versions` of the parameters when we last looked.
     """
@@ -56,7 +58,7 @@ class Table:
         self.addresses, self.pointers, self.versions = array("q"), array("q"), array("q")
         self.copies: dict[int, Tensor] = {}  # row: this micro-batch's gradient, where it had other strides
         self.rows = torch.empty(0, len(COLUMNS), dtype=torch.int64, device="cpu")
-        self.chunks = 0
+        self.chunks, self.parts = 0, 1
         self.partials: Tensor  # Σg² of each chunk, float64
         self.displacement_sq: Tensor  # ΣD² of each chunk
         self.sq_norm: Tensor  # Σg² of all chunks, [1], where a kernel adds them up
@@ -192,6 +194,7 @@ class Table:
         upload(starts, self._on_device[2])
         self._find_strays()
         self.chunks = chunks
+        self.parts = PARTS if 2 * sum(s.numel for s in self.segments) > chunks * CHUNK_ELEMENTS else 1
         self.partials = torch.empty(chunks, dtype=torch.float64, device=self.device)
         self.displacement_sq = torch.empty_like(self.partials)  # of its own: other devices may still read the norm's
         self.sq_norm = torch.zeros(1, dtype=torch.float64, device=self.device)

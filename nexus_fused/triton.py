@@ -51,8 +51,8 @@ def why_not_on(device: torch.device, dtype: torch.dtype, *, displaced: bool = Fa
 
 
 def _made_to_try(device: torch.device, dtype: torch.dtype) -> tuple[list[Table], Cycle]:
-    """Two tables of one small parameter each, and their cycle."""
-    tables, cycle = [Table(device, dtype) for _ in range(2)], Cycle(device, 2, sys.modules[__name__])
+    """Three tables of one small parameter each, so that one is neither first nor last, and their cycle."""
+    tables, cycle = [Table(device, dtype) for _ in range(3)], Cycle(device, 2, sys.modules[__name__])
     for table in tables:
         param = torch.ones(8, dtype=dtype, device=device, requires_grad=True)
         param.grad = torch.ones_like(param)
@@ -64,7 +64,7 @@ def _made_to_try(device: torch.device, dtype: torch.dtype) -> tuple[list[Table],
 
 @functools.cache  # of successes: an error is tried again
 def _try_out(device: torch.device, dtype: torch.dtype) -> None:
-    """Compiles every variant of every kernel for `dtype`, by four cycles of two tables of one small parameter each.
+    """Compiles every variant of every kernel for `dtype`, by four cycles of three tables of one small parameter each.
 
     So nothing is left to be compiled, or to fail, in the middle of a step. RuntimeError if something does.
     """

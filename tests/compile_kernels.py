@@ -73,7 +73,7 @@ def compile_kernel(kernel, types, constants, target):
 
 
 def conversions(ttgir):
-    """Of each loop, in their order: how many values change hands between threads, through shared memory, on each turn."""
+    """Of each loop, in their order: how many values change hands between threads, through shared memory, each turn."""
     counts, inside = [], None  # the indentation of the loop we are in
     for line in ttgir.splitlines():
         indentation = len(line) - len(line.lstrip())
@@ -88,7 +88,7 @@ def conversions(ttgir):
 
 
 def nvidia_figures(ptx, arch):
-    """From PTX: accesses of 16 bytes and contracted products; from ptxas, which comes with Triton: registers, spills."""
+    """From PTX: accesses of 16 bytes and contracted products; from the ptxas of Triton: registers, spills."""
     folder = Path(triton.__file__).parent / "backends/nvidia/bin"
     name = "ptxas-blackwell" if arch >= 100 and (folder / "ptxas-blackwell").exists() else "ptxas"
     gpu = re.search(r"\.target (\w+)", ptx).group(1)

@@ -132,6 +132,15 @@ def test_old_gpu(with_gpu):
     assert why_not_on(GPU, torch.float32) == expected
 
 
+def test_the_first_that_runs_is_the_last_asked(monkeypatch):
+    """Triton's answer takes seconds, a C compiler and Python.h."""
+    asked = []
+    monkeypatch.setattr(backends, "why_not", lambda name, *_, **__: asked.append(name))
+    for backend in (None, "cuda"):
+        assert backends.resolve(backend, None, GPU).__name__ == "nexus_fused.cuda"
+    assert asked == ["cuda", "cuda"]
+
+
 def test_the_fastest_comes_first(monkeypatch):
     monkeypatch.setattr(backends, "why_not", lambda *_, **__: None)
     assert backends.chosen(GPU) == "cuda"

@@ -12,13 +12,12 @@ from ..table import Table
 from .elements import (
     GRAD,
     GROUP,
-    PART,
-    PARTS,
     THETA,
     TOUCHED,
     WALK,
     WEIGHT,
     address_of,
+    at_most_registers,
     constants_of,
     is_touched,
     launch,
@@ -53,9 +52,9 @@ def _displace(
         store(walk, offsets, n, D, STATE, WIDE)
 
 
-@triton.jit(do_not_specialize=["touch", "share", "in_weight"])
+@triton.jit(do_not_specialize=["touch", "parts", "share", "in_weight"])
 def displace_kernel(
-    rows, row_of_chunk, factor, share: tl.int64, in_weight, touch,
+    rows, row_of_chunk, factor, share: tl.int64, in_weight, touch, parts,
     STORAGE: tl.constexpr, STATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """D = (θ − w) + γ·g/n; D · share overwrites the walk or, with in_weight, rounded the weight; for every parameter.
@@ -63,7 +62,7 @@ def displace_kernel(
     share: the bits of a float64, which an argument cannot be. Bytes per element, float32: reads θ w g, writes w, or
     reads w g, writes θ w (16). Below: reads θ walk g, writes walk (14) or the weight (12).
     """
-    row, begin, n = part_of(rows, row_of_chunk, PART)
+    row, begin, n = part_of(rows, row_of_chunk, parts)
     g, weight = address_of(row, GRAD, begin, STORAGE), address_of(row, WEIGHT, begin, STORAGE)
     theta, walk = address_of(row, THETA, begin, STATE), address_of(row, WALK, begin, STATE)
     touched = is_touched(tl.load(row + TOUCHED), g, touch)
@@ -89,7 +88,7 @@ def displace(table: Table, cycle: Cycle, share: float) -> None:
     rows, row_of_chunk, _, touch = table.on_device()
     (bits,) = struct.unpack("q", struct.pack("d", share))
     launch(
-        displace_kernel, table.chunks * PARTS,
-        rows, row_of_chunk, cycle.factor, bits, int(table.displacement_in_weight), touch,
-        **constants_of(table.dtype, block=1024),
+        displace_kernel, table.chunks * table.parts,
+        rows, row_of_chunk, cycle.factor, bits, int(table.displacement_in_weight), touch, table.parts,
+        **constants_of(table.dtype, block=1024), **at_most_registers(64),
     )  # fmt: skip

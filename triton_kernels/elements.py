@@ -68,14 +68,15 @@ def at_most_registers(limit: int) -> dict[str, Any]:
 
 
 @triton.jit
-def part_of(rows, row_of_chunk, SIZE: tl.constexpr):
+def part_of(rows, row_of_chunk, parts):
     """This program's row, the first element of its part of a chunk (int64) and the number of elements (int32), 0 behind
-    the row's end. SIZE: elements of a part, CHUNK or PART."""
-    number = tl.program_id(0).to(tl.int64)
-    chunk = number // (CHUNK // SIZE)
+    the row's end. parts: of each chunk."""
+    number = tl.program_id(0)
+    chunk = (number // parts).to(tl.int64)
     row = rows + tl.load(row_of_chunk + chunk).to(tl.int64) * N_COLUMNS
-    begin = (chunk - tl.load(row + FIRST_CHUNK)) * CHUNK + number % (CHUNK // SIZE) * SIZE
-    return row, begin, tl.maximum(tl.minimum(tl.load(row + LENGTH) - begin, SIZE), 0).to(tl.int32)
+    size = CHUNK // parts
+    begin = (chunk - tl.load(row + FIRST_CHUNK)) * CHUNK + number % parts * size
+    return row, begin, tl.maximum(tl.minimum(tl.load(row + LENGTH) - begin, size), 0).to(tl.int32)
 
 
 @triton.jit

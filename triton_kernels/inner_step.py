@@ -10,13 +10,12 @@ from ..table import Table
 from .elements import (
     GRAD,
     GROUP,
-    PART,
-    PARTS,
     THETA,
     TOUCHED,
     WALK,
     WEIGHT,
     address_of,
+    at_most_registers,
     constants_of,
     is_touched,
     launch,
@@ -52,9 +51,9 @@ def _move(
     return counts + moved.to(tl.int32) + ((moved & (w_next == w)).to(tl.int32) << 16)
 
 
-@triton.jit(do_not_specialize=["touch"])
+@triton.jit(do_not_specialize=["touch", "parts"])
 def inner_step_kernel(
-    rows, row_of_chunk, factor, counts, touch,
+    rows, row_of_chunk, factor, counts, touch, parts,
     STORAGE: tl.constexpr, STATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """w ← w − γ·g/n, and θ ← w before the first move of a cycle; factor: ±γ/n per group, 0 where nothing moves.
@@ -63,7 +62,7 @@ def inner_step_kernel(
     θ) and g, writes walk and the weight (12). Counts are integers, whose atomic sum does not depend on an order.
     Source: Algorithm 3 of arXiv 2604.09258.
     """
-    row, begin, n = part_of(rows, row_of_chunk, PART)
+    row, begin, n = part_of(rows, row_of_chunk, parts)
     g, weight = address_of(row, GRAD, begin, STORAGE), address_of(row, WEIGHT, begin, STORAGE)
     theta, walk = address_of(row, THETA, begin, STATE), address_of(row, WALK, begin, STATE)
     first = is_touched(tl.load(row + TOUCHED), g, touch) == 0
@@ -92,5 +91,8 @@ def inner_step_kernel(
 def inner_step(table: Table, cycle: Cycle) -> None:
     """Starts the kernel, after `scalars.advance`."""
     rows, row_of_chunk, _, touch = table.on_device()
-    constants = constants_of(table.dtype, block=1024)
-    launch(inner_step_kernel, table.chunks * PARTS, rows, row_of_chunk, cycle.factor, cycle.counts, touch, **constants)
+    constants = constants_of(table.dtype, block=1024) | at_most_registers(64)
+    launch(
+        inner_step_kernel, table.chunks * table.parts,
+        rows, row_of_chunk, cycle.factor, cycle.counts, touch, table.parts, **constants,
+    )  # fmt: skip

@@ -9,7 +9,6 @@ from torch import Tensor
 from ..cycle import BETA1, BETA2, EPS, HYPER, LR, NORMALIZE, WEIGHT_DECAY, Cycle
 from ..table import Table
 from .elements import (
-    CHUNK,
     EXP_AVG,
     EXP_AVG_SQ,
     GRAD,
@@ -151,7 +150,7 @@ def outer_step_kernel(
     float32: reads θ D m v, writes w m v (28). Below: reads θ D m v, writes θ m v and the weight (30, D in it: 28).
     Source: Algorithm 3 of arXiv 2604.09258; AdamW: arXiv 1711.05101 in torch.optim's order of operations.
     """
-    row, begin, n = part_of(rows, row_of_chunk, CHUNK)
+    row, begin, n = part_of(rows, row_of_chunk, 1)
     g, weight = address_of(row, GRAD, begin, STORAGE), address_of(row, WEIGHT, begin, STORAGE)
     theta, walk = address_of(row, THETA, begin, STATE), address_of(row, WALK, begin, STATE)
     touched = is_touched(tl.load(row + TOUCHED), g, touch)

@@ -34,7 +34,7 @@ def sq_norm_kernel(rows, row_of_chunk, partials, STORAGE: tl.constexpr, STATE: t
 
     Bytes per element: reads g (float32: 4, below: 2).
     """
-    row, begin, n = part_of(rows, row_of_chunk, CHUNK)
+    row, begin, n = part_of(rows, row_of_chunk, 1)
     g = address_of(row, GRAD, begin, STORAGE)
     total = tl.zeros([], tl.float64)
     if g != 0:
