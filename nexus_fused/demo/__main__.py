@@ -73,6 +73,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=positive,
         help="Nexus' inner steps, fixed, not searched for (%(default)s)",
     )
+    add("--threads", type=count, help="of the CPU (by size: 1 for tiny, else as many as PyTorch takes)")
     add("--cap-mb", default=6.0, type=float, help="MB of text read per training domain, 0: all (%(default)s)")
     add("--cache", default=caches / "nexus_fused", type=Path, help="folder of the text (%(default)s)")
     add("--out", default=Path("demo_out"), type=Path, help="folder of the results (%(default)s)")
@@ -83,17 +84,19 @@ def require_extras() -> None:
     """Raise DemoError when a package that only the demo needs is missing."""
     missing = [name for name in ("matplotlib", "numpy", "tqdm") if find_spec(name) is None]
     if missing:
-        raise DemoError(f"the demo needs {' and '.join(missing)}: pip install nexus_fused[demo]")
+        raise DemoError(f"the demo needs {' and '.join(missing)}: pip install {' '.join(missing)}")
 
 
-def require_device(device: str) -> None:
-    """Raise DemoError when torch cannot use the device."""
+def prepare_device(device: str, threads: int) -> None:
+    """Use so many threads, 0: as PyTorch would; raise DemoError when torch cannot use the device."""
     import torch
 
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise DemoError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
+    if threads:
+        torch.set_num_threads(threads)
 
 
 def settings_of(options: argparse.Namespace, arm: str, seed: int, lr: float) -> "Settings":
@@ -121,14 +124,14 @@ def search(options: argparse.Namespace, training: "Texts", held_out: "Texts") ->
 def run(options: argparse.Namespace) -> None:
     """Do the whole comparison; raises DemoError and OSError."""
     require_extras()
-    require_device(options.device)
     from .data import load
     from .model import SIZES
     from .train import train
 
+    size = SIZES[options.size]
+    prepare_device(options.device, options.threads or size.threads)
     options.out.mkdir(parents=True, exist_ok=True)
     training, held_out, manifest = load(options.cache, options.cap_mb)
-    size = SIZES[options.size]
     if min(map(len, held_out.values())) <= size.context:
         raise DemoError(f"--cap-mb {options.cap_mb:g} leaves a domain without text to evaluate; choose more.")
     runs_ahead = 2 * options.seeds + (0 if options.lr else len(options.lr_grid or size.lr_grid) - 1)

@@ -19,10 +19,10 @@ from random import Random
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from . import DemoError
 from .corpora import FAR, NEAR, TRAINING, Document, Reader
+from .progress import Progress
 
 REQUIREMENTS = Path(__file__).with_name("data_requirements.txt")
 RECIPE = 1
@@ -192,14 +192,16 @@ def clean(
     `cap_mb` limits what is read per training domain before near duplicates are removed (0: everything).
     """
     seen, limit = SeenGrams(), cap_mb * 1e6 or float("inf")
-    for name, reader in tqdm({**training, **evaluation}.items(), desc="Preparing the text", unit="domain"):
-        documents = reader(wheels, Random(name))
-        if name in training:
-            train, held_out = split(select(documents, seen, limit))
-            yield Part(f"{name}.train.txt", train)
-            yield Part(f"{name}.heldout.txt", held_out, leaked_share(train, held_out))
-        else:
-            yield Part(f"{name}.heldout.txt", select(documents, seen, min(limit, EVALUATION_MB * 1e6)))
+    with Progress({**training, **evaluation}.items(), desc="Preparing the text") as progress:
+        for name, reader in progress:
+            progress.set_postfix_str(name)
+            documents = reader(wheels, Random(name))
+            if name in training:
+                train, held_out = split(select(documents, seen, limit))
+                yield Part(f"{name}.train.txt", train)
+                yield Part(f"{name}.heldout.txt", held_out, leaked_share(train, held_out))
+            else:
+                yield Part(f"{name}.heldout.txt", select(documents, seen, min(limit, EVALUATION_MB * 1e6)))
 
 
 def prepare(folder: Path, cap_mb: float, parts: Iterable[Part]) -> dict[str, Any]:

@@ -11,7 +11,10 @@ VOCABULARY = 256
 
 @dataclass(frozen=True)
 class Size:
-    """A model with the run that fits it; `lr_grid` is what AdamW's learning rate is chosen from."""
+    """A model with the run that fits it.
+
+    `lr_grid` is what AdamW's learning rate is chosen from; `threads` is for a CPU, 0: as many as PyTorch takes.
+    """
 
     dim: int
     layers: int
@@ -20,10 +23,13 @@ class Size:
     batch: int
     steps: int
     lr_grid: tuple[float, ...]
+    threads: int = 0
 
 
+# The smallest one gains little from a second thread, and where other work takes a core from one of two, both wait at
+# each of a thousand barriers: ten times as long.
 SIZES = {
-    "tiny": Size(dim=128, layers=3, heads=4, context=128, batch=2, steps=480, lr_grid=(1e-3, 2e-3, 4e-3)),
+    "tiny": Size(dim=128, layers=3, heads=4, context=128, batch=2, steps=480, lr_grid=(1e-3, 2e-3, 4e-3), threads=1),
     "small": Size(dim=384, layers=6, heads=6, context=256, batch=16, steps=1000, lr_grid=(5e-4, 1e-3, 2e-3)),
     "100m": Size(dim=768, layers=14, heads=12, context=512, batch=32, steps=2000, lr_grid=(3e-4, 6e-4, 1.2e-3)),
 }

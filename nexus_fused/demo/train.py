@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from nexus_fused import NexusAdamW
 
 from .data import Texts
 from .model import ByteTransformer, Size
+from .progress import Progress
 
 BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.1
@@ -156,45 +156,45 @@ def train(training: Texts, held_out: Texts, settings: Settings, windows: int) ->
     used = dict.fromkeys(training, 0)
     marks = {round(settings.steps * (i + 1) / EVALUATIONS) for i in range(EVALUATIONS)}
     title = f"{settings.arm:5} lr {settings.lr:g} seed {settings.seed}"
-    progress = tqdm(range(settings.steps), desc=title, unit="cycle", mininterval=1.0)
-    for cycle in progress:
-        with whole:
-            losses = []
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(cycle, settings.steps, settings.lr)
-            for position in range(k):
-                name, batch = next(batches)
-                used[name] += batch.numel()
-                with precision(settings):
-                    loss = model(batch)
-                (loss if nexus else loss / k).backward()
-                losses.append(loss.detach())
-                if nexus or position == k - 1:
-                    with inside:
-                        if not nexus:
-                            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-                        optimizer.step()
-                        optimizer.zero_grad()
-        result.tokens = sum(used.values())
-        show(result, progress, optimizer, float(torch.stack(losses).mean()), result.tokens / whole.seconds)
-        if cycle + 1 in marks:
-            last = cycle + 1 == settings.steps
-            few = windows if last else max(1, windows // 4)
-            names = held_out if last else training
-            bits = {name: bits_per_byte(model, held_out[name], few, settings) for name in names}
-            result.curve.append((cycle + 1, sum(bits[name] for name in training) / k))
-            result.bits = bits
+    with Progress(range(settings.steps), desc=title) as progress:
+        for cycle in progress:
+            with whole:
+                losses = []
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(cycle, settings.steps, settings.lr)
+                for position in range(k):
+                    name, batch = next(batches)
+                    used[name] += batch.numel()
+                    with precision(settings):
+                        loss = model(batch)
+                    (loss if nexus else loss / k).backward()
+                    losses.append(loss.detach())
+                    if nexus or position == k - 1:
+                        with inside:
+                            if not nexus:
+                                torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+                            optimizer.step()
+                            optimizer.zero_grad()
+            result.tokens = sum(used.values())
+            show(result, progress, optimizer, float(torch.stack(losses).mean()))
+            if cycle + 1 in marks:
+                last = cycle + 1 == settings.steps
+                few = windows if last else max(1, windows // 4)
+                names = held_out if last else training
+                bits = {name: bits_per_byte(model, held_out[name], few, settings) for name in names}
+                result.curve.append((cycle + 1, sum(bits[name] for name in training) / k))
+                result.bits = bits
     result.epochs = {name: used[name] / len(training[name]) for name in training}
     result.seconds, result.optimizer_seconds = whole.seconds, inside.seconds
     return result
 
 
-def show(result: Result, progress: "tqdm[int]", optimizer: torch.optim.Optimizer, loss: float, speed: float) -> None:
+def show(result: Result, progress: Progress, optimizer: torch.optim.Optimizer, loss: float) -> None:
     """Record the alignment of the finished cycle and show where the run stands."""
-    shown = {"loss": f"{loss:.3f}"}
+    shown = f"loss {loss:.2f}"
     if isinstance(optimizer, NexusAdamW):
         metrics = optimizer.metrics()
         result.alignment.append((len(result.alignment) + 1, metrics["alignment"]))
         result.lost_fraction = metrics["lost_fraction"]
-        shown["alignment"] = f"{metrics['alignment']:+.2f}"
-    progress.set_postfix(shown | {"tokens/s": f"{speed:,.0f}"}, refresh=False)
+        shown += f" align {metrics['alignment']:+.2f}"
+    progress.set_postfix_str(shown, refresh=False)
