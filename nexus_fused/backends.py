@@ -10,11 +10,10 @@ import torch
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 
+AGAIN = "this package again, in its checkout: pip install --force-reinstall --no-deps ."
+
 # The module a backend cannot do without, and how to get it.
-_COMPILED = (
-    "nexus_fused._C",
-    "install a C++ compiler (such as g++) and then this package again: pip install --force-reinstall nexus_fused",
-)
+_COMPILED = ("nexus_fused._C", f"install a C++ compiler (such as g++) and then {AGAIN}")
 _NEEDS = {"cpu": _COMPILED, "triton": ("triton", "pip install triton"), "cuda": _COMPILED}
 
 
@@ -75,6 +74,8 @@ def resolve(
     for name in [backend] if backend else _fused(device):
         reason = why_not(name, device, dtype, displaced=displaced)
         if reason is None:  # the others are not asked: Triton's answer is to compile all of its kernels
+            if name == "cpu":
+                _tell_of_one_thread()
             return importlib.import_module(f"nexus_fused.{name}")
         reasons[name] = reason
     if backend is not None:
@@ -89,6 +90,17 @@ def resolve(
         stacklevel=2,
     )
     return importlib.import_module("nexus_fused.reference")
+
+
+def _tell_of_one_thread() -> None:
+    """Warns where the CPU kernels cannot use the threads that PyTorch uses."""
+    threads = torch.get_num_threads()
+    if threads > 1 and not importlib.import_module("nexus_fused._C").OPENMP:
+        warnings.warn(
+            f"NexusAdamW runs on one thread where PyTorch uses {threads}: its CPU kernels were built without OpenMP. "
+            f"Install it for your compiler (for clang on Debian: libomp-dev) and then {AGAIN}",
+            stacklevel=2,
+        )
 
 
 def chosen(device: torch.device) -> str:

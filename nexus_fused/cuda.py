@@ -24,8 +24,8 @@ def why_not_on(device: torch.device, dtype: torch.dtype, *, displaced: bool = Fa
     if not _C.CUDA_TARGETS:
         return (
             "nexus_fused was built without a CUDA compiler: install NVIDIA's CUDA toolkit 12.0 or newer (nvcc on PATH, "
-            "with a C++ compiler that it supports) and then this package again: pip install -v --force-reinstall "
-            "--no-cache-dir nexus_fused, whose output tells why nvcc was not used"
+            "with a C++ compiler that it supports) and then this package again, in its checkout: pip install -v "
+            "--force-reinstall --no-deps ., whose output tells why nvcc was not used"
         )
     if torch.version.hip is not None:
         return "its kernels run on NVIDIA's GPUs and this PyTorch is built for AMD's: use backend='triton'"

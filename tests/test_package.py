@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import re
@@ -41,6 +42,25 @@ def test_missing_extension_is_explained(monkeypatch):
     for options in ({"backend": "cpu"}, {"fused": True}):
         with pytest.raises(RuntimeError, match=r"install a C\+\+ compiler"):
             nexus_fused.NexusAdamW(parameter, **options)
+
+
+def test_remedies_name_what_a_user_has():
+    """The package is on no index, and without --no-deps pip may exchange torch."""
+    sources = [*(ROOT / "nexus_fused").rglob("*.py"), ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    assert len(sources) > 20
+    for source in sources:
+        for command in re.findall(r"pip install [^`\n]*", source.read_text()):
+            assert not re.search(r"\bnexus[_-]fused\b", command), f"{source}: {command}"
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_one_thread_without_openmp_is_said(monkeypatch, threads):
+    extension = pytest.importorskip("nexus_fused._C")
+    monkeypatch.setattr(extension, "OPENMP", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    said = pytest.warns(UserWarning, match="runs on one thread where PyTorch uses 3: .*libomp-dev.* --no-deps")
+    with said if threads > 1 else contextlib.nullcontext():
+        nexus_fused.NexusAdamW([torch.nn.Parameter(torch.zeros(3))], backend="cpu")
 
 
 def test_missing_triton_is_explained(monkeypatch):

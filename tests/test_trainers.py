@@ -46,7 +46,7 @@ def load(name):
     """The script as a module."""
     for package in PACKAGES.get(name, ()):
         if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} is not installed: pip install 'nexus_fused[trainers]'")
+            pytest.skip(f"{package} is not installed: pip install '.[trainers]'")
     spec = importlib.util.spec_from_file_location(f"trainers_{name}", SCRIPTS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
