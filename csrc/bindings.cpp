@@ -16,6 +16,9 @@
 #include "bindings_cuda.h"
 #endif
 
+#if defined(NEXUS_HAVE_X86_VARIANTS)
+#include <cpuid.h>
+#endif
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
@@ -47,13 +50,21 @@ constexpr Kernels kVariants[] = {
     {"baseline", baseline::sum_squares, baseline::inner_step, baseline::outer_step, baseline::displace},
 };
 
+#if defined(NEXUS_HAVE_X86_VARIANTS)
+// Conversions of float16. __builtin_cpu_supports does not know the word in clang before 19.
+bool has_f16c() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+}
+#endif
+
 bool runs_here(const std::string& name) {
 #if defined(NEXUS_HAVE_X86_VARIANTS)
   __builtin_cpu_init();
   if (name == "avx512")
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (name == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (name == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
 #endif
   return name == "baseline";
 }

@@ -114,7 +114,7 @@ int64_t version_of(PyObject* tensor) {
 }
 
 bool read(PyObject* object, DLTensor& out) {
-  if (!object || !Py_IS_TYPE(object, tensor_type) && !Py_IS_TYPE(object, parameter_type)) return false;
+  if (!object || (!Py_IS_TYPE(object, tensor_type) && !Py_IS_TYPE(object, parameter_type))) return false;
   if (api->tensor_from_object(object, &out) == 0) return true;
   PyErr_Clear();  // sparse, for example
   return false;
