@@ -58,10 +58,14 @@ def time_in_turn(
     *,
     seconds_of: Callable[[Callable[[], Any]], float] = host_seconds,
     progress: Callable[[range], Iterable[int]] = iter,
+    until: float = float("inf"),
 ) -> dict[str, list[float]]:
-    """Seconds of each contender in each round; two rounds of warm-up are not counted."""
+    """Seconds of each contender in each round; two rounds of warm-up are not counted. Ends early, after three rounds at
+    least, once time.monotonic() has passed `until`."""
     seconds: dict[str, list[float]] = {c.name: [] for c in contenders}
     for i in progress(range(rounds + 2)):
+        if i >= 5 and time.monotonic() > until:
+            break
         for contender in contenders:
             if contender.rounds is None or i < contender.rounds + 2:
                 took = seconds_of(contender.run)
@@ -105,9 +109,8 @@ def nexus(params: list[nn.Parameter], gradients: list[list[Tensor]], **options: 
     return run
 
 
-def captured_nexus(params: list[nn.Parameter], gradients: list[list[Tensor]], **options: Any) -> Callable[[], None]:
-    """The same as a CUDA graph, captured after one cycle."""
-    cycle = nexus(params, gradients, capturable=True, **options)
+def captured(cycle: Callable[[], Any]) -> Callable[[], None]:
+    """The same as a CUDA graph, captured after one cycle outside of it."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -116,43 +119,70 @@ def captured_nexus(params: list[nn.Parameter], gradients: list[list[Tensor]], **
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         cycle()
-    return graph.replay
+
+    def replay() -> None:
+        graph.replay()
+
+    replay.keeps = cycle  # type: ignore[attr-defined]  # and with it the optimizer, whose memory the graph uses
+    return replay
 
 
-def adamw(params: list[nn.Parameter], gradients: list[list[Tensor]]) -> Callable[[], None]:
-    """What Nexus replaces: accumulation in place, clipping, torch's fused AdamW. 76 bytes per parameter."""
-    optimizer = torch.optim.AdamW(params, fused=True, **OPTIONS)
+def adamw(
+    params: list[nn.Parameter], gradients: list[list[Tensor]], *, foreach: bool = False, capturable: bool = False
+) -> Callable[[], None]:
+    """What Nexus replaces: accumulation in place, clipping, torch's fused AdamW. 76 bytes per parameter.
+
+    foreach: one accumulation of all tensors at once, not of one after the other, as autograd does it.
+    """
+    optimizer = torch.optim.AdamW(params, fused=True, capturable=capturable, **OPTIONS)
     accumulated = [g.clone() for g in gradients[0]]  # autograd hands the first one over without a copy
 
     def run() -> None:
         for p, g in zip(params, accumulated, strict=True):
             p.grad = g
         for micro_batch in gradients[1:]:
-            for total, g in zip(accumulated, micro_batch, strict=True):
-                total.add_(g)
+            if foreach:
+                torch._foreach_add_(accumulated, micro_batch)
+            else:
+                for total, g in zip(accumulated, micro_batch, strict=True):
+                    total.add_(g)
         nn.utils.clip_grad_norm_(params, 1.0, foreach=True)
         optimizer.step()
 
     return run
 
 
+class WithMaster:
+    """AdamW of low-precision parameters: float32 accumulation, float32 masters, rounded back."""
+
+    def __init__(self, params: list[nn.Parameter]) -> None:
+        self.params = params
+        self.masters = [nn.Parameter(p.detach().float()) for p in params]
+        self.totals = [torch.zeros_like(master) for master in self.masters]
+        for master, total in zip(self.masters, self.totals, strict=True):
+            master.grad = total
+        self.optimizer = torch.optim.AdamW(self.masters, fused=True, **OPTIONS)
+
+    @torch.no_grad()
+    def add(self, gradients: list[Tensor], *, first: bool) -> None:
+        """Takes the gradients of a micro-batch."""
+        (torch._foreach_copy_ if first else torch._foreach_add_)(self.totals, gradients)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        nn.utils.clip_grad_norm_(self.masters, 1.0, foreach=True)
+        self.optimizer.step()
+        torch._foreach_copy_(self.params, self.masters)
+
+
 def adamw_with_master(params: list[nn.Parameter], gradients: list[list[Tensor]]) -> Callable[[], None]:
-    """The same for low-precision parameters: float32 accumulation, float32 master, rounded back. 82 bytes."""
-    masters = [nn.Parameter(p.detach().float()) for p in params]
-    for master in masters:
-        master.grad = torch.zeros_like(master)
-    optimizer = torch.optim.AdamW(masters, fused=True, **OPTIONS)
+    """The same for low-precision parameters: see `WithMaster`. 82 bytes."""
+    optimizer = WithMaster(params)
 
     def run() -> None:
-        with torch.no_grad():
-            for master, g in zip(masters, gradients[0], strict=True):
-                master.grad.copy_(g)  # type: ignore[union-attr]
-            for micro_batch in gradients[1:]:
-                for master, g in zip(masters, micro_batch, strict=True):
-                    master.grad.add_(g)  # type: ignore[union-attr]
-            nn.utils.clip_grad_norm_(masters, 1.0, foreach=True)
-            optimizer.step()
-            torch._foreach_copy_(params, masters)
+        for i, micro_batch in enumerate(gradients):
+            optimizer.add(micro_batch, first=i == 0)
+        optimizer.step()
 
     return run
 
@@ -270,6 +300,21 @@ def train_adamw(model: nn.Module, micro_batches: list[Tensor]) -> Callable[[], N
     return run
 
 
+def train_adamw_with_master(model: nn.Module, micro_batches: list[Tensor]) -> Callable[[], None]:
+    """The same for a model below float32: see `WithMaster`."""
+    params = list(model.parameters())
+    optimizer = WithMaster(params)
+
+    def run() -> None:
+        for i, tokens in enumerate(micro_batches):
+            model(tokens).backward()
+            optimizer.add([p.grad for p in params], first=i == 0)  # type: ignore[misc]
+            model.zero_grad()
+        optimizer.step()
+
+    return run
+
+
 def triad(numel: int) -> Contender:
     """a ← a + s·b: reads two, writes one, and no hidden read, since what is written has been read. 12 bytes."""
     a, b = torch.zeros(numel), torch.ones(numel)
@@ -328,11 +373,16 @@ def kernels(
         table.set_touched(table.segments, True)
         module.outer_step([table], cycle, micro_batch, K)
 
+    def displace() -> None:
+        table.set_touched(table.segments, True)
+        module.displace([table], cycle, micro_batch, 0.5)
+
     return [
         Contender("sq_norm", lambda: module.sq_norm(table), 2 if low else 4),
         Contender("inner_step, first", lambda: inner(False), 12 if low else 16),
         Contender("inner_step, middle", lambda: inner(True), 12),
         Contender("outer_step", outer, 32),
+        Contender("displace", displace, 14 if low else 16),
     ]
 
 

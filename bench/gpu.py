@@ -1,11 +1,13 @@
 """Figures of a GPU against their goals: `python -m bench.gpu --out FILE [--device cuda] [--quick]`.
 
 Contenders run in turn and a figure is the median over rounds of a ratio within the round, with its quartiles, as in
-`python -m bench`; here device events tell the time. Nothing is timed unless the parity check holds. FILE is written
-after each section, so that it holds all that was measured whatever happens next. Every fused backend that runs on the
-device is a contender; why another one does not, FILE tells.
+`python -m bench`; here device events tell the time. A backend that fails the parity check is not timed. Sections come
+in the order of their worth and have a time limit each; FILE is written after each, so that it holds all that was
+measured whatever happens next. Every fused backend that runs on the device is a contender; why another one does not,
+FILE tells.
 
 `--device cpu --quick` with TRITON_INTERPRET=1 goes through the motions without a GPU; its figures mean nothing.
+docs/gpu.md says what the figures mean.
 """
 
 from __future__ import annotations
@@ -14,8 +16,10 @@ import argparse
 import contextlib
 import gc
 import importlib.metadata
+import importlib.util
 import json
 import math
+import os
 import platform
 import signal
 import statistics
@@ -42,7 +46,8 @@ from .contenders import (
     Contender,
     K,
     adamw,
-    captured_nexus,
+    adamw_with_master,
+    captured,
     check_parity,
     compiled_foreach_nexus,
     device_copy,
@@ -54,10 +59,10 @@ from .contenders import (
     make_gradients,
     make_params,
     nexus,
-    quartiles,
     ratio,
     time_in_turn,
     train_adamw,
+    train_adamw_with_master,
     train_nexus,
 )
 from .decoder import Decoder
@@ -75,7 +80,7 @@ class Sizes:
 
     parity: Shapes
     kernels: Shapes
-    large: Shapes
+    large: list[Shapes]  # the largest that fits
     small: Shapes
     host: Shapes
     calls: int
@@ -86,7 +91,7 @@ class Sizes:
 FULL = Sizes(
     parity=gpt(12, 448, 48000),
     kernels=gpt(4, 2048, 50304),  # 307 million: 1.2 GB for each buffer, twenty times an L2 cache
-    large=gpt(24, 2048, 50304),  # 1.3 billion
+    large=[gpt(layers, 2048, 50304) for layers in (24, 14, 4, 1)],  # 1.3, 0.8, 0.3, 0.2 billion
     small=[(224, 224)] * 200,  # 10 million
     host=[(64, 64)] * 500,
     calls=160,
@@ -96,7 +101,7 @@ FULL = Sizes(
 QUICK = Sizes(
     parity=[(33, 7), (5,)],
     kernels=[(33, 7), (5,)],
-    large=[(33, 7), (5,)],
+    large=[[(33, 7), (5,)]],
     small=[(5,)] * 3,
     host=[(5,)] * 2,
     calls=8,
@@ -107,24 +112,14 @@ QUICK = Sizes(
 
 @dataclass
 class Goals:
-    """Of one backend: kernels per inner and per outer step, microseconds of step() on the host with addresses unchanged
-    and changed, a kernel's bandwidth over a copy's, a cycle over AdamW's in large and small, alone and while training
-    with the norm under the backward pass, which None leaves without a goal."""
+    """Of one backend: kernels per inner and per outer step, a kernel's bandwidth over a copy's."""
 
     inner: int
     outer: int
-    unchanged: int
-    changed: int
     bandwidth: float
-    large: float
-    small: float | None
-    training: float | None
 
 
-GOALS = {
-    "cuda": Goals(2, 2, 120, 120, 0.92, large=1.17, small=0.7, training=1.0),
-    "triton": Goals(3, 4, 250, 500, 0.85, large=1.2, small=None, training=None),
-}
+GOALS = {"cuda": Goals(2, 2, 0.92), "triton": Goals(3, 4, 0.85)}
 
 
 @dataclass
@@ -136,6 +131,7 @@ class Setting:
     rounds: int
     sizes: Sizes
     compile_limit: int  # seconds that torch.compile gets; 0: it is not tried
+    until: float = float("inf")  # when a section ends its rounds, by time.monotonic()
 
     def time(self, contenders: list[Contender], *, queued: bool) -> dict[str, list[float]]:
         """`time_in_turn` by the device's clock.
@@ -144,7 +140,7 @@ class Setting:
         that only what the device does counts. Otherwise it is idle, and the host's time counts where that is longer.
         """
         if self.device.type == "cpu":
-            return time_in_turn(contenders, self.rounds, seconds_of=host_seconds)
+            return time_in_turn(contenders, self.rounds, seconds_of=host_seconds, until=self.until)
 
         def device_seconds(run: Callable[[], Any]) -> float:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -157,11 +153,19 @@ class Setting:
             end.synchronize()
             return start.elapsed_time(end) / 1e3
 
-        return time_in_turn(contenders, self.rounds, seconds_of=device_seconds)
+        return time_in_turn(contenders, self.rounds, seconds_of=device_seconds, until=self.until)
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+    def large(self, bytes_per_parameter: int) -> Shapes:
+        """The largest of the large sizes that leaves a tenth of the free memory."""
+        if self.device.type != "cuda":
+            return self.sizes.large[0]
+        free = 0.9 * torch.cuda.mem_get_info(self.device)[0]
+        fits = [s for s in self.sizes.large if bytes_per_parameter * sum(map(math.prod, s)) <= free]
+        return (fits or self.sizes.large[-1:])[0]
 
 
 def figure(
@@ -221,27 +225,31 @@ def launches(setting: Setting) -> Figures:
 
 
 def host_time(setting: Setting) -> Figures:
-    """Microseconds until step() returns, on an idle device."""
+    """Time until step() returns, on an idle device, over that of AdamW's fused step."""
     shapes = setting.sizes.host
     gradients = make_gradients(shapes, torch.float32, setting.device)
-    optimizers = {}
+    params = own_params(shapes, setting)
+    optimizers = {"AdamW": (params, torch.optim.AdamW(params, fused=True, **OPTIONS))}
     for backend in setting.backends:
         params = own_params(shapes, setting)
         optimizers[backend] = params, NexusAdamW(params, backend=backend, **NEXUS)
     for title, n_sets in (("unchanged", 1), ("changed", 2)):
-        took: dict[str, list[float]] = {backend: [] for backend in setting.backends}
+        took: dict[str, list[float]] = {name: [] for name in optimizers}
         for call in range(2 * K + setting.sizes.calls):
-            for backend, (params, optimizer) in optimizers.items():
+            for name, (params, optimizer) in optimizers.items():
                 for p, g in zip(params, gradients[call % n_sets], strict=True):
                     p.grad = g
                 setting.synchronize()
                 start = time.perf_counter()
                 optimizer.step()
-                took[backend].append((time.perf_counter() - start) * 1e6)
-        for backend, times in took.items():
-            name = f"{backend}: host time of step(), {len(shapes)} parameters, addresses {title}, microseconds"
-            goal = GOALS[backend].unchanged if n_sets == 1 else GOALS[backend].changed
-            yield name, figure(quartiles(times[2 * K :]), at_most=goal, calls=setting.sizes.calls)
+                took[name].append((time.perf_counter() - start) * 1e6)
+        took = {name: times[2 * K :] for name, times in took.items()}
+        for backend in setting.backends:
+            name = f"{backend}: host time of step() / AdamW's fused, {len(shapes)} parameters, addresses {title}"
+            yield name, figure(ratio(took[backend], took["AdamW"]), at_most=0.5, calls=setting.sizes.calls)
+        for name, times in took.items():
+            title_of_time = f"{name}: host time of step(), {len(shapes)} parameters, addresses {title}"
+            yield title_of_time, {"microseconds": statistics.median(times)}
 
 
 def host_time_of_dtensors(setting: Setting) -> Figures:
@@ -260,7 +268,7 @@ def bandwidths(setting: Setting) -> Figures:
     numel = sum(map(math.prod, setting.sizes.kernels))
     for dtype in (torch.float32, torch.bfloat16):
         contenders = [
-            (backend, replace(c, name=f"{backend}: {str(dtype).removeprefix('torch.')} {c.name}"))
+            (backend, replace(c, name=f"{backend}: {word(dtype)} {c.name}"))
             for backend in setting.backends
             for c in kernels(setting.sizes.kernels, dtype, backend, setting.device)
         ]
@@ -277,44 +285,90 @@ def bandwidths(setting: Setting) -> Figures:
 
 
 def cycle_of_large(setting: Setting) -> Figures:
-    """Our cycle over AdamW's, float32, as long as the device takes."""
-    shapes = setting.sizes.large
-    title = f"{sum(map(math.prod, shapes)) / 1e9:.1f}B parameters"
-    goals = {backend: GOALS[backend].large for backend in setting.backends}
-    yield from _cycle(setting, shapes, title, queued=True, goals=goals)
+    """Our cycle over AdamW's, as long as the device takes; bfloat16 with a float32 master."""
+    for dtype, theirs, name, n_bytes, at_most in (
+        (torch.float32, adamw, "AdamW, accumulation, clipping", 76, 1.15),
+        (torch.bfloat16, adamw_with_master, "AdamW, float32 master and accumulation", 82, 1.05),
+    ):
+        shapes = setting.large(66)
+        gradients = make_gradients(shapes, dtype, setting.device)  # read only, so all use them
+
+        def own(shapes: Shapes = shapes, dtype: torch.dtype = dtype) -> list[torch.nn.Parameter]:
+            return make_params(shapes, dtype, setting.device)
+
+        other = Contender(name, theirs(own(), gradients), n_bytes)
+        moved = 88 if dtype == torch.float32 else 76
+        ours = [Contender(backend, nexus(own(), gradients, backend=backend), moved) for backend in setting.backends]
+        title = f"{billions(shapes)} parameters, {word(dtype)}"
+        seconds = setting.time([other, *ours], queued=True)
+        for c in ours:
+            values = ratio(seconds[c.name], seconds[other.name])
+            yield f"{c.name}: whole cycle / AdamW's cycle, {title}", figure(values, at_most=at_most)
+        for c in (other, *ours):
+            yield f"{c.name}, {title}", absolute(seconds[c.name], c.bytes, sum(map(math.prod, shapes)))
+        del gradients, other, ours, c
+        free(setting.device)
 
 
 def cycle_of_small(setting: Setting) -> Figures:
-    """The same for 10M parameters in 200 tensors, device idle before each cycle."""
+    """The same for 10M parameters in 200 tensors, device idle before each cycle: what the host takes counts. In a CUDA
+    graph nothing is left of that, so captured is compared with captured."""
     shapes = setting.sizes.small
-    title = f"{sum(map(math.prod, shapes)) / 1e6:.0f}M parameters in {len(shapes)} tensors"
-    goals = {backend: GOALS[backend].small for backend in setting.backends}
-    yield from _cycle(setting, shapes, title, queued=False, goals=goals)
-
-
-def _cycle(setting: Setting, shapes: Shapes, title: str, *, queued: bool, goals: dict[str, float | None]) -> Figures:
-    """Ours over AdamW's; on an idle device also captured, where no host's time is left."""
     numel = sum(map(math.prod, shapes))
-    gradients = make_gradients(shapes, torch.float32, setting.device)  # read only, so all use them
-    theirs = Contender("AdamW, accumulation, clipping", adamw(own_params(shapes, setting), gradients), 76)
+    title = f"{numel / 1e6:.0f}M parameters in {len(shapes)} tensors"
+    gradients = make_gradients(shapes, torch.float32, setting.device)
+    plain = Contender("AdamW", adamw(own_params(shapes, setting), gradients), 76)
+    at_once = Contender("AdamW, _foreach_add_", adamw(own_params(shapes, setting), gradients, foreach=True), 76)
     ours = [
-        (goals[backend], Contender(backend, nexus(own_params(shapes, setting), gradients, backend=backend), 88))
+        Contender(backend, nexus(own_params(shapes, setting), gradients, backend=backend), 88)
         for backend in setting.backends
     ]
-    if not queued and setting.device.type == "cuda":
+    theirs_captured, ours_captured = [], []
+    if setting.device.type == "cuda":
+        cycle = adamw(own_params(shapes, setting), gradients, foreach=True, capturable=True)
+        theirs_captured.append(Contender("AdamW in a CUDA graph", captured(cycle), 76))
         for backend in setting.backends:
-            captured = captured_nexus(own_params(shapes, setting), gradients, backend=backend)
-            ours.append((None, Contender(f"{backend} in a CUDA graph", captured, 88)))
-    seconds = setting.time([theirs, *(c for _, c in ours)], queued=queued)
-    for goal, c in ours:
-        values = ratio(seconds[c.name], seconds[theirs.name])
-        yield f"{c.name}: whole cycle / AdamW's cycle, {title}", figure(values, at_most=goal)
-    if not queued and setting.device.type != "cuda":
+            cycle = nexus(own_params(shapes, setting), gradients, backend=backend, capturable=True)
+            ours_captured.append(Contender(f"{backend} in a CUDA graph", captured(cycle), 88))
+    contenders = [plain, at_once, *ours, *theirs_captured, *ours_captured]
+    seconds = setting.time(contenders, queued=False)
+    for c in ours:
+        for other in (plain, at_once):
+            yield (
+                f"{c.name}: whole cycle / {other.name}'s cycle, {title}",
+                figure(ratio(seconds[c.name], seconds[other.name]), at_most=0.7),
+            )
+    for c in ours_captured:
+        values = ratio(seconds[c.name], seconds[theirs_captured[0].name])
+        yield f"{c.name}: whole cycle / AdamW's captured cycle, {title}", figure(values)
+    if not ours_captured:
         for backend in setting.backends:
-            name = f"{backend} in a CUDA graph: whole cycle / AdamW's cycle, {title}"
+            name = f"{backend} in a CUDA graph: whole cycle / AdamW's captured cycle, {title}"
             yield name, not_measured("CUDA graphs need a CUDA device")
-    for c in (theirs, *(c for _, c in ours)):
+    for c in contenders:
         yield f"{c.name}, {title}", absolute(seconds[c.name], c.bytes, numel)
+
+
+def misaligned(setting: Setting) -> Figures:
+    """A cycle on gradients that begin one element off 16 bytes, as in a bucket of DistributedDataParallel behind an odd
+    parameter, over one on gradients that do not."""
+    shapes = setting.sizes.kernels
+    for dtype in (torch.float32, torch.bfloat16):
+        gradients = make_gradients(shapes, dtype, setting.device)
+        shifted = [[torch.cat([g.new_zeros(1), g.flatten()])[1:].view(g.shape) for g in of] for of in gradients]
+        contenders = []
+        for backend in setting.backends:
+            runs = [
+                nexus(make_params(shapes, dtype, setting.device), of, backend=backend) for of in (shifted, gradients)
+            ]
+            contenders.append((backend, [Contender(f"{backend} {i}", run, 0) for i, run in enumerate(runs)]))
+            del runs
+        seconds = setting.time([c for _, pair in contenders for c in pair], queued=True)
+        for backend, (off, on) in contenders:
+            name = f"{backend}: cycle on misaligned / on aligned gradients, {word(dtype)}"
+            yield name, figure(ratio(seconds[off.name], seconds[on.name]))
+        del gradients, shifted, contenders
+        free(setting.device)
 
 
 def training(setting: Setting) -> Figures:
@@ -324,36 +378,43 @@ def training(setting: Setting) -> Figures:
     generator = torch.Generator(setting.device).manual_seed(1)
     size = setting.sizes.sequences, tokens
     micro_batches = [torch.randint(vocabulary, size, generator=generator, device=setting.device) for _ in range(K)]
-
-    def model() -> Decoder:
-        torch.manual_seed(0)
-        with setting.device:
-            return Decoder(*setting.sizes.decoder)
-
-    alone = Contender("forward and backward alone", forward_and_backward(model(), micro_batches), 0)
-    theirs = Contender("AdamW", train_adamw(model(), micro_batches), 0)
-    ours = []
-    for backend in setting.backends:
-        for overlap_norm in (True, False):
-            run = train_nexus(model(), micro_batches, backend=backend, overlap_norm=overlap_norm)
-            name = f"{backend}, {'norm under the backward pass' if overlap_norm else 'norm in step()'}"
-            ours.append((GOALS[backend].training if overlap_norm else None, Contender(name, run, 0)))
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")  # as one trains
     try:
-        seconds = setting.time([alone, theirs, *(c for _, c in ours)], queued=True)
+        for dtype, theirs_of in ((torch.float32, train_adamw), (torch.bfloat16, train_adamw_with_master)):
+
+            def model(dtype: torch.dtype = dtype) -> Decoder:
+                torch.manual_seed(0)
+                with setting.device:
+                    return Decoder(*setting.sizes.decoder).to(dtype)
+
+            alone = Contender("forward and backward alone", forward_and_backward(model(), micro_batches), 0)
+            theirs = Contender("AdamW", theirs_of(model(), micro_batches), 0)
+            ours = [
+                Contender(
+                    f"{backend}, norm {where}", train_nexus(model(), micro_batches, backend=backend, **options), 0
+                )
+                for backend in setting.backends
+                for where, options in (("in step()", {}), ("under the backward pass", {"overlap_norm": True}))
+                if not options or (backend == setting.backends[0] and dtype == torch.float32)
+            ]
+            seconds = setting.time([alone, theirs, *ours], queued=True)
+            numel = sum(p.numel() for p in model().parameters())
+            title = f"decoder of {numel / 1e6:.0f}M parameters, {word(dtype)}, K = {K}, {math.prod(size)} tokens"
+            passes = seconds[alone.name]
+            added = {
+                name: [t - least for t, least in zip(times, passes, strict=True)] for name, times in seconds.items()
+            }
+            for c in ours:
+                more = {"milliseconds_added": statistics.median(added[c.name]) * 1e3}
+                name = f"{c.name}: time added to training / AdamW's, {title}"
+                yield name, figure(ratio(added[c.name], added[theirs.name]), at_most=1.05, **more)
+            for c in (alone, theirs, *ours):
+                yield f"{c.name}, {title}", {"milliseconds": statistics.median(seconds[c.name]) * 1e3}
+            del alone, theirs, ours, c
+            free(setting.device)
     finally:
         torch.set_float32_matmul_precision(precision)
-    numel = sum(p.numel() for p in model().parameters())
-    title = f"decoder of {numel / 1e6:.0f}M parameters, K = {K}, {math.prod(size)} tokens"
-    passes = seconds[alone.name]
-    added = {name: [t - least for t, least in zip(times, passes, strict=True)] for name, times in seconds.items()}
-    for goal, c in ours:
-        more = {"milliseconds_added": statistics.median(added[c.name]) * 1e3}
-        name = f"{c.name}: time added to training / AdamW's, {title}"
-        yield name, figure(ratio(added[c.name], added[theirs.name]), at_most=goal, **more)
-    for c in (alone, theirs, *(c for _, c in ours)):
-        yield f"{c.name}, {title}", {"milliseconds": statistics.median(seconds[c.name]) * 1e3}
 
 
 def foreach_of_small(setting: Setting) -> Figures:
@@ -364,9 +425,8 @@ def foreach_of_small(setting: Setting) -> Figures:
 
 
 def foreach_of_large(setting: Setting) -> Figures:
-    shapes = setting.sizes.large
-    title = f"{sum(map(math.prod, shapes)) / 1e9:.1f}B parameters"
-    yield from _foreach(setting, shapes, title, queued=True, goal=1.05)
+    shapes = setting.large(96)
+    yield from _foreach(setting, shapes, f"{billions(shapes)} parameters", queued=True, goal=1.05)
 
 
 def _foreach(setting: Setting, shapes: Shapes, title: str, *, queued: bool, goal: float) -> Figures:
@@ -408,17 +468,27 @@ def _foreach(setting: Setting, shapes: Shapes, title: str, *, queued: bool, goal
             yield f"{our.name}: compiled foreach Nexus / ours, {title}", not_measured(reason, at_least=goal)
 
 
-SECTIONS = [
-    launches,
-    host_time,
-    host_time_of_dtensors,
-    bandwidths,
-    cycle_of_large,
-    cycle_of_small,
-    training,
-    foreach_of_small,
-    foreach_of_large,
-]
+# In the order of their worth, each with the seconds after which it begins no further round.
+SECTIONS = {
+    bandwidths: 40,
+    cycle_of_large: 40,
+    training: 60,
+    cycle_of_small: 20,
+    host_time: 20,
+    launches: 15,
+    misaligned: 20,
+    host_time_of_dtensors: 20,
+    foreach_of_small: 60,
+    foreach_of_large: 70,
+}
+
+
+def word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def billions(shapes: Shapes) -> str:
+    return f"{sum(map(math.prod, shapes)) / 1e9:.1f}B"
 
 
 def own_params(shapes: Shapes, setting: Setting) -> list[torch.nn.Parameter]:
@@ -471,57 +541,61 @@ def at_most_seconds(limit: int) -> Iterator[None]:
 # What the figures belong to
 
 
-def output_of(*command: str) -> str | None:
-    """First line a program prints; None where it is missing or fails."""
+def output_of(*command: str) -> list[str]:
+    """Lines a program prints; none where it is missing or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
     except (OSError, subprocess.SubprocessError):
-        return None
-    return (done.stdout.splitlines() or [None])[0]
+        return []
+    return done.stdout.splitlines()
 
 
-def environment(device: torch.device) -> dict[str, Any]:
+ASKED = "driver_version", "memory.total", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit"
+
+
+def environment(device: torch.device, commit: str | None) -> dict[str, Any]:
+    """What the figures belong to. commit: where the folder's history is not at hand."""
     on_gpu = device.type == "cuda"
-    versions = {}
-    for package in ("torch", "triton"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
+    with_triton = importlib.util.find_spec("triton") is not None
+    query = ["nvidia-smi", f"--id={device.index}", f"--query-gpu={','.join(ASKED)}", "--format=csv,noheader"]
+    answers = (output_of(*query) or [""])[0].split(", ") if on_gpu else []
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine(),
-        "driver": output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else None,
+        **dict(zip(ASKED, answers, strict=False)),
         "cuda": torch.version.cuda,
-        "triton": None,
-        **versions,
+        "nvcc": next((line for line in output_of("nvcc", "--version") if "release" in line), None),
+        "targets": backends.cuda_targets(),
+        "triton": importlib.metadata.version("triton") if with_triton else None,
         "torch": torch.__version__,
         "python": platform.python_version(),
+        "processors": os.cpu_count(),
         "nexus_fused": nexus_fused.__version__,
-        "commit": output_of("git", "-C", str(ROOT), "describe", "--always", "--dirty"),
+        "commit": commit or next(iter(output_of("git", "-C", str(ROOT), "describe", "--always", "--dirty")), None),
     }
 
 
 def summary_of(report: Path) -> dict[str, Any]:
-    """Counts and failures from a JUnit XML of pytest; `parity`: whether its tests passed, None if none ran."""
+    """Counts from a JUnit XML of pytest, and what failed with the first line of why."""
     try:
         cases = list(ElementTree.parse(report).iter("testcase"))
     except (OSError, ElementTree.ParseError) as error:
-        return {"error": f"no report of the tests: {error}", "parity": False}
-    passed, failed, skipped = [], [], Counter()
+        return {"error": f"no report of the tests: {error}"}
+    passed, failed, skipped = 0, {}, Counter()
     for case in cases:
         name, outcomes = f"{case.get('classname')}::{case.get('name')}", {child.tag: child for child in case}
-        if "failure" in outcomes or "error" in outcomes:
-            failed.append(name)
+        red = outcomes.get("failure", outcomes.get("error"))
+        if red is not None:
+            failed[name] = (red.get("message") or red.text or "").strip().partition("\n")[0][:300]
         elif "skipped" in outcomes:
             skipped[outcomes["skipped"].get("message", "")] += 1
         else:
-            passed.append(name)
-    equal = [name in passed for name in passed + failed if "parity" in name.lower()]
+            passed += 1
     return {
-        "passed": len(passed),
+        "passed": passed,
         "failed": len(failed),
         "skipped": skipped.total(),
         "failures": failed,
         "skips": dict(skipped),
-        "parity": all(equal) if equal else None,
     }
 
 
@@ -533,34 +607,37 @@ def show(name: str, values: dict[str, Any]) -> None:
 
 
 def check(setting: Setting, result: dict[str, Any]) -> None:
-    """Parity of each backend and dtype that is measured."""
-    for backend in setting.backends:
+    """Parity of each backend and dtype that is measured; a backend that fails is none of the contenders."""
+    for backend in list(setting.backends):
         for dtype in (torch.float32, torch.bfloat16):
             name = f"{backend}, {dtype}"
-            result["parity"][name] = False
             try:
                 check_parity(setting.sizes.parity, dtype, backend, setting.device)
                 result["parity"][name] = True
             except Exception:
+                result["parity"][name] = False
                 result["errors"][f"parity of {name}"] = traceback.format_exc(limit=-5)
+                setting.backends = [known for known in setting.backends if known != backend]
             free(setting.device)
 
 
 def measure(setting: Setting, result: dict[str, Any], write: Callable[[], None]) -> None:
     """Fills `result` section by section; an error ends its section only, and is kept."""
-    for section in SECTIONS:
-        started = time.perf_counter()
+    for section, limit in SECTIONS.items():
+        started = time.monotonic()
+        setting.until = started + limit
+        print(f"{section.__name__} (at most about {limit} s)", file=sys.stderr, flush=True)
         try:
             for name, values in section(setting):
                 result["figures" if "median" in values else "absolute"][name] = values
                 show(name, values)
+            free(setting.device)
         except (Exception, KeyboardInterrupt) as error:
             result["errors"][section.__name__] = traceback.format_exc(limit=-5)
             print(result["errors"][section.__name__], file=sys.stderr)
             if isinstance(error, KeyboardInterrupt):  # also what a time limit from outside sends
                 return
-        free(setting.device)
-        result["seconds"][section.__name__] = round(time.perf_counter() - started, 1)
+        result["seconds"][section.__name__] = round(time.monotonic() - started, 1)
         write()
 
 
@@ -572,9 +649,9 @@ def main() -> int:
     parser.add_argument("--backends", nargs="+", choices=list(GOALS), default=list(GOALS))
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--quick", action="store_true", help="tiny sizes, three rounds")
-    parser.add_argument("--compile-limit", type=int, default=50, help="seconds that torch.compile gets, each time")
-    parser.add_argument("--tests", type=Path, help="JUnit XML of pytest to include; without green parity no figures")
-    parser.add_argument("--sanitizers", nargs="*", default=[], metavar="TOOL=OUTCOME", help="to include as they are")
+    parser.add_argument("--compile-limit", type=int, default=40, help="seconds that torch.compile gets, each time")
+    parser.add_argument("--commit", help="what is measured, where git cannot tell")
+    parser.add_argument("--tests", type=Path, help="JUnit XML of pytest to include")
     options = parser.parse_args()
     device = options.device
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -591,12 +668,12 @@ def main() -> int:
         options.compile_limit,
     )
     result: dict[str, Any] = {
-        **environment(device),
+        **environment(device, options.commit),
+        "memory_free": torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
         "backends": reasons,
         "rounds": setting.rounds,
         "quick": options.quick,
         "tests": summary_of(options.tests) if options.tests else None,
-        "sanitizers": dict(outcome.split("=", 1) for outcome in options.sanitizers),
         "parity": {},
         "figures": {},
         "absolute": {},
@@ -609,14 +686,9 @@ def main() -> int:
         options.out.write_text(json.dumps(result, indent=2) + "\n")
 
     write()
-    # Without a GPU its tests are skipped, and there is nothing to publish.
-    tested = result["tests"]["parity"] if options.tests else True
-    if tested or (tested is None and device.type == "cpu"):
-        check(setting, result)
-    if result["parity"] and all(result["parity"].values()):
+    check(setting, result)
+    if setting.backends:
         measure(setting, result, write)
-    else:
-        result["errors"]["figures"] = "none without parity with the reference: see parity and tests"
     write()
     print(json.dumps(result["errors"], indent=2) if result["errors"] else f"written to {options.out}", file=sys.stderr)
     return int(bool(result["errors"]))

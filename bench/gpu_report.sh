@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Tests and measures this checkout on a GPU: bash bench/gpu_report.sh [OUT.json] [-- OPTIONS OF bench.gpu]
 #
-# Installs the checkout into a throw-away environment, runs `pytest -m gpu` and meanwhile a few of these tests under
-# compute-sanitizer, where that is found, then `python -m bench.gpu`, and writes all into OUT.json (default
-# bench/results/gpu-<device>.json). Under 8 minutes and offline: python3 must have torch, triton, pytest, and to build
-# scikit-build-core, pybind11, cmake and ninja. Exit status 0: all tests passed, no sanitizer failed, all was measured.
+# Installs the checkout into a throw-away environment, compiles Triton's kernels, runs `pytest -m gpu`, measures with
+# `python -m bench.gpu` whatever the tests say, and then runs a few tests under compute-sanitizer, where that is found.
+# All of it goes into OUT.json (default bench/results/gpu-<device>.json), logs into files beside it. Offline, and within
+# 8 minutes on 16 cores: python3 must have torch, triton, pytest, and to build scikit-build-core, pybind11, cmake and
+# ninja; pytest-xdist is used where it is there. Exit status 0: all tests passed, no sanitizer failed, all was measured.
 #
 # Without a GPU, `bash bench/gpu_report.sh out.json -- --device cpu --quick --compile-limit 0` goes through the motions.
 set -uo pipefail
@@ -26,7 +27,7 @@ case " $* " in *" --device cpu "* | *" --device=cpu "*) on_cpu=true ;; esac
 
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
-section() { printf '\n=== %s\n' "$*" >&2; }
+section() { printf '\n=== %s (%s s)\n' "$*" "$SECONDS" >&2; }
 # limited SECONDS COMMAND: interrupted as by Ctrl-C, so that pytest still writes its report, and killed if that is ignored.
 limited() { timeout --signal=INT --kill-after=10 "$1" env --default-signal=INT "${@:2}"; }
 
@@ -49,63 +50,93 @@ fi
 
 # From a folder with the checkout's tests and bench but not its nexus_fused, which lacks what the build puts there.
 ln -s "$root/bench" "$scratch/bench"
+case ${out:=-} in /*) ;; *) out=$PWD/$out ;; esac
 cd "$scratch" || exit 1
 if ! "$python" -c 'import sys, nexus_fused; sys.exit(not nexus_fused.__file__.startswith(sys.prefix))'; then
   echo "nexus_fused is not imported from $site, where it was installed" >&2
   exit 1
 fi
-"$python" -m nexus_fused >&2
-if [ -z "$out" ]; then
+if [ "${out##*/}" = - ]; then
   name=$("$python" -c 'import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")')
   out=$root/bench/results/gpu-$(tr '[:upper:] ' '[:lower:]-' <<< "$name" | tr -cd '[:alnum:]-').json
-else
-  case $out in /*) ;; *) out=$OLDPWD/$out ;; esac
+fi
+beside=${out%.json}
+mkdir -p "$(dirname "$out")"
+
+section "Triton's kernels, compiled for four dtypes at a time"
+if ! $on_cpu; then
+  for dtype in float32 float64 bfloat16 float16; do
+    limited 90 "$python" -c "import torch; from nexus_fused import backends
+reason = backends.why_not('triton', torch.device('cuda', 0), torch.$dtype, displaced=True)
+if reason: print('triton cannot run:', reason)" >&2 &
+  done
+  wait
 fi
 
 section "tests"
-# No plugins, and none of pyproject.toml's options for them: only pytest itself is needed.
+# No plugins but one, and none of pyproject.toml's options for them. A torch or Triton of another day may warn at import.
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
-pytest=("$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -o addopts= -p no:cacheprovider
-  --strict-markers --tb=short -m gpu "$root/tests/test_gpu.py")
+pytest=("$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -o addopts= -o filterwarnings=default
+  -p no:cacheprovider --strict-markers --tb=short -q -m gpu "$root/tests/test_gpu.py")
+workers=()
+if "$python" -c 'import xdist' 2> /dev/null; then workers=(-p xdist -n "$(($(nproc) > 10 ? 8 : 2))"); fi
+# First what needs most of the memory, alone.
+limited 60 "${pytest[@]}" -k int32 --junitxml="$scratch/large.xml" > "$beside-tests.log" 2>&1
+large=$?
+limited 120 "${pytest[@]}" -k 'not int32' "${workers[@]}" -ra --durations=5 --junitxml="$scratch/others.xml" \
+  >> "$beside-tests.log" 2>&1
+tests=$?
+grep -hE '^(FAILED|ERROR)|passed|failed|skipped' "$beside-tests.log" | cut -c1-200 >&2
+"$python" - "$scratch/large.xml" "$scratch/others.xml" "$beside-tests.xml" << 'PYTHON'
+import sys
+from xml.etree import ElementTree
 
-# sanitized TOOL [OPTIONS]: the outcome of a few of the CUDA kernels' tests under a tool of compute-sanitizer, on stdout.
-# It watches our kernels alone: PyTorch's would take long.
+both = ElementTree.Element("testsuites")
+for path in sys.argv[1:3]:
+    try:
+        both.extend(ElementTree.parse(path).getroot())
+    except (OSError, ElementTree.ParseError) as error:
+        print(f"no report of the tests: {error}", file=sys.stderr)
+ElementTree.ElementTree(both).write(sys.argv[3])
+PYTHON
+
+section "figures"
+if $on_cpu; then export TRITON_INTERPRET=1; fi
+limited 230 "$python" -m bench.gpu --out "$out" --tests "$beside-tests.xml" "$@"
+figures=$?
+
+section "sanitizers"
+# A few of the CUDA kernels' tests. Our kernels alone are watched: PyTorch's would take long. Without the allocator's
+# cache each tensor is an allocation that memcheck knows; calls of CUDA that fail, and are meant to, are no errors:
+# libraries ask so for what there is.
 nvcc=$(command -v nvcc)
 sanitizer=$(PATH=$PATH:$(dirname "${nvcc:-/usr/local/cuda/bin/nvcc}") command -v compute-sanitizer)
 sanitized() {
-  if $on_cpu || [ -z "$sanitizer" ]; then
-    echo "not found"
-    return
-  fi
-  limited 120 "$sanitizer" --tool "$@" --kernel-name kns=nexus --error-exitcode 99 "${pytest[@]}" -q \
-    -k "cuda and (test_who_takes_part or test_many_chunks or test_two_runs)" > "$scratch/$1.log" 2>&1
+  limited 60 "$sanitizer" --tool "$1" --report-api-errors no --kernel-name kns=nexus --error-exitcode 99 "${pytest[@]}" \
+    -k 'cuda and (who_takes or many_chunks) and (float32 or bfloat16)' > "$beside-$1.log" 2>&1
   case $? in
     0) echo passed ;;
     124 | 137) echo "timed out" ;;
     *) echo failed ;;
   esac
 }
-# Beside the tests, which nobody times. Without the allocator's cache each tensor is an allocation that memcheck knows;
-# calls of CUDA that fail, and are meant to, are no errors: libraries ask so for what there is.
-PYTORCH_NO_CUDA_MEMORY_CACHING=1 sanitized memcheck --report-api-errors no > "$scratch/memcheck" &
-sanitized racecheck > "$scratch/racecheck" &
-limited 150 "${pytest[@]}" -ra --durations=5 --junitxml="$scratch/tests.xml" >&2
-tests=$?
-wait
-sanitizers=()
-unsound=0
-for tool in memcheck racecheck; do
-  outcome=$(cat "$scratch/$tool")
-  sanitizers+=("$tool=$outcome")
-  printf '%s: %s\n' "$tool" "$outcome" >&2
-  case $outcome in passed | "not found") ;; *) tail -n 30 "$scratch/$tool.log" >&2 ;; esac
-  if [ "$outcome" = failed ]; then unsound=1; fi
-done
+outcomes=()
+if ! $on_cpu && [ -n "$sanitizer" ]; then
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 sanitized memcheck > "$scratch/memcheck" &
+  sanitized racecheck > "$scratch/racecheck" &
+  wait
+  for tool in memcheck racecheck; do outcomes+=("$tool=$(cat "$scratch/$tool")"); done
+fi
+"$python" - "$out" "$SECONDS" "${outcomes[@]}" << 'PYTHON'
+import json, sys
+from pathlib import Path
 
-section "figures"
-if $on_cpu; then export TRITON_INTERPRET=1; fi
-limited 210 "$python" -m bench.gpu --out "$out" --tests "$scratch/tests.xml" --sanitizers "${sanitizers[@]}" "$@"
-figures=$?
+out, seconds, *outcomes = sys.argv[1:]
+result = json.loads(Path(out).read_text())
+result["sanitizers"] = dict(outcome.split("=") for outcome in outcomes)
+result["seconds"]["the whole report"] = int(seconds)
+Path(out).write_text(json.dumps(result, indent=2) + "\n")
+PYTHON
 
-section "done: tests $tests, figures $figures, $out"
-[ "$tests" -eq 0 ] && [ "$unsound" -eq 0 ] && [ "$figures" -eq 0 ]
+section "done: tests $large and $tests, figures $figures, sanitizers ${outcomes[*]:-not found}, $out"
+[ "$large" -eq 0 ] && [ "$tests" -eq 0 ] && [ "$figures" -eq 0 ] && [[ "${outcomes[*]:-}" != *failed* ]]

@@ -158,6 +158,10 @@ class TestKernelParity:
     def test_many_chunks(self, backend, dtype):
         compare_all(backend, dtype, sizes=[1_000_003, 3, 200_000], touched=(0, 2), flatten=True)
 
+    def test_nothing_but_empty(self, backend, dtype):
+        assert sq_norm(backend, make_table(dtype, [0, 0], device=CUDA)) == 0
+        compare_all(backend, dtype, sizes=[0, 0])
+
     @pytest.mark.parametrize("amsgrad", [False, True])
     def test_who_takes_part(self, backend, dtype, amsgrad):
         for touched in ((), (0,), (0, 1), (0, 1, 2, 3)):
@@ -432,6 +436,55 @@ def test_a_stream_with_work_in_flight(backend):
             results.append(contents_of(optimizer))
         torch.cuda.synchronize()
     assert_same(*results)
+
+
+@pytest.mark.parametrize("numel", [1, 16385, 1_000_003, 10_000_001])
+def test_sums_beside_another_streams_work(backend, numel):
+    """The last block to arrive adds up what the others wrote: the same sum from grids of any size, while products on
+    another stream take and leave the processors."""
+    table = make_table(torch.float32, [numel], device=CUDA)
+    run, other, a = backends.resolve(backend, None, CUDA), torch.cuda.Stream(), torch.randn(2048, 2048, device=CUDA)
+    first, wrong = None, torch.zeros((), dtype=torch.int64, device=CUDA)
+    for i in range(300):
+        if i % 30 == 0:
+            with torch.cuda.stream(other):
+                a @ a
+        norm = run.sq_norm(table).clone()
+        first = norm if first is None else first
+        wrong += (norm != first).sum()
+    assert wrong == 0
+
+
+def test_the_host_far_ahead(backend):
+    """Learning rates and addresses of several steps are on their way at once, from pinned memory that is used again."""
+    results = []
+    for ahead in (False, True):
+        params, optimizer = build([torch.float32, torch.bfloat16], backend)
+        generator = torch.Generator(CUDA).manual_seed(0)
+        for step in range(41):
+            if ahead:
+                torch.cuda._sleep(10_000_000)  # cycles: about 5 ms
+            for i, p in enumerate(params):
+                gradient = torch.randn(p.shape, generator=generator, device=CUDA).to(p.dtype)
+                p.grad = None if (i + step) % 3 == 0 else gradient
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-2 / (1 + step % 7)
+            optimizer.step()
+            if not ahead:
+                torch.cuda.synchronize()
+        results.append([*contents_of(optimizer), torch.tensor(optimizer.metrics()["grad_norms"])])
+    assert_same(*results)
+
+
+def test_parameters_can_be_sent_to_another_process(backend):
+    """By CUDA IPC, as torch.multiprocessing and weight synchronization do; only where they stayed where they were: what
+    lies within flat memory has no handle of its own."""
+    from torch.multiprocessing.reductions import reduce_tensor
+
+    params = [nn.Parameter(torch.randn(1000, device=CUDA)) for _ in range(3)]
+    NexusAdamW(params, backend=backend, flatten=False)
+    for p in params:
+        reduce_tensor(p.detach())
 
 
 @pytest.mark.parametrize("dtypes", [[torch.float32, torch.bfloat16], [torch.float64, torch.float16]], ids=str)
