@@ -621,10 +621,15 @@ def check(setting: Setting, result: dict[str, Any]) -> None:
             free(setting.device)
 
 
-def measure(setting: Setting, result: dict[str, Any], write: Callable[[], None]) -> None:
-    """Fills `result` section by section; an error ends its section only, and is kept."""
+def measure(setting: Setting, result: dict[str, Any], write: Callable[[], None], seconds: float) -> None:
+    """Fills `result` section by section; an error ends its section only, and is kept. No section begins after so many
+    seconds."""
+    began = time.monotonic()
     for section, limit in SECTIONS.items():
         started = time.monotonic()
+        if started > began + seconds:
+            result["left_out"].append(section.__name__)
+            continue
         setting.until = started + limit
         print(f"{section.__name__} (at most about {limit} s)", file=sys.stderr, flush=True)
         try:
@@ -650,6 +655,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--quick", action="store_true", help="tiny sizes, three rounds")
     parser.add_argument("--compile-limit", type=int, default=40, help="seconds that torch.compile gets, each time")
+    parser.add_argument("--seconds", type=float, default=220, help="after which no section begins (%(default)s)")
     parser.add_argument("--commit", help="what is measured, where git cannot tell")
     parser.add_argument("--tests", type=Path, help="JUnit XML of pytest to include")
     options = parser.parse_args()
@@ -678,6 +684,7 @@ def main() -> int:
         "figures": {},
         "absolute": {},
         "seconds": {},
+        "left_out": [],
         "errors": {},
     }
 
@@ -688,7 +695,7 @@ def main() -> int:
     write()
     check(setting, result)
     if setting.backends:
-        measure(setting, result, write)
+        measure(setting, result, write, options.seconds)
     write()
     print(json.dumps(result["errors"], indent=2) if result["errors"] else f"written to {options.out}", file=sys.stderr)
     return int(bool(result["errors"]))
