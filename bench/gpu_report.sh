@@ -76,6 +76,7 @@ fi
 section "tests"
 # No plugins but one, and none of pyproject.toml's options for them. A torch or Triton of another day may warn at import.
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
+export OMP_NUM_THREADS=1  # of each of several processes
 pytest=("$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -o addopts= -o filterwarnings=default
   -p no:cacheprovider --strict-markers --tb=short -q -m gpu "$root/tests/test_gpu.py")
 workers=()
@@ -101,6 +102,7 @@ ElementTree.ElementTree(both).write(sys.argv[3])
 PYTHON
 
 section "figures"
+unset OMP_NUM_THREADS
 if $on_cpu; then export TRITON_INTERPRET=1; fi
 limited 230 "$python" -m bench.gpu --out "$out" --tests "$beside-tests.xml" "$@"
 figures=$?
