@@ -167,14 +167,18 @@ struct Part {
 
   // Part `number` of all chunks, of which each has `parts`.
   __device__ Part(const Table& table, uint32_t number, uint32_t parts)
-      : row(table.rows[table.chunks ? table.row_of_chunk[number / parts] : 0]),
-        begin((number / parts - row.chunk) * kChunk + number % parts * (kChunk / parts)),
-        n(int(row.length - begin < kChunk / parts ? row.length - begin : kChunk / parts)) {}
+      : Part(table, number / parts, number % parts, uint32_t(kChunk) / parts) {}
 
   template <class X>
   __device__ X* at(int64_t address) const {
     return address ? pointer<X>(address) + begin : nullptr;
   }
+
+ private:
+  __device__ Part(const Table& table, uint32_t chunk, uint32_t part, uint32_t size)
+      : row(table.rows[table.chunks ? table.row_of_chunk[chunk] : 0]),
+        begin((chunk - row.chunk) * kChunk + part * size),
+        n(int(row.length - begin < size ? row.length - begin : size)) {}
 };
 
 // Squared norm
