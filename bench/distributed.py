@@ -36,8 +36,8 @@ class Squares(nn.Module):
         values = [torch.randn(numel, generator=generator, device=device) for _ in range(n)]
         self.values = nn.ParameterList([nn.Parameter(value) for value in values])
 
-    def forward(self) -> torch.Tensor:
-        return torch.stack([value.square().sum() for value in self.values]).sum()
+    def forward(self, scale: torch.Tensor) -> torch.Tensor:  # FSDP2 moves inputs to a GPU, and wants one to move
+        return torch.stack([value.square().sum() for value in self.values]).sum() * scale
 
 
 def host_times(
@@ -55,7 +55,7 @@ def host_times(
         fully_shard(sharded, mesh=init_device_mesh(device.type, (1,)))
         optimizers = []
         for module in (sharded, plain):
-            module().backward()
+            module(torch.ones((), device=device)).backward()
             optimizers.append(NexusAdamW(module.parameters(), backend=backend, **NEXUS))
         seconds: tuple[list[float], list[float]] = [], []
         for _ in range(WARM_UP + rounds):

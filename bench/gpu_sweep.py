@@ -183,9 +183,10 @@ def main() -> None:
     parser.add_argument("variants", nargs="*", metavar="VARIANT", help="default: all", choices=[[], *CUDA, *TRITON])
     parser.add_argument("--out", type=Path, required=True, help="the JSON to write")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--commit", help="what is measured, where git cannot tell")
     options = parser.parse_args()
     names = options.variants or [*CUDA, *TRITON]
-    result: dict[str, Any] = {**gpu.environment(torch.device("cuda", 0), None), "errors": {}, "figures": {}}
+    result: dict[str, Any] = {**gpu.environment(torch.device("cuda", 0), options.commit), "errors": {}, "figures": {}}
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = {
             name: pool.submit(build, name, Path(scratch) / f"v{i}")
