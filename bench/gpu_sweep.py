@@ -88,6 +88,7 @@ CUDA: dict[str, tuple[list[Patch], int]] = {
 TRITON: dict[str, tuple[tuple[int, int] | None, int]] = {
     "Triton as it is": (None, table.PARTS),
     "Triton, 1 part": (None, 1),
+    "Triton, 2 parts": (None, 2),
     "Triton, 8 parts": (None, 8),
     "Triton 512/4": ((512, 4), table.PARTS),
     "Triton 1024/4": ((1024, 4), table.PARTS),

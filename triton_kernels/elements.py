@@ -15,10 +15,6 @@ WEIGHT, GRAD, THETA, WALK, EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ, STEP, LENGTH, GR
     tl.constexpr(column) for column in range(len(COLUMNS))
 )
 CHUNK = tl.constexpr(CHUNK_ELEMENTS)
-PART = tl.constexpr(
-    4096
-)  # elements of a program that sums nothing over its chunk: memory likes small ones (docs/gpu.md)
-PARTS = CHUNK_ELEMENTS // PART.value  # of a chunk
 
 LANES = 32 if torch.version.hip is None else 64  # threads of a warp
 LIMITS_REGISTERS = torch.version.hip is None and getattr(torch.version, "xpu", None) is None  # as NVIDIA's compiler

@@ -1,0 +1,96 @@
+"""Figures that README and docs quote are those of bench/results."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+README, GPU = ROOT / "README.md", ROOT / "docs" / "gpu.md"
+BACKENDS = ("cuda", "triton")
+DTYPES = ("float32", "bfloat16")
+# Kernels of bench/results/gpu-nvidia-h200.json, and their rows in docs/gpu.md.
+KERNELS = {
+    "sq_norm": "`sq_norm`",
+    "inner_step, first": "`inner_step`, first",
+    "inner_step, middle": "`inner_step`, later",
+    "outer_step": "`outer_step`",
+    "displace": "`displace`",
+}
+
+
+def figures_of(name: str) -> dict[str, dict[str, Any]]:
+    return json.loads((ROOT / "bench" / "results" / name).read_text())["figures"]
+
+
+def cells(path: Path, row: str) -> list[str]:
+    """Of the first row of a table that begins so, without its name."""
+    lines = path.read_text().splitlines()
+    return [cell.strip() for cell in next(line for line in lines if line.startswith(f"| {row}")).split("|")[2:-1]]
+
+
+def test_figures_of_a_cpu():
+    """Every figure of README's table of a CPU is the median, with its quartiles, of bench/results/cpu.json."""
+    for name, figure in figures_of("cpu.json").items():
+        quoted = f"{figure['median']:.2f} ({figure['quartile1']:.2f} to {figure['quartile3']:.2f})"
+        assert quoted == cells(README, f"{name} |")[0]
+
+
+LARGE, SMALL = "1.3B parameters", "10M parameters in 200 tensors"
+DECODER = "decoder of 472M parameters"
+# Of bench/results/gpu-nvidia-h200.json, and their rows in README and docs/gpu.md.
+OF_A_GPU = {
+    "whole cycle / AdamW's cycle, 1.3B parameters, float32": ("whole cycle, float32", f"{LARGE}, float32"),
+    "whole cycle / AdamW's cycle, 1.3B parameters, bfloat16": ("whole cycle, bfloat16", f"{LARGE}, bfloat16"),
+    f"whole cycle / AdamW's cycle, {SMALL}": ("whole cycle, 10M parameters in 200 tensors", f"{SMALL}, launched"),
+    f"whole cycle / AdamW, _foreach_add_'s cycle, {SMALL}": ("the same, AdamW accumulates with",) * 2,
+    f"in a CUDA graph: whole cycle / AdamW's captured cycle, {SMALL}": ("the same, both in a CUDA graph",) * 2,
+    f"norm in step(): time added to training / AdamW's, {DECODER}, float32, K = 4, 2048 tokens": (
+        "time that the optimizer adds to training, float32",
+        f"time added to training, {DECODER.replace(' parameters', '')}, float32",
+    ),
+    "host time of step() / AdamW's fused, 500 parameters, addresses unchanged": ("host time of `step()`", None),
+    "foreach Nexus / ours, 1.3B parameters": (None, "foreach Nexus over ours, 1.3B parameters"),
+    f"foreach Nexus / ours, {SMALL}": (None, "foreach Nexus over ours, 10M in 200 tensors"),
+}
+
+
+def median_on_gpu(backend: str, name: str) -> float:
+    figures = figures_of("gpu-nvidia-h200.json")
+    (found,) = (key for key in figures if re.fullmatch(f"{backend}(: |, | ){re.escape(name)}", key))
+    return figures[found]["median"]
+
+
+def test_ratios_on_a_gpu():
+    for name, rows in OF_A_GPU.items():
+        medians = [f"{median_on_gpu(backend, name):.2f}" for backend in BACKENDS]
+        for path, row in zip((README, GPU), rows, strict=True):
+            if row:
+                assert cells(path, row)[:2] == medians, (path, row)
+
+
+def test_bandwidths_on_a_gpu():
+    def bandwidth(backend: str, dtype: str, kernel: str) -> float:
+        return median_on_gpu(backend, f"{dtype} {kernel}: bandwidth / copy's")
+
+    for kernel, row in KERNELS.items():
+        assert cells(GPU, row)[1:] == [f"{bandwidth(b, d, kernel):.2f}" for b in BACKENDS for d in DTYPES], kernel
+    ranges = []
+    for backend in BACKENDS:
+        all_of = [bandwidth(backend, dtype, kernel) for dtype in DTYPES for kernel in KERNELS]
+        ranges.append(f"{min(all_of):.2f} to {max(all_of):.2f}")
+    assert "reach {} (CUDA) and {} (Triton)".format(*ranges) in README.read_text()
+
+
+def test_a_cpu_beside_a_gpu():
+    """The last column of its first table."""
+    cpu, training = figures_of("cpu.json"), figures_of("training.json")
+    for row, figure in {
+        "whole cycle, float32": cpu["float32: whole cycle / AdamW's cycle"],
+        "whole cycle, bfloat16": cpu["bfloat16: whole cycle / AdamW's cycle"],
+        "host time of `step()`": cpu["step() on 2,000 parameters of 64 / AdamW's fused step"],
+        "time that the optimizer adds": training["time in the optimizer: without overlap_norm / AdamW's"],
+    }.items():
+        assert cells(README, row)[2] == f"{figure['median']:.2f}"
