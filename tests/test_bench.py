@@ -78,6 +78,7 @@ def test_figures(tmp_path, backend):
         ("whole cycle / AdamW's cycle", 3, 3),
         ("whole cycle / AdamW, _foreach_add_'s cycle", 1, 1),
         ("whole cycle / AdamW's captured cycle", 1, 0),
+        (": training / AdamW's", 3, 0),
         ("time added to training / AdamW's", 3, 3),
         ("misaligned", 2, 0),
         ("foreach Nexus / ours", 4, 2),

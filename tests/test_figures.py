@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
 README, GPU = ROOT / "README.md", ROOT / "docs" / "gpu.md"
 BACKENDS = ("cuda", "triton")
 DTYPES = ("float32", "bfloat16")
@@ -22,13 +23,17 @@ KERNELS = {
 
 
 def figures_of(name: str) -> dict[str, dict[str, Any]]:
-    return json.loads((ROOT / "bench" / "results" / name).read_text())["figures"]
+    return json.loads((RESULTS / name).read_text())["figures"]
 
 
 def cells(path: Path, row: str) -> list[str]:
     """Of the first row of a table that begins so, without its name."""
     lines = path.read_text().splitlines()
     return [cell.strip() for cell in next(line for line in lines if line.startswith(f"| {row}")).split("|")[2:-1]]
+
+
+def unwrapped(path: Path) -> str:
+    return " ".join(path.read_text().split())
 
 
 def test_figures_of_a_cpu():
@@ -38,20 +43,33 @@ def test_figures_of_a_cpu():
         assert quoted == cells(README, f"{name} |")[0]
 
 
-LARGE, SMALL = "1.3B parameters", "10M parameters in 200 tensors"
-DECODER = "decoder of 472M parameters"
+SMALL = "10M parameters in 200 tensors"
+TRAINING = "decoder of 472M parameters, float32, K = 4, 2048 tokens"
 # Of bench/results/gpu-nvidia-h200.json, and their rows in README and docs/gpu.md.
 OF_A_GPU = {
-    "whole cycle / AdamW's cycle, 1.3B parameters, float32": ("whole cycle, float32", f"{LARGE}, float32"),
-    "whole cycle / AdamW's cycle, 1.3B parameters, bfloat16": ("whole cycle, bfloat16", f"{LARGE}, bfloat16"),
-    f"whole cycle / AdamW's cycle, {SMALL}": ("whole cycle, 10M parameters in 200 tensors", f"{SMALL}, launched"),
-    f"whole cycle / AdamW, _foreach_add_'s cycle, {SMALL}": ("the same, AdamW accumulates with",) * 2,
-    f"in a CUDA graph: whole cycle / AdamW's captured cycle, {SMALL}": ("the same, both in a CUDA graph",) * 2,
-    f"norm in step(): time added to training / AdamW's, {DECODER}, float32, K = 4, 2048 tokens": (
-        "time that the optimizer adds to training, float32",
-        f"time added to training, {DECODER.replace(' parameters', '')}, float32",
+    f"norm in step(): time added to training / AdamW's, {TRAINING}": ("what the optimizer adds to it",) * 2,
+    "whole cycle / AdamW's cycle, 1.3B parameters, float32": (
+        "optimizer alone, float32, 1.3B parameters",
+        "optimizer alone, 1.3B parameters, float32",
     ),
-    "host time of step() / AdamW's fused, 500 parameters, addresses unchanged": ("host time of `step()`", None),
+    "whole cycle / AdamW's cycle, 1.3B parameters, bfloat16": (
+        "optimizer alone, bfloat16, 1.3B parameters",
+        "optimizer alone, 1.3B parameters, bfloat16",
+    ),
+    f"whole cycle / AdamW's cycle, {SMALL}": (None, f"optimizer alone, {SMALL}, launched from Python"),
+    f"whole cycle / AdamW, _foreach_add_'s cycle, {SMALL}": (
+        f"optimizer alone, {SMALL}, AdamW accumulates with `_foreach_add_`",
+        "the same, AdamW accumulates with `_foreach_add_`",
+    ),
+    f"in a CUDA graph: whole cycle / AdamW's captured cycle, {SMALL}": ("the same, both in a CUDA graph",) * 2,
+    "host time of step() / AdamW's fused, 500 parameters, addresses unchanged": (
+        "host time of one `step()`",
+        "addresses unchanged, over AdamW's",
+    ),
+    "host time of step() / AdamW's fused, 500 parameters, addresses changed": (
+        None,
+        "gradients at new addresses, over AdamW's",
+    ),
     "foreach Nexus / ours, 1.3B parameters": (None, "foreach Nexus over ours, 1.3B parameters"),
     f"foreach Nexus / ours, {SMALL}": (None, "foreach Nexus over ours, 10M in 200 tensors"),
 }
@@ -71,6 +89,18 @@ def test_ratios_on_a_gpu():
                 assert cells(path, row)[:2] == medians, (path, row)
 
 
+def test_times_on_a_gpu():
+    """Ratios of medians of milliseconds, and of bytes per second."""
+    absolute = json.loads((RESULTS / "gpu-nvidia-h200.json").read_text())["absolute"]
+    adamw = absolute[f"AdamW, {TRAINING}"]["milliseconds"]
+    ours = [absolute[f"{backend}, norm in step(), {TRAINING}"]["milliseconds"] for backend in BACKENDS]
+    for path in (README, GPU):
+        assert cells(path, "training, forward and backward included, ")[:2] == [f"{time / adamw:.2f}" for time in ours]
+    of_adamw = absolute["AdamW, accumulation, clipping, 1.3B parameters, float32"]["gigabytes_per_second"]
+    of_copy = absolute["copy beside torch.float32"]["gigabytes_per_second"]
+    assert f"where AdamW's accumulation, clipping and step get {of_adamw / of_copy:.2f}." in unwrapped(README)
+
+
 def test_bandwidths_on_a_gpu():
     def bandwidth(backend: str, dtype: str, kernel: str) -> float:
         return median_on_gpu(backend, f"{dtype} {kernel}: bandwidth / copy's")
@@ -81,16 +111,17 @@ def test_bandwidths_on_a_gpu():
     for backend in BACKENDS:
         all_of = [bandwidth(backend, dtype, kernel) for dtype in DTYPES for kernel in KERNELS]
         ranges.append(f"{min(all_of):.2f} to {max(all_of):.2f}")
-    assert "reach {} (CUDA) and {} (Triton)".format(*ranges) in README.read_text()
+    assert "reach {} (CUDA) and {} (Triton)".format(*ranges) in unwrapped(README)
 
 
 def test_a_cpu_beside_a_gpu():
     """The last column of its first table."""
     cpu, training = figures_of("cpu.json"), figures_of("training.json")
     for row, figure in {
-        "whole cycle, float32": cpu["float32: whole cycle / AdamW's cycle"],
-        "whole cycle, bfloat16": cpu["bfloat16: whole cycle / AdamW's cycle"],
-        "host time of `step()`": cpu["step() on 2,000 parameters of 64 / AdamW's fused step"],
-        "time that the optimizer adds": training["time in the optimizer: without overlap_norm / AdamW's"],
+        "optimizer alone, float32": cpu["float32: whole cycle / AdamW's cycle"],
+        "optimizer alone, bfloat16": cpu["bfloat16: whole cycle / AdamW's cycle"],
+        "host time of one `step()`": cpu["step() on 2,000 parameters of 64 / AdamW's fused step"],
+        "training, forward and backward included, ": training["whole cycle: without overlap_norm / AdamW's"],
+        "what the optimizer adds to it": training["time in the optimizer: without overlap_norm / AdamW's"],
     }.items():
         assert cells(README, row)[2] == f"{figure['median']:.2f}"
