@@ -391,12 +391,8 @@ def training(setting: Setting) -> Figures:
             alone = Contender("forward and backward alone", forward_and_backward(model(), micro_batches), 0)
             theirs = Contender("AdamW", theirs_of(model(), micro_batches), 0)
             ours = [
-                Contender(
-                    f"{backend}, norm {where}", train_nexus(model(), micro_batches, backend=backend, **options), 0
-                )
+                Contender(backend, train_nexus(model(), micro_batches, backend=backend), 0)
                 for backend in setting.backends
-                for where, options in (("in step()", {}), ("under the backward pass", {"overlap_norm": True}))
-                if not options or (backend == setting.backends[0] and dtype == torch.float32)
             ]
             seconds = setting.time([alone, theirs, *ours], queued=True)
             numel = sum(p.numel() for p in model().parameters())

@@ -77,28 +77,12 @@ const Kernels* best() {
 
 const Kernels* kernels = best();
 
-// Σ partials in their order.
-double add_up(int64_t partials, int64_t chunks) {
-  double sum = 0;
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += pointer<const double>(partials)[chunk];
-  return sum;
-}
-
 double sq_norm(int64_t rows, int64_t n, int64_t chunks, int dtype, int64_t partials, int threads) {
   py::gil_scoped_release released;
   kernels->sum_squares(pointer<const Segment>(rows), n, chunks, DType(dtype), pointer<double>(partials), threads);
-  return add_up(partials, chunks);
-}
-
-// The partial sums of one gradient of `length` elements at an address.
-void sum_squares(int64_t gradient, int64_t length, int dtype, int64_t partials, int threads) {
-  py::gil_scoped_release released;
-  Segment segment{};
-  segment.grad = gradient, segment.length = length;
-  const int64_t chunks = (length + kChunk - 1) / kChunk;
-  // Another thread must be woken up, which takes as long as two chunks of a gradient that is still in cache.
-  const int useful = int(std::clamp<int64_t>(chunks / 2, 1, threads));
-  kernels->sum_squares(&segment, 1, chunks, DType(dtype), pointer<double>(partials), useful);
+  double sum = 0;
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += pointer<const double>(partials)[chunk];
+  return sum;
 }
 
 void inner_step(int64_t rows, int64_t n, int64_t chunks, int dtype, int64_t factor, int64_t moves, int64_t lost_moves,
@@ -143,8 +127,6 @@ void set_instruction_set(const std::string& name) {
 
 PYBIND11_MODULE(_C, m) {
   m.def("sq_norm", &sq_norm);
-  m.def("sum_squares", &sum_squares);
-  m.def("add_up", &add_up);
   m.def("inner_step", &inner_step);
   m.def("outer_step", &outer_step);
   m.def("displace", &displace);

@@ -43,13 +43,6 @@ inline void define_cuda(pybind11::module_& m) {
     sq_norm(table_from(table), DType(dtype), pointer<double>(partials), pointer<double>(norm),
             pointer<uint32_t>(arrivals), where_from(where));
   });
-  m.def("cuda_sum_squares", [](int64_t grad, int64_t length, int dtype, int64_t partials,
-                               const std::array<int64_t, 4>& where) {
-    sum_squares(pointer<const void>(grad), length, DType(dtype), pointer<double>(partials), where_from(where));
-  });
-  m.def("cuda_add_up", [](int64_t partials, int64_t chunks, int64_t norm, const std::array<int64_t, 4>& where) {
-    add_up(pointer<const double>(partials), chunks, pointer<double>(norm), where_from(where));
-  });
   m.def("cuda_inner_step", [](const std::array<int64_t, 7>& table, int dtype, const std::array<int64_t, 8>& cycle,
                               const Integers& norms, const std::array<int64_t, 3>& micro_batch,
                               const std::array<int64_t, 4>& where) {

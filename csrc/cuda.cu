@@ -225,21 +225,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    sum_squares_kernel(const typename T::Storage* g, int64_t length, double* partials) {
-  for (int64_t chunk = blockIdx.x; chunk * kChunk < length; chunk += gridDim.x) {
-    const int64_t begin = chunk * kChunk, left = length - begin;
-    const double sum = sum_squares_of<T>(g + begin, int(left < kChunk ? left : kChunk));
-    if (threadIdx.x == 0) partials[chunk] = sum;
-  }
-}
-
-__global__ void __launch_bounds__(kThreads) add_up_kernel(const double* partials, int64_t chunks, double* sq_norm) {
-  const double sum = sum_of<kThreads>(partials, 0, chunks);
-  if (threadIdx.x == 0) *sq_norm = sum;
-}
-
 // Scalars: `Cycle.advance` and `Cycle.finish` of cycle.py.
 
 struct InnerStep {
@@ -705,7 +690,7 @@ void with_dtype(DType dtype, const Function& function) {
 // Loads every kernel, which a capture into a graph must not be the first to do.
 cudaError_t load_all() {
   cudaFuncAttributes attributes;
-  cudaError_t error = cudaFuncGetAttributes(&attributes, add_up_kernel);
+  cudaError_t error = cudaSuccess;
   for (const DType dtype : {DType::float64, DType::float32, DType::bfloat16, DType::float16})
     with_dtype(dtype, [&](auto type) {
       using T = decltype(type);
@@ -713,7 +698,6 @@ cudaError_t load_all() {
         if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
       };
       load(sq_norm_kernel<T>);
-      load(sum_squares_kernel<T>);
       load(inner_step_kernel<T>);
       load(displace_kernel<T>);
       load(outer_step_kernel<T, false, false>);
@@ -760,19 +744,6 @@ void sq_norm(const Table& table, DType dtype, double* partials, double* sq_norm,
     const int64_t blocks = std::min(table.chunks, resident("sq_norm", kernel, where.device));
     launch("sq_norm", kernel, blocks, where, table, partials, sq_norm, arrivals);
   });
-}
-
-void sum_squares(const void* grad, int64_t length, DType dtype, double* partials, const Where& where) {
-  with_dtype(dtype, [&](auto type) {
-    using Storage = typename decltype(type)::Storage;
-    const auto kernel = sum_squares_kernel<decltype(type)>;
-    const int64_t blocks = std::min((length + kChunk - 1) / kChunk, resident("sum_squares", kernel, where.device));
-    launch("sum_squares", kernel, blocks, where, static_cast<const Storage*>(grad), length, partials);
-  });
-}
-
-void add_up(const double* partials, int64_t chunks, double* sq_norm, const Where& where) {
-  launch("add_up", add_up_kernel, 1, where, partials, chunks, sq_norm);
 }
 
 void inner_step(const Table& table, DType dtype, const Cycle& cycle, const MicroBatch& micro_batch,

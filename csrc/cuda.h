@@ -51,9 +51,6 @@ uint64_t capture_id(void* stream);
 
 // sq_norm, partials [chunks]; arrivals: one zero, and zero again afterwards.
 void sq_norm(const Table& table, DType dtype, double* partials, double* sq_norm, uint32_t* arrivals, const Where& where);
-// The partial sums of one gradient's chunks alone, and the sum of all partial sums; bit for bit those of `sq_norm`.
-void sum_squares(const void* grad, int64_t length, DType dtype, double* partials, const Where& where);
-void add_up(const double* partials, int64_t chunks, double* sq_norm, const Where& where);
 
 void inner_step(const Table& table, DType dtype, const Cycle& cycle, const MicroBatch& micro_batch, const Where& where);
 

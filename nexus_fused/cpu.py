@@ -1,6 +1,6 @@
 """The CPU backend: hands the addresses of a table and a cycle to the compiled kernels of `nexus_fused._C`.
 
-Functions are those of reference.py, where they are defined, and `sum_squares`. Threads: `torch.get_num_threads()`.
+Functions are those of reference.py, where they are defined. Threads: `torch.get_num_threads()`.
 """
 
 from __future__ import annotations
@@ -10,12 +10,7 @@ from torch import Tensor
 
 from . import _C
 from .cycle import Cycle, MicroBatch
-from .flat import Segment
-from .table import CHUNK_ELEMENTS, Table
-
-# Elements of the smallest gradient that is worth a hook. Within a backward pass Python's own code is out of the cache,
-# and a hook takes tens of microseconds; in one, step() sums ten thousand elements.
-SMALLEST_HOOKED = CHUNK_ELEMENTS
+from .table import Table
 
 _DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -30,27 +25,9 @@ def _table(table: Table, *, displaced: bool = False) -> tuple[int, int, int, int
     return rows.data_ptr(), len(rows), table.chunks, _DTYPES[table.dtype]
 
 
-def sum_squares(table: Table, segment: Segment, gradient: Tensor) -> None:
-    """Writes the partial sums of one gradient, dense as its segment is, into `table.partials`, as `sq_norm` does."""
-    _C.sum_squares(
-        gradient.data_ptr(),
-        segment.numel,
-        _DTYPES[table.dtype],
-        table.partials.data_ptr() + 8 * segment.chunk,
-        torch.get_num_threads(),
-    )
-
-
-def sq_norm(table: Table, *, summed: bool = False) -> Tensor:
-    """‖g‖² over the table's gradients: 0-dim float64. Reads 4 bytes per float32 element, 2 below.
-
-    summed: `table.partials` holds the partial sums of all, which are only added up.
-    """
-    partials = table.partials.data_ptr()
-    if summed:
-        norm = _C.add_up(partials, table.chunks)
-    else:
-        norm = _C.sq_norm(*_table(table), partials, torch.get_num_threads())
+def sq_norm(table: Table) -> Tensor:
+    """‖g‖² over the table's gradients: 0-dim float64. Reads 4 bytes per float32 element, 2 below."""
+    norm = _C.sq_norm(*_table(table), table.partials.data_ptr(), torch.get_num_threads())
     return torch.tensor(norm, dtype=torch.float64, device="cpu")
 
 

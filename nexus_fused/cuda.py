@@ -1,7 +1,7 @@
 """The CUDA backend: starts the kernels of csrc/cuda.cu on the current stream of the tables' device.
 
-Functions are those of reference.py, where they are defined, and `sum_squares`. Nothing returns to the host. A step of
-one table is 2 launches: the norm, and the inner step, displacement or outer step, which also advance the scalars.
+Functions are those of reference.py, where they are defined. Nothing returns to the host. A step of one table is 2
+launches: the norm, and the inner step, displacement or outer step, which also advance the scalars.
 """
 
 from __future__ import annotations
@@ -11,10 +11,7 @@ from torch import Tensor
 
 from . import _C
 from .cycle import Cycle, MicroBatch
-from .flat import Segment
 from .table import Table
-
-SMALLEST_HOOKED = 0  # elements of a gradient: in step() each would be a launch of its own
 
 _DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -78,25 +75,12 @@ def _readable(micro_batch: MicroBatch | None, device: torch.device) -> MicroBatc
     return MicroBatch(sq_norms, position, scale, found)
 
 
-def sq_norm(table: Table, *, summed: bool = False) -> Tensor:
-    """‖g‖² over the table's gradients: [1], float64. Reads 4 bytes per float32 element, 2 below.
-
-    summed: `table.partials` holds the partial sums of all, which are only added up.
-    """
+def sq_norm(table: Table) -> Tensor:
+    """‖g‖² over the table's gradients: [1], float64. Reads 4 bytes per float32 element, 2 below."""
     with _on(table.device):
         partials, norm = table.partials.data_ptr(), table.sq_norm.data_ptr()
-        if summed:
-            _C.cuda_add_up(partials, table.chunks, norm, _where(table.device))
-        else:
-            _C.cuda_sq_norm(*_table(table), partials, norm, table.arrivals.data_ptr(), _where(table.device))
+        _C.cuda_sq_norm(*_table(table), partials, norm, table.arrivals.data_ptr(), _where(table.device))
     return table.sq_norm
-
-
-def sum_squares(table: Table, segment: Segment, gradient: Tensor) -> None:
-    """Writes the partial sums of one gradient, dense as its segment is, into `table.partials`, as `sq_norm` does."""
-    partials = table.partials.data_ptr() + 8 * segment.chunk
-    with _on(table.device):
-        _C.cuda_sum_squares(gradient.data_ptr(), segment.numel, _DTYPES[table.dtype], partials, _where(table.device))
 
 
 def inner_step(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch) -> None:

@@ -99,7 +99,6 @@ class Segment:
     cycle_view: Tensor | None = None  # anchor or walk as the state shows it in mid-cycle
     touched: bool = False  # had a gradient in this cycle, so theta and walk are both valid
     row: int = -1  # in its table
-    chunk: int = -1  # its first in its table
 
     @property
     def where(self) -> str:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import backends, capture, checkpoint, distributed, hosts, hyperparameters, overlap, reference
+from . import backends, capture, checkpoint, distributed, hosts, hyperparameters, reference
 from .cycle import GROUP_KEYS, HYPER, PREPARED_CYCLES, Cycle, MicroBatch, combine, summarize
 from .distributed import local_part
 from .flat import Segment, make_segment, real_dtype
@@ -70,14 +70,6 @@ class NexusAdamW(Optimizer):
         backend: None (best for each device), "reference", "cpu", "triton" or "cuda"; an explicit one that cannot
             run raises RuntimeError.
         flatten: move parameters that own their memory into flat buffers. False leaves all where they are.
-        overlap_norm: sum each gradient's squares in a hook, as soon as a backward pass has accumulated it, so that
-            `step()` need not read it for the norm; the same result bit for bit. A gradient that others write
-            afterwards, by clipping for example, is summed again, and all are under GradScaler.step(). A write that
-            autograd does not see is missed: through `p.grad.data` or by assigning to it, with a kernel of one's own, by
-            the replays of a backward pass captured before the optimizer was built, or by GradScaler.unscale_() where
-            `step()` is then called without the scaler. Once a hook or `step()` was captured into a CUDA graph, whose
-            replays call no hooks, `step()` reads all gradients again. RuntimeError with the reference, and in a run of
-            several processes.
         norm_group: a process group whose ranks hold other parameters of the same model, as the stages of a pipeline
             do: ‖g‖ is that of the gradients of all of them, and skipping is common. One rank of each stage, those with
             this one's place in the other dimensions of the mesh (`mesh.get_group("pp")`): shards are summed before, and
@@ -123,12 +115,11 @@ class NexusAdamW(Optimizer):
         fused: bool | None = None,
         backend: str | None = None,
         flatten: bool = True,
-        overlap_norm: bool = False,
         norm_group: Any = None,
         displacement_group: Any = None,
         displacement_dtype: torch.dtype | None = None,
     ) -> None:
-        self._configure(hyperparameters.inner_steps(inner_steps), backend, fused, flatten, overlap_norm)
+        self._configure(hyperparameters.inner_steps(inner_steps), backend, fused, flatten)
         self._ranks = distributed.Ranks(norm_group, displacement_group, displacement_dtype)
         defaults = {
             "lr": lr,
@@ -152,16 +143,12 @@ class NexusAdamW(Optimizer):
         self._built = True
         self._compare_ranks("at construction", weights=[p for group in self.param_groups for p in group["params"]])
 
-    def _configure(
-        self, inner_steps: int, backend: str | None, fused: bool | None, flatten: bool, overlap_norm: bool
-    ) -> None:
+    def _configure(self, inner_steps: int, backend: str | None, fused: bool | None, flatten: bool) -> None:
         self._itself = weakref.ref(self)
         self._watch = hosts.AccumulationWatch()
         backends.check_choice(backend, fused)
-        overlap.check_choice(overlap_norm)
         self._inner_steps = inner_steps
         self._backend, self._fused, self._flatten = backend, fused, flatten
-        self._overlap_norm, self._overlap = overlap_norm, overlap.Overlap() if overlap_norm else None
         self._tables: dict[tuple[torch.device, torch.dtype, tuple[int, ...]], Table] = {}
         self._cycles: dict[tuple[torch.device, tuple[int, ...]], Cycle] = {}  # as tables: by device and ranks
         self._frozen: list[tuple[int, int, Tensor]] = []  # group, index, parameter: no state yet
@@ -219,9 +206,6 @@ class NexusAdamW(Optimizer):
         for device, dtype in {(local_part(p).device, real_dtype(p.dtype)): None for _, _, p in live}:
             walks = self._ranks.displacement_group is not None
             backend = backends.resolve(self._backend, self._fused, device, dtype, displaced=walks)
-            if self._overlap_norm:
-                overlap.check_backend(backend, device)
-                overlap.check_params([p for _, _, p in live])
             if found.get(device) is not reference:  # one for all dtypes of a device
                 found[device] = backend
         self._follow_ranks(live)
@@ -240,10 +224,6 @@ class NexusAdamW(Optimizer):
             cycle.backend = found.get(cycle.device, cycle.backend)
         self._cycles = cycles
         self._work = [(cycles[key], members) for key, members in tables.items()]
-        if self._overlap is not None:
-            for cycle, members in self._work:
-                for table in members:
-                    self._overlap.watch(table, cycle.backend)
         self._members = [list(group["params"]) for group in self.param_groups]
         self._warm = False
         for cycle in [*before, *self._cycles.values()]:
@@ -346,18 +326,9 @@ class NexusAdamW(Optimizer):
         return loss
 
     def _sq_norms(self) -> list[Tensor]:
-        """‖g‖² of all tables and ranks, as `MicroBatch.sq_norms`."""
-        if self._overlap is None:
-            norms = [(table.ranks, cycle.backend.sq_norm(table)) for cycle, tables in self._work for table in tables]
-            return self._add_norms(norms)
-        if self._was_captured:
-            self._overlap.stop()
-        elif getattr(self, "found_inf", None) is not None:
-            self._overlap.forget()  # GradScaler.unscale_ writes gradients without changing their versions
-        return self._add_norms([(t.ranks, self._overlap.sq_norm(t)) for _, tables in self._work for t in tables])
-
-    def _add_norms(self, sq_norms: list[tuple[tuple[int, ...], Tensor]]) -> list[Tensor]:
-        """The same over all ranks; infinite where one of them was told of an overflow, which skips the step on all."""
+        """‖g‖² of all tables and ranks, as `MicroBatch.sq_norms`; infinite where a rank was told of an overflow, which
+        skips the step on all."""
+        sq_norms = [(table.ranks, cycle.backend.sq_norm(table)) for cycle, tables in self._work for table in tables]
         if not self._ranks.norm_is_shared:
             return [sq_norm for _, sq_norm in sq_norms]
         if not sq_norms:  # all parameters are frozen
@@ -392,8 +363,6 @@ class NexusAdamW(Optimizer):
     def _look(self, *, gradients: bool) -> None:
         """Checks everything that may be wrong, then tells tables and cycles what is new."""
         self._check_members()
-        if self._overlap_norm and gradients:  # a process group may have come since
-            overlap.check_processes()
         self._follow_capture()
         rows = [hyperparameters.group_row(g, i, self._inner_steps) for i, g in enumerate(self.param_groups)]
         if self._frozen:
@@ -858,7 +827,7 @@ class NexusAdamW(Optimizer):
             for table in self._tables.values():
                 table.fill_untouched()
         self._show_cycle_data()
-        kept = ("_inner_steps", "_backend", "_fused", "_flatten", "_overlap_norm", "_just_loaded")
+        kept = ("_inner_steps", "_backend", "_fused", "_flatten", "_just_loaded")
         finished = combine(list(self._cycles.values()))
         return {**super().__getstate__(), **{name: getattr(self, name) for name in kept}, "_finished": finished}
 
@@ -866,7 +835,7 @@ class NexusAdamW(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Builds tables around copied or unpickled parameters and state."""
         groups, entries = state["param_groups"], dict(state["state"])
-        choices = ("_inner_steps", "_backend", "_fused", "_flatten", "_overlap_norm")
+        choices = ("_inner_steps", "_backend", "_fused", "_flatten")
         self._configure(*(state[name] for name in choices))
         super().__setstate__({"defaults": state["defaults"], "param_groups": groups, "state": defaultdict(dict)})
         loaded = [dict(group) for group in groups]

@@ -16,8 +16,7 @@ R ranks and average Γ, and a displaced `outer_step` goes on from there.
 A backend is a module with four functions: `sq_norm` of one `table.Table` (weights, gradients, state), `inner_step`,
 `outer_step` and `displace` of all tables of a device, with a `cycle.Cycle` (that device's scalars) and a
 `cycle.MicroBatch`. They update weights, state and scalars in place and return nothing but a norm. This one spends
-memory for clarity. A backend may have a fifth, `sum_squares` of one gradient, for overlap.py, with SMALLEST_HOOKED; its
-`sq_norm` takes `summed`.
+memory for clarity.
 
 Rounding: scalars are computed in float64, elements in the state's dtype (float32, for float64 parameters float64),
 each operation rounded on its own, in the order written here.

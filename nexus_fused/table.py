@@ -179,7 +179,6 @@ class Table:
             walk = address("walk") if s.low_precision else weight
             maximum = address("max_exp_avg_sq") if s.bucket.amsgrad else 0
             state = [address(s.theta_name), walk, address("exp_avg"), address("exp_avg_sq"), maximum]
-            s.chunk = chunks
             rows.append([weight, grad, *state, s.step.data_ptr(), s.numel, s.group, s.touched, chunks])
             chunks += count
         with torch.device("cpu"):  # whatever the default device is
@@ -222,11 +221,6 @@ class Table:
         inside = [bucket.numel if bucket.flat is not None else 0 for bucket in self.buckets]
         outside = [segment.numel for segment in self._strays]
         return f"{self.dtype} from parameter {self.first}: in buckets of {inside}, outside of them {outside}"
-
-    @property
-    def is_current(self) -> bool:
-        """Whether `rows`, `partials` and the segments' chunks belong together."""
-        return not self._outdated
 
     def on_device(self) -> tuple[Tensor, Tensor, Tensor, int]:
         """What kernels on a GPU read: `rows` [n, 12], the row of each chunk [chunks], the first row and first chunk of

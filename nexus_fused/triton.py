@@ -1,7 +1,7 @@
 """The Triton backend: starts the kernels of triton_kernels/ on the current stream of the tables' device.
 
-Functions are those of reference.py, where they are defined, and `sum_squares`. Nothing returns to the host. An inner
-step of one table is 3 launches (norm, scalars, step), as is a displacement, an outer step 4 (and sums).
+Functions are those of reference.py, where they are defined. Nothing returns to the host. An inner step of one table is
+3 launches (norm, scalars, step), as is a displacement, an outer step 4 (and sums).
 """
 
 from __future__ import annotations
@@ -14,15 +14,13 @@ import triton
 from torch import Tensor
 
 from .cycle import Cycle, MicroBatch
-from .flat import Segment, make_segment
+from .flat import make_segment
 from .table import Table
 from .triton_kernels import displace as _displace
 from .triton_kernels import inner_step as _inner_step
 from .triton_kernels import outer_step as _outer_step
 from .triton_kernels import scalars as _scalars
 from .triton_kernels import sq_norm as _sq_norm
-
-SMALLEST_HOOKED = 0  # elements of a gradient: in step() each would be a launch of its own
 
 # Whether TRITON_INTERPRET=1 was set when the kernels were imported: they run on CPU tensors then, and only there.
 INTERPRETED = not isinstance(_sq_norm.sq_norm_kernel, triton.JITFunction)
@@ -75,8 +73,6 @@ def _try_out(device: torch.device, dtype: torch.dtype) -> None:
             table.set_amsgrad(0, amsgrad)
             table.ensure_cycle_buffers()
             table.read_gradients(use=True)
-            for segment in table.segments:
-                sum_squares(table, segment, segment.param.grad)  # type: ignore[arg-type]
         sq_norms = [sq_norm(table) for table in tables]
         inner_step(tables, cycle, MicroBatch(sq_norms, 0))
         for table in tables:
@@ -103,19 +99,8 @@ def _try_out_displaced(device: torch.device, dtype: torch.dtype) -> None:
             table.finish_outer_step(displaced=True)
 
 
-def sum_squares(table: Table, segment: Segment, gradient: Tensor) -> None:
-    """Writes the partial sums of one gradient, dense as its segment is, into `table.partials`, as `sq_norm` does."""
-    with torch.accelerator.device_index(table.device.index):
-        _sq_norm.sum_squares(table, segment, gradient)
-
-
-def sq_norm(table: Table, *, summed: bool = False) -> Tensor:
-    """‖g‖² over the table's gradients, as a partial sum per chunk: [chunks], float64.
-
-    summed: `table.partials` holds them already.
-    """
-    if summed:
-        return table.partials
+def sq_norm(table: Table) -> Tensor:
+    """‖g‖² over the table's gradients, as a partial sum per chunk: [chunks], float64."""
     with torch.accelerator.device_index(table.device.index):
         partials: Tensor = _sq_norm.sq_norm(table)
         return partials

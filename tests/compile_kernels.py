@@ -46,7 +46,6 @@ def launches():
             optimizer = nexus_fused.NexusAdamW(params, amsgrad=amsgrad, backend="reference")
             (cycle,), tables = optimizer._cycles.values(), list(optimizer._tables.values())
             sq_norms = [backend.sq_norm(table) for table in tables]
-            backend.sum_squares(tables[0], tables[0].segments[0], params[0])
             backend.inner_step(tables, cycle, MicroBatch(sq_norms, 0))
             for factors in ((None, None), (scale, scale), (None, scale)):
                 backend.outer_step(tables, cycle, MicroBatch(sq_norms, 0, *factors), 1)

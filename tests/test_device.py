@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import BACKENDS, DTYPES, assert_same, assert_snapshot, build, run, set_grads, snapshot, values
+from conftest import BACKENDS, assert_same, assert_snapshot, build, run, set_grads, snapshot, values
 from test_parity import contents, make_cycle, make_table, run_function
 from torch import nn
 
@@ -108,19 +108,6 @@ def test_chunks_are_balanced():
     _, row_of_chunk, starts, _ = table.on_device()
     assert row_of_chunk.tolist() == [0] * 6 + [1] + [3] + [4]
     assert starts.tolist() == [[0, 0], [5, 9]]
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("offsets", [(0, 0), (1, 1)])
-def test_one_gradient_as_in_the_table(backend, dtype, offsets):
-    """`sum_squares` gives the partial sums of `sq_norm`, of every chunk and alignment, and they add up to the same."""
-    sizes = [0, 5, 3 * CHUNK_ELEMENTS + 17, 2048]
-    table, module = make_table(dtype, sizes, offsets=offsets), make_cycle(backend).backend
-    expected = module.sq_norm(table).clone()
-    table.partials.fill_(float("nan"))
-    for segment in table.segments:
-        module.sum_squares(table, segment, segment.param.grad)
-    assert_same([module.sq_norm(table, summed=True)], [expected])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -284,34 +271,6 @@ def test_eager_steps_at_the_addresses_of_the_step_before(graph):
         cycle(second)
         graph.replay() if captured else cycle(first)
         cycle(second)
-        results.append(values(params))
-    assert_same(*results)
-
-
-def test_sums_of_hooks_do_not_outlive_a_replay(graph):
-    """Replays write the partial sums of their own gradients, which the host does not see."""
-    results = []
-    for overlap_norm in (False, True):
-        graph.calls.clear()
-        torch.manual_seed(0)
-        params, optimizer = mixed(capturable=True, overlap_norm=overlap_norm)
-        static = [torch.randn_like(p) for p in params]
-
-        def backward(params=params):
-            for p in params:
-                p.grad = None
-            sum((p.float() ** 2).sum() for p in params).backward()
-
-        run(optimizer, params, 3)
-        graph.id = 1
-        for _ in range(3):
-            for p, grad in zip(params, static, strict=True):
-                p.grad = grad
-            optimizer.step()
-        graph.id = None
-        backward()
-        graph.replay()
-        optimizer.step()
         results.append(values(params))
     assert_same(*results)
 

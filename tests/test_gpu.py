@@ -487,57 +487,6 @@ def test_parameters_can_be_sent_to_another_process(backend):
         reduce_tensor(p.detach())
 
 
-@pytest.mark.parametrize("dtypes", [[torch.float32, torch.bfloat16], [torch.float64, torch.float16]], ids=str)
-def test_the_norm_beside_the_backward_pass(backend, dtypes):
-    """Late gradients, a second pass that accumulates in place while the first is summed, edits: the same bits."""
-    results = []
-    for overlap_norm in (False, True):
-        params, optimizer = build(dtypes, backend, overlap_norm=overlap_norm)
-        inputs = [torch.randn(p.shape, generator=torch.Generator().manual_seed(3)).to(p) for p in params]
-        for step in range(13):
-            some = list(zip(params, inputs, strict=True))
-            for part in (some, some[1::2]) if step % 3 == 1 else (some,):
-                torch.cuda._sleep(20_000_000)  # cycles: about 10 ms
-                sum((p * x * (step + 1)).sin().float().sum() for p, x in part).backward()
-            if step % 4 == 2:
-                params[0].grad.mul_(3)
-            if step % 5 == 4:  # never stepped: its memory is used again while it is summed
-                optimizer.zero_grad()
-                continue
-            optimizer.step()
-            optimizer.zero_grad()
-        results.append([*contents_of(optimizer), torch.tensor(optimizer.metrics()["grad_norms"])])
-    assert_same(*results)
-
-
-def test_a_captured_backward_pass_is_summed_in_step(backend):
-    """Its replays write the same gradients again without calling a hook."""
-    results = []
-    for overlap_norm in (False, True):
-        params, optimizer = build([torch.float32], backend, overlap_norm=overlap_norm)
-        x = torch.ones((), device=CUDA)
-
-        def backward(params=params, x=x):
-            sum((p * x).sin().sum() for p in params).backward()
-
-        side = torch.cuda.Stream(CUDA)
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            backward()
-        torch.cuda.current_stream().wait_stream(side)
-        optimizer.step()
-        optimizer.zero_grad()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            backward()
-        for step in range(9):
-            x.fill_(step + 1)
-            graph.replay()
-            optimizer.step()
-        results.append([*contents_of(optimizer), torch.tensor(optimizer.metrics()["grad_norms"])])
-    assert_same(*results)
-
-
 # Steps captured into CUDA graphs
 
 
@@ -617,14 +566,10 @@ everywhere = only(*FUSED, "reference")
 
 
 class TestGraphs:
-    @pytest.mark.parametrize(
-        ("backend", "overlap_norm"),
-        [(name, overlap) for name in FUSED for overlap in (False, True)] + [("reference", False)],
-        indirect=["backend"],
-    )
-    def test_replays_equal_eager_steps(self, backend, overlap_norm):
+    @everywhere
+    def test_replays_equal_eager_steps(self, backend):
         """With new inputs and learning rates at each replay, eager cycles in between, and metrics of either."""
-        captured, eager = two_after_a_cycle(backend, overlap_norm=overlap_norm)
+        captured, eager = two_after_a_cycle(backend)
         graph = captured.capture()
         for seed, replayed in enumerate((True, True, False, True, False, False, True), start=1):
             for training in (captured, eager):

@@ -38,13 +38,12 @@ class TestCompiled:
         of 4 is 8 bytes for a thread."""
         arrays = {
             "sq_norm_kernel": (1, 0),
-            "sum_squares_kernel": (1, 0),
             "inner_step_kernel": (2, 2),
             "displace_kernel": (3, 1),
             "outer_step_kernel": (4, 3),  # displaced; else a gradient too
         }
         walking = self.walking(compiled[target])
-        assert len(walking) == 4 + 4 + 4 + 4 + 16  # dtypes; with amsgrad, displaced and both
+        assert len(walking) == 4 + 4 + 4 + 16  # dtypes; with amsgrad, displaced and both
         for key, f in walking.items():
             loads, stores = arrays[key.split()[0]]
             narrow = "STATE=fp32" in key and "STORAGE=fp32" not in key and stores
