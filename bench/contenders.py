@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import inside
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw as adamw_function
@@ -360,8 +361,8 @@ def kernels(
     optimizer.step()
     for p, g in zip(params, gradients[1], strict=True):
         p.grad = g
-    optimizer._look(gradients=True)
-    (table,), (cycle,) = optimizer._tables.values(), optimizer._cycles.values()
+    inside.look(optimizer, gradients=True)
+    table, (cycle,) = inside.only_table(optimizer), inside.cycles(optimizer)
     module, micro_batch = cycle.backend, MicroBatch([torch.ones((), dtype=torch.float64, device=device)], 1)
     low = dtype != torch.float32
 

@@ -8,15 +8,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from processes import on_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -144,16 +144,14 @@ def as_measured(cost: Cost) -> Measured:
     return Measured(dict(collectives), round(by_gloo), round(cost.memory))
 
 
-def compared(run: Callable[..., list[Any]]) -> Iterator[dict[str, Any]]:
+def compared() -> Iterator[dict[str, Any]]:
     """Model beside measurement: a row for each number of ranks, layout, dtype and method.
 
     equal: whether collectives are the model's on all ranks. measured: of rank 0; sent and memory the most of all ranks.
-
-    run: calls a function with arguments on a number of ranks, and returns what it has returned on each.
     """
     for ranks in RANKS:
         layouts = [(n, dtype) for n in RANKS if n <= ranks for dtype in (torch.float32, torch.bfloat16)]
-        results = run(ranks, measure, layouts)
+        results = on_ranks(ranks, measure, layouts)
         for i, (shards, dtype) in enumerate(layouts):
             for method, cost in modelled(ranks, shards, dtype).items():
                 model = as_measured(cost)
@@ -274,14 +272,11 @@ def figures(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def show(out: Path | None) -> None:
-    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-    from processes import on_ranks
-
     result = started(argparse.Namespace(threads=1, rounds=1))
     rows = []
     title = f"one cycle, K = {INNER_STEPS}, {LAYERS * WIDTH**2:,} parameters, gloo"
     print(f"\n{title}: model, measured\n{'ranks, shards, dtype, method':58}{'given':>24}{'sent':>24}{'memory':>24}")
-    for row in compared(on_ranks):
+    for row in compared():
         model, measured = row["model"], row["measured"]
         shown = f"{row['ranks']} {row['shards']} {row['dtype']:9} {row['method']}"
         given = [sum(size for size, _ in m.collectives.values()) for m in (model, measured)]

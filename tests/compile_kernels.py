@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import inside
 import torch
 import triton
 from torch import nn
@@ -44,7 +45,7 @@ def launches():
         for amsgrad in (False, True):
             params = [nn.Parameter(torch.ones(8, dtype=dtype)), nn.Parameter(torch.ones(8, dtype=torch.float64))]
             optimizer = nexus_fused.NexusAdamW(params, amsgrad=amsgrad, backend="reference")
-            (cycle,), tables = optimizer._cycles.values(), list(optimizer._tables.values())
+            (cycle,), tables = inside.cycles(optimizer), inside.tables(optimizer)
             sq_norms = [backend.sq_norm(table) for table in tables]
             backend.inner_step(tables, cycle, MicroBatch(sq_norms, 0))
             for factors in ((None, None), (scale, scale), (None, scale)):

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from conftest import assert_same, build, run, values
 from processes import on_ranks
-from test_distributed import equal_but_for_the_norm, give, gradients, model, spread, whole
+from sharded import equal_but_for_the_norm, give, gradients, model, spread, whole
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (

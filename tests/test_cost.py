@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import on_ranks
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))  # not only for one test: the ranks import from here too
@@ -197,7 +196,7 @@ def test_measured_bytes():
     What ranks write to sockets is what rings send and gloo's headers, a few hundred bytes a call; memory is the model's
     and what does not grow with the parameters.
     """
-    rows = list(cost_measured.compared(on_ranks))
+    rows = list(cost_measured.compared())
     assert {(row["ranks"], row["shards"]) for row in rows} == {(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)}
     for row in rows:
         model, measured = row["model"], row["measured"]

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from collections.abc import Iterator
@@ -339,7 +340,7 @@ def test_what_pip_says_becomes_a_remedy(
 
 def test_a_bar_moves_while_its_loop_is_busy() -> None:
     """During a long step its clock goes on; of 80 columns a bar has enough to be seen."""
-    screen, given_up = io.StringIO(), time.monotonic() + 60
+    screen, given_up, before = io.StringIO(), time.monotonic() + 60, set(threading.enumerate())
     with progress.Progress(range(2), desc="AdamW lr 0.002 seed 0", file=screen, ncols=80) as bar:
         bar.set_postfix_str("loss 2.75 align +0.03")
         while not {"00:01", "00:02"} <= set(re.findall(r"\d\d:\d\d", screen.getvalue())):
@@ -347,11 +348,12 @@ def test_a_bar_moves_while_its_loop_is_busy() -> None:
             time.sleep(0.1)
         bar.update()
         bar.refresh()
+        (clock,) = set(threading.enumerate()) - before - {progress.tqdm.monitor}
     shown = screen.getvalue().rstrip().split("\r")
     assert max(map(len, shown)) == 80
     assert shown[-1].count("#") >= 8  # half of it
-    bar._clock.join(5)
-    assert not bar._clock.is_alive()
+    clock.join(5)
+    assert not clock.is_alive()
 
 
 def test_threads(offline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

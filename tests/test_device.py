@@ -6,10 +6,11 @@ import copy
 import gc
 import weakref
 
+import inside
 import pytest
 import torch
 from conftest import BACKENDS, assert_same, assert_snapshot, build, run, set_grads, snapshot, values
-from test_parity import contents, make_cycle, make_table, run_function
+from kernels import contents, make_cycle, make_table, run_function
 from torch import nn
 
 from nexus_fused import NexusAdamW, capture, cuda, hyperparameters
@@ -432,7 +433,7 @@ def test_a_graph_keeps_its_memory(graph):
     graph.id = 1
     run(optimizer, params, 3)
     graph.id = None
-    ((cycle, members),) = optimizer._work
+    ((cycle, members),) = inside.work(optimizer)
     owned = [cycle.hyper, cycle.sums, cycle.counts, *cycle.results, *(t for m in members for t in m.on_device()[:3])]
     owned += [t for m in members for t in (m.partials, m.displacement_sq, m.sq_norm, m.arrivals)]
     alive = [weakref.ref(tensor) for tensor in owned]

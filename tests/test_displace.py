@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import copy
 
+import inside
 import pytest
 import torch
 from conftest import BACKENDS, DTYPES, assert_same, build, run, set_grads, values
-from test_parity import contents, make_cycle, make_table
+from kernels import contents, make_cycle, make_table
 from torch import nn
 
 from nexus_fused import NexusAdamW, reference
@@ -135,18 +136,18 @@ def last_step(optimizers, *, low=False, gradients=True):
     """What ranks do in place of the last step of a cycle, or of `outer_step()`: returns ‖g‖² and Γ of each rank."""
     share, sums = 1 / len(optimizers), []
     for optimizer in optimizers:
-        optimizer._look(gradients=gradients)
-        norms = optimizer._sq_norms() if gradients else []
+        inside.look(optimizer, gradients=gradients)
+        norms = inside.sq_norms(optimizer) if gradients else []
         sums.append(sum(norm.sum() for norm in norms))
-        micro_batch = MicroBatch(norms, optimizer._position) if gradients else None
-        for cycle, tables in optimizer._work:
+        micro_batch = MicroBatch(norms, optimizer.cycle_position) if gradients else None
+        for cycle, tables in inside.work(optimizer):
             for table in tables:
                 table.reduces_low_precision = low
                 if not table.displacement_in_weight:
                     table.ensure_cycle_buffers()
                 table.moved = torch.tensor([int(segment in table.moving()) for segment in table.segments])
             cycle.backend.displace(tables, cycle, micro_batch, share)
-    each = [list(optimizer._tables.values()) for optimizer in optimizers]
+    each = [inside.tables(optimizer) for optimizer in optimizers]
     for tables in zip(*each, strict=True):
         moved = sum(table.moved for table in tables)
         for table in tables:
@@ -154,19 +155,19 @@ def last_step(optimizers, *, low=False, gradients=True):
         for segments in zip(*(table.segments for table in tables), strict=True):
             places = [table.displacement(segment) for table, segment in zip(tables, segments, strict=True)]
             add_up(places)
-    cycles = [cycle for optimizer in optimizers for cycle, _ in optimizer._work]
+    cycles = [cycle for optimizer in optimizers for cycle, _ in inside.work(optimizer)]
     lengths = [cycle.walk_length.clone() for cycle in cycles]
     for name in ("walk_length", "walk_sq_length"):
         mean = sum(getattr(cycle, name) for cycle in cycles) * share
         for cycle in cycles:
             getattr(cycle, name).copy_(mean)
     for optimizer in optimizers:
-        taken = optimizer._position + gradients
-        for cycle, tables in optimizer._work:
+        taken = optimizer.cycle_position + gradients
+        for cycle, tables in inside.work(optimizer):
             cycle.backend.outer_step(tables, cycle, None, taken, displaced=True)
             for table in tables:
                 table.finish_outer_step(displaced=True)
-        optimizer._set_position(0)
+        inside.set_position(optimizer, 0)
         optimizer.zero_grad()
     return sums, lengths
 
@@ -197,7 +198,7 @@ def test_ranks_agree_with_each_other_and_the_formula(backend, dtype, low, inner_
     ranks = [build((40, 30), (7,), (3,), dtype=dtype, backend=backend, inner_steps=inner_steps) for _ in range(n_ranks)]
     optimizers = [optimizer for _, optimizer in ranks]
     for cycle_number in range(2):
-        segments = [s for table in ranks[0][1]._tables.values() for s in table.segments]
+        segments = inside.segments(ranks[0][1])
         before = [
             (
                 *values([s.theta if s.low_precision else s.weight]),
@@ -211,7 +212,7 @@ def test_ranks_agree_with_each_other_and_the_formula(backend, dtype, low, inner_
             params[2].grad = None  # moves nowhere in the last micro-batch, with K = 1 never
         walks, gradients = [], []
         for params, optimizer in ranks:
-            segments = [s for table in optimizer._tables.values() for s in table.segments]
+            segments = inside.segments(optimizer)
             walks.append([s.walk.clone() if s.touched else None for s in segments])
             gradients.append([None if p.grad is None else p.grad.clone().view(-1) for p in params])
         norms, lengths = last_step(optimizers, low=low)
@@ -253,12 +254,12 @@ def one_rank(
         for number, length in enumerate(micro_batches):
             for k in range(length):
                 gradients(params, 10 * number + k)
-                if alone and k == optimizer._inner_steps - 1:
+                if alone and k == optimizer.param_groups[0]["inner_steps"] - 1:
                     last_step([optimizer])
                 else:
                     optimizer.step()
                     optimizer.zero_grad()
-            if length < optimizer._inner_steps:
+            if length < optimizer.param_groups[0]["inner_steps"]:
                 if alone:
                     last_step([optimizer], gradients=False)
                 else:

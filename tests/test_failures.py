@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pickle
 
+import inside
 import pytest
 import torch
 from conftest import BACKENDS, assert_same, build, make_params, run, set_grads, values
@@ -114,12 +115,12 @@ def test_a_parameter_that_cannot_be_thawed_is_not_forgotten(monkeypatch):
     optimizer = NexusAdamW([frozen, *params])
     reason = "no such luck"
     monkeypatch.setattr(backends, "why_not", lambda name, *_, **__: reason if name == "cpu" else None)
-    optimizer._backend = "cpu"
+    inside.demand_backend(optimizer, "cpu")
     frozen.requires_grad_()
     frozen.grad = torch.ones(3)
     for _ in range(2):
         with pytest.raises(RuntimeError, match="cannot run: no such luck"):
-            optimizer._thaw()
+            inside.thaw(optimizer)
         assert frozen not in optimizer.state
     reason = None
     before = frozen.detach().clone()
@@ -143,7 +144,7 @@ def test_a_group_that_cannot_be_added_leaves_nothing(monkeypatch, backend, when)
                     optimizer.add_param_group({"params": late})
             assert len(optimizer.param_groups) == 1
             assert list(optimizer.state) == params
-            assert optimizer._frozen == []
+            assert inside.frozen(optimizer) == []
         run(optimizer, params, 3, first_seed=when)
         optimizer.add_param_group({"params": late})
         run(optimizer, [*params, *late], 6, first_seed=9)
@@ -175,8 +176,8 @@ def test_a_device_that_comes_late_joins_the_cycle(backend):
     norms = torch.stack(group["grad_norms"])
     late = OnCpu0(torch.randn(4))
     optimizer.add_param_group({"params": [late]})
-    assert len(optimizer._cycles) == 2
-    for cycle in optimizer._cycles.values():
+    assert len(inside.cycles(optimizer)) == 2
+    for cycle in inside.cycles(optimizer):
         after = [cycle.walk_length[0], cycle.walk_sq_length[0], cycle.skipped_inner_steps]
         assert_same(before, after)
         assert_same([norms], [cycle.grad_norms])

@@ -14,10 +14,11 @@ import gc
 import shutil
 from pathlib import Path
 
+import inside
 import pytest
 import torch
 from conftest import DTYPES, assert_same
-from test_parity import OFFSETS, SIZES, compare, contents, make_cycle, make_table, run_function, sq_norm
+from kernels import OFFSETS, SIZES, compare, contents, make_cycle, make_table, run_function, sq_norm
 from torch import nn
 
 import nexus_fused.table
@@ -714,11 +715,7 @@ def test_devices_do_not_disturb_each_other(backend):
     for split in (False, True):
         params, optimizer = build([torch.float32, torch.float64], backend)
         if split:
-            ((cycle, tables),) = optimizer._work
-            second = type(cycle)(cycle.device, cycle.inner_steps, cycle.backend)
-            second.grow(len(optimizer.param_groups))
-            optimizer._work = [(cycle, tables[:1]), (second, tables[1:])]
-            optimizer._cycles = {(cycle.device, ()): cycle, (torch.device("meta"), ()): second}
+            inside.split_work(optimizer)
         train(optimizer, params, 9)
         results.append(contents_of(optimizer))
     assert_same(*results)
@@ -744,7 +741,7 @@ def test_none_means_cuda_and_else_triton(monkeypatch):
     running = [name for name in FUSED if backends.why_not(name, CUDA) is None]
     for name in running:
         _, optimizer = build([torch.float32], None)
-        assert [cycle.backend.__name__ for cycle in optimizer._cycles.values()] == [f"nexus_fused.{name}"]
+        assert inside.backends_of(optimizer) == [name]
         monkeypatch.setattr(f"nexus_fused.{name}.why_not_on", lambda device, dtype, **_: "not here")
 
 

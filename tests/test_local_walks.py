@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from conftest import BACKENDS
 from processes import on_ranks
-from test_distributed import counted_collectives, give, whole
+from sharded import counted_collectives, give, whole
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard

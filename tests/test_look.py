@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import inside
 import pytest
 import torch
 from conftest import build, run, values
 from torch import nn
 
 from nexus_fused import NexusAdamW
-from nexus_fused import table as tables
 
 pytestmark = pytest.mark.skipif(
-    tables._quick_look is None, reason="no compiled extension, or a PyTorch without DLPack's C API"
+    not inside.compiled_look, reason="no compiled extension, or a PyTorch without DLPack's C API"
 )
 
 
@@ -42,8 +42,7 @@ GRADIENTS = {
 def look(monkeypatch, compiled, table):
     """What a table's first gradient is to kernels, or the error's text, with or without the extension."""
     if not compiled:
-        monkeypatch.setattr(tables, "_quick_look", None)
-        monkeypatch.setattr(tables, "_take_versions", None)
+        inside.look_in_python(monkeypatch)
     try:
         table.read_gradients(use=True)
         address = table.addresses[0]
@@ -57,7 +56,7 @@ def look(monkeypatch, compiled, table):
 
 
 def both(monkeypatch, optimizer):
-    (table,) = optimizer._tables.values()
+    table = inside.only_table(optimizer)
     return [look(monkeypatch, compiled, table) for compiled in (True, False)]
 
 
@@ -144,9 +143,9 @@ def test_parameter_with_gaps_and_replaced_storage(monkeypatch):
     for p in params:
         p.grad = torch.randn(6, 4)
     params[1].data = params[1].detach().clone()
-    (table,) = optimizer._tables.values()
-    compiled = table._look(table.addresses, True)
-    monkeypatch.setattr(tables, "_quick_look", None)
+    table = inside.only_table(optimizer)
+    compiled = inside.look_at_all(table)
+    inside.look_in_python(monkeypatch)
     written = [s.row for s in table.segments if table.was_written(s)]
     assert set(written) <= set(compiled[1])
     assert compiled[0] == [0, 1]
@@ -157,8 +156,7 @@ def test_whole_runs_agree(monkeypatch, backend):
     results = []
     for compiled in (True, False):
         if not compiled:
-            monkeypatch.setattr(tables, "_quick_look", None)
-            monkeypatch.setattr(tables, "_take_versions", None)
+            inside.look_in_python(monkeypatch)
         params, optimizer = build((6, 4), (5,), (0,), backend=backend)
         run(optimizer, params, 5)
         with torch.no_grad():

@@ -6,7 +6,9 @@ import itertools
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import inside
 import pytest
 import torch
 from conftest import BACKENDS, DTYPES, build, run
@@ -67,10 +69,10 @@ def test_a_triton_that_cannot_start_is_explained(monkeypatch):
 
     monkeypatch.setattr(triton, "INTERPRETED", False)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    monkeypatch.setattr(triton, "_try_out", fail)
+    inside.replace_try_out(monkeypatch, fail)
     assert "no C compiler" in triton.why_not_on(torch.device("cuda", 0), torch.float32)
-    monkeypatch.setattr(triton, "_try_out", lambda *args: None)
-    monkeypatch.setattr(triton, "_try_out_displaced", fail)
+    inside.replace_try_out(monkeypatch, lambda *args: None)
+    inside.replace_try_out(monkeypatch, fail, displaced=True)
     assert triton.why_not_on(torch.device("cuda", 0), torch.float32) is None
     assert "no C compiler" in triton.why_not_on(torch.device("cuda", 0), torch.float32, displaced=True)
 
@@ -78,8 +80,6 @@ def test_a_triton_that_cannot_start_is_explained(monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_kernel_is_tried_out(monkeypatch, launched, dtype):
     """So that nothing is compiled, or fails, in the middle of a step; here in the interpreter."""
-    from nexus_fused import triton
-
     variants = set()
     for module in (outer_step, scalars):
         counted = module.launch
@@ -91,7 +91,7 @@ def test_every_kernel_is_tried_out(monkeypatch, launched, dtype):
             counted(kernel, programs, *args, **constants)
 
         monkeypatch.setattr(module, "launch", record)
-    triton._try_out.__wrapped__(torch.device("cpu"), dtype)
+    inside.try_out(torch.device("cpu"), dtype)
     assert set(launched) == {
         "sq_norm_kernel", "advance_kernel", "inner_step_kernel", "outer_step_kernel",
         "finish_kernel",
@@ -103,7 +103,7 @@ def test_every_kernel_is_tried_out(monkeypatch, launched, dtype):
         ("advance_kernel", False, 2),
     }
     known = set(variants)
-    triton._try_out_displaced.__wrapped__(torch.device("cpu"), dtype)
+    inside.try_out(torch.device("cpu"), dtype, displaced=True)
     assert "displace_kernel" in launched
     assert variants - known == {("outer_step_kernel", amsgrad, True, None) for amsgrad in (False, True)}
 
@@ -111,8 +111,9 @@ def test_every_kernel_is_tried_out(monkeypatch, launched, dtype):
 def test_cpu_tensors_are_refused_outside_the_interpreter():
     """backend='triton' says what is missing and which backend would run, before anything is modified."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(Path(__file__).parent)
     code = """
-import torch, nexus_fused
+import inside, nexus_fused, torch
 p = torch.nn.Parameter(torch.zeros(3))
 address = p.data_ptr()
 try:
@@ -120,7 +121,7 @@ try:
 except RuntimeError as error:
     print(error)
 assert p.data_ptr() == address
-assert next(iter(nexus_fused.NexusAdamW([p])._cycles.values())).backend.__name__ == "nexus_fused.cpu"
+assert inside.backends_of(nexus_fused.NexusAdamW([p])) == ["cpu"]
 """
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert "its kernels run on a GPU" in output.stdout

@@ -1,0 +1,123 @@
+"""The one door to what nexus_fused keeps private: tests and benchmarks name it here and nowhere else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nexus_fused import NexusAdamW
+from nexus_fused import table as _table
+from nexus_fused.cycle import Cycle
+from nexus_fused.table import Table
+
+compiled_look = _table._quick_look is not None
+"""Whether the extension looks at parameters and gradients, or Python does."""
+
+# Of an optimizer
+
+
+def tables(optimizer: NexusAdamW) -> list[Table]:
+    """One for each device and dtype."""
+    return list(optimizer._tables.values())
+
+
+def only_table(optimizer: NexusAdamW) -> Table:
+    (table,) = tables(optimizer)
+    return table
+
+
+def segments(optimizer: NexusAdamW) -> list[Any]:
+    """What is known of each parameter, table by table."""
+    return [segment for table in tables(optimizer) for segment in table.segments]
+
+
+def cycles(optimizer: NexusAdamW) -> list[Cycle]:
+    """The scalars of the running cycle, one for each device."""
+    return list(optimizer._cycles.values())
+
+
+def work(optimizer: NexusAdamW) -> list[tuple[Cycle, list[Table]]]:
+    """Each cycle with its tables."""
+    return optimizer._work
+
+
+def split_work(optimizer: NexusAdamW) -> None:
+    """Has two cycles share the two tables of one device, as those of two devices do."""
+    ((cycle, both),) = optimizer._work
+    second = Cycle(cycle.device, cycle.inner_steps, cycle.backend)
+    second.grow(len(optimizer.param_groups))
+    optimizer._work = [(cycle, both[:1]), (second, both[1:])]
+    optimizer._cycles = {(cycle.device, ()): cycle, (torch.device("meta"), ()): second}
+
+
+def backends_of(optimizer: NexusAdamW) -> list[str]:
+    """The name of the backend that runs on each device."""
+    return [cycle.backend.__name__.rpartition(".")[2] for cycle in cycles(optimizer)]
+
+
+def demand_backend(optimizer: NexusAdamW, name: str) -> None:
+    """Has parameters that come later use this one."""
+    optimizer._backend = name
+
+
+def frozen(optimizer: NexusAdamW) -> list[Any]:
+    """Parameters that wait for their first gradient."""
+    return optimizer._frozen
+
+
+def thaw(optimizer: NexusAdamW) -> None:
+    """Gives frozen parameters that have a gradient by now state and a place in a table."""
+    optimizer._thaw()
+
+
+def set_position(optimizer: NexusAdamW, position: int) -> None:
+    """Has the optimizer believe that it took so many inner steps in this cycle."""
+    optimizer._set_position(position)
+
+
+def look(optimizer: NexusAdamW, *, gradients: bool) -> None:
+    """Does what `step()` does before it starts a kernel."""
+    optimizer._look(gradients=gradients)
+
+
+def sq_norms(optimizer: NexusAdamW) -> list[Tensor]:
+    """‖g‖² of all tables, after `look`."""
+    return optimizer._sq_norms()
+
+
+# Of a table
+
+
+def rebuild(table: Table) -> None:
+    """Has its rows say where everything lies now."""
+    table._outdated = True
+    table._refresh()
+
+
+def look_at_all(table: Table) -> tuple[list[int], list[int]]:
+    """Rows whose gradient needs another look, and rows that may have been written by others."""
+    return table._look(table.addresses, True)
+
+
+def look_in_python(patch: Any) -> None:
+    """Leaves the extension's look away. patch: what has pytest's `monkeypatch.setattr`."""
+    patch.setattr(_table, "_quick_look", None)
+    patch.setattr(_table, "_take_versions", None)
+
+
+# Of backends and the demo
+
+
+def try_out(device: torch.device, dtype: torch.dtype, *, displaced: bool = False) -> None:
+    """Compiles and runs Triton's kernels, whether or not it was done before."""
+    from nexus_fused import triton
+
+    (triton._try_out_displaced if displaced else triton._try_out).__wrapped__(device, dtype)
+
+
+def replace_try_out(patch: Any, instead: Any, *, displaced: bool = False) -> None:
+    from nexus_fused import triton
+
+    patch.setattr(triton, "_try_out_displaced" if displaced else "_try_out", instead)
