@@ -132,6 +132,35 @@ class Cycle:
                 if isinstance(value, Tensor):
                     target[column].copy_(value, non_blocking=self.device.type != "cpu")
 
+    def walk_to_average(self, votes: list[bool], took_part: list[Tensor]) -> Tensor:
+        """What ranks that walk on their own add up: Γ, Σγ² and AdamW's hyperparameters of each group, this rank's two
+        votes and who had a gradient, in one vector on the device, float64. Waits for no device.
+
+        Hyperparameters count where this rank walked, its second vote.
+        """
+        host = torch.cat([torch.tensor(votes, device="cpu"), *took_part]).double()
+        if self.device.type != "cpu":
+            host = host.pin_memory()
+        of_adamw = self.hyper[:, LR : WEIGHT_DECAY + 1].flatten() * votes[1]
+        host = host.to(self.device, non_blocking=self.device.type != "cpu")
+        return torch.cat([self.walk_length, self.walk_sq_length, of_adamw, host])
+
+    def take_average(self, total: Tensor, walkers: int) -> tuple[Tensor, Tensor]:
+        """Takes over the means out of the sum of all ranks' `walk_to_average`; returns the votes [2] and, of each
+        parameter, how many ranks had a gradient.
+
+        AdamW's hyperparameters become the mean of those of the ranks that walked: schedules of ranks with fewer
+        micro-batches stand still, and weights must stay equal. Of all ranks' inner steps Σγ²/Γ² is that of the sums:
+        mean Σγ² is divided by the ranks once more.
+        """
+        of_adamw, n = self.hyper[:, LR : WEIGHT_DECAY + 1], len(self.walk_length)
+        behind = 2 * n + of_adamw.numel()
+        length, sq_length, hypers, votes, counts = total.tensor_split([n, 2 * n, behind, behind + 2])
+        self.walk_length.copy_(length * (1 / walkers))
+        self.walk_sq_length.copy_(sq_length * (1 / walkers) ** 2)
+        of_adamw.copy_(hypers.view_as(of_adamw) / votes[1].clamp(min=1))
+        return votes, counts
+
     def advance(self, micro_batch: MicroBatch | None) -> None:
         """Decides about an inner step from the squared norm of all gradients, and counts its length.
 

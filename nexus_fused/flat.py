@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .distributed import as_part_of, local_part, part_like
+from .dtensor import as_part_of, local_part, part_like
 
 BUCKET_BYTES = 512 * 2**20  # bounds what construction needs beside parameters and state
 ALIGNMENT = 64  # bytes: a cache line, the widest vector register

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import distributed
+from . import dtensor
 from .cycle import GROUP_KEYS
 from .flat import STATE_DTYPE, real_dtype
 
@@ -157,10 +157,10 @@ def check_param(param: Tensor, where: str) -> None:
     """Whether NexusAdamW can update this tensor."""
     if param.layout is not torch.strided:
         raise ValueError(f"{where} is sparse ({param.layout}): NexusAdamW updates dense parameters only")
-    reason = distributed.why_not(param)
+    reason = dtensor.why_not(param)
     if reason is not None:
         raise TypeError(f"{where} {reason}")
-    if not distributed.is_dtensor(param) and torch.utils._python_dispatch.is_traceable_wrapper_subclass(param):
+    if not dtensor.is_dtensor(param) and torch.utils._python_dispatch.is_traceable_wrapper_subclass(param):
         raise TypeError(f"{where} is a {type(param).__name__}, a wrapper around other tensors: pass the plain tensors")
     if real_dtype(param.dtype) not in STATE_DTYPE or param.dtype == torch.complex32:
         raise TypeError(f"{where} is {param.dtype}: use float64, float32, bfloat16, float16, complex64 or complex128")

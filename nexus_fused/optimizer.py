@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import backends, capture, checkpoint, distributed, hosts, hyperparameters, reference
+from . import backends, capture, checkpoint, dtensor, hosts, hyperparameters, ranks, reference
 from .cycle import GROUP_KEYS, HYPER, PREPARED_CYCLES, Cycle, MicroBatch, combine, summarize
-from .distributed import local_part
+from .dtensor import local_part
 from .flat import Segment, make_segment, real_dtype
 from .table import Table
 
@@ -120,7 +120,7 @@ class NexusAdamW(Optimizer):
         displacement_dtype: torch.dtype | None = None,
     ) -> None:
         self._configure(hyperparameters.inner_steps(inner_steps), backend, fused, flatten)
-        self._ranks = distributed.Ranks(norm_group, displacement_group, displacement_dtype)
+        self._ranks = ranks.Ranks(norm_group, displacement_group, displacement_dtype)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -161,7 +161,7 @@ class NexusAdamW(Optimizer):
         self._capture: int | None = None  # the capture into a CUDA graph in which the running cycle began
         self._was_captured = False  # at any time
         self._warm = False  # a cycle was finished since parameters came
-        self._ranks = distributed.Ranks()
+        self._ranks = ranks.Ranks()
         self._built = False
 
     # Parameters
@@ -245,7 +245,7 @@ class NexusAdamW(Optimizer):
         """Gives parameters state and a row in the table of their device and dtype; all of them or none."""
         fresh: dict[tuple[int, torch.device, torch.dtype, tuple[int, ...]], list[Segment]] = defaultdict(list)
         for group, index, param in params:
-            key = group, local_part(param).device, real_dtype(param.dtype), distributed.shard_ranks(param)
+            key = group, local_part(param).device, real_dtype(param.dtype), dtensor.shard_ranks(param)
             fresh[key].append(make_segment(param, group=group, index=index, state=self.state[param]))
         try:
             for (group, device, dtype, ranks), segments in fresh.items():
@@ -481,7 +481,7 @@ class NexusAdamW(Optimizer):
             if self._ranks.displacement_group is not None:
                 late = "which must be broadcast from one rank before the optimizer gets it"
                 for i, param in enumerate(weights):
-                    walks[f"the value of parameter {i}, {late}"] = distributed.checksum(param)
+                    walks[f"the value of parameter {i}, {late}"] = dtensor.checksum(param)
             self._ranks.check(here, of_params, walks, when)
 
     def _compare_ranks_for_debugging(self, when: str, *, averages: bool) -> None:
@@ -499,14 +499,14 @@ class NexusAdamW(Optimizer):
         All of them call it. Where step() communicates that is done without asking, for the ranks it concerns, when the
         optimizer is built or loaded; use it for replicas that others keep equal, as DistributedDataParallel does.
         """
-        distributed.check_group(group, "group")
+        ranks.check_group(group, "group")
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             raise RuntimeError(
                 "check_ranks() compares processes: call torch.distributed.init_process_group() before it"
             )
         here, of_params = self._agreed(self._position, None)
         group = group or torch.distributed.group.WORLD
-        found = distributed.difference({**here, **of_params}, group, "in check_ranks()")
+        found = ranks.difference({**here, **of_params}, group, "in check_ranks()")
         if found is not None:
             raise RuntimeError(found)
 
@@ -519,7 +519,7 @@ class NexusAdamW(Optimizer):
         """
         params = [
             f"{tuple(p.shape)} {p.dtype}{' frozen' if self._waits(p) else ' in use'} in group {index}"
-            + (f" {p.placements} on {p.device_mesh.shape}" if distributed.is_dtensor(p) else "")
+            + (f" {p.placements} on {p.device_mesh.shape}" if dtensor.is_dtensor(p) else "")
             for index, group in enumerate(self.param_groups)
             for p in group["params"]
         ]
@@ -575,10 +575,28 @@ class NexusAdamW(Optimizer):
         try:
             for cycle, tables in self._work:
                 cycle.backend.displace(tables, cycle, micro_batch, 1 / self._ranks.walkers)
-            return self._ranks.average(self._work, [in_outer_step, walked])
+            return self._average([in_outer_step, walked])
         except BaseException:  # a rank that has stopped, for example: D is lost, θ is not
             self._return_to_theta()
             raise
+
+    def _average(self, votes: list[bool]) -> Tensor:
+        """Puts the sum over `displacement_group` in the place of each table's displacements, and the mean Γ in that of
+        each cycle's; tells the tables which parameters had a gradient on any rank.
+
+        Sends a vector of each cycle and the buckets as they lie. votes: whether this rank is in outer_step(), whether
+        it walked. Returns how many ranks voted for each: [2] float64.
+        """
+        for cycle, tables in self._work:
+            vector = cycle.walk_to_average(votes, [table.took_part() for table in tables])
+            self._ranks.sum_over_walkers([vector])
+            sum_of_votes, counts = cycle.take_average(vector, self._ranks.walkers)
+            of_tables = counts.split([len(table.segments) for table in tables])
+            for table, count in zip(tables, of_tables, strict=True):
+                table.moved = (count != 0).long()
+        tables = [table for _, members in self._work for table in members]
+        self._ranks.sum_over_walkers([flat for table in tables for flat in table.displacements()])
+        return sum_of_votes
 
     def _return_to_theta(self) -> None:
         """After `displace`: as if the cycle had not begun."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import capture
 from .cycle import Replayed, upload
-from .distributed import dtensor_type, is_dtensor, local_part, same_layout
+from .dtensor import dtensor_type, is_dtensor, local_part, same_layout
 from .flat import STATE_DTYPE, Bucket, Segment, bucketed, owns_its_memory, real_dtype, shaped_like
 
 # The columns of a table, all int64: addresses in bytes, `length` in real elements, `chunk` the number of the segment's

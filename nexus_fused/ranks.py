@@ -1,146 +1,21 @@
-"""Several processes: DTensors and their local parts, one norm over all shards, ranks that must agree.
+"""What ranks exchange: sums over shards, sums over ranks that walk on their own, comparisons.
 
-Everything that communicates is here, on torch.distributed's process groups. A DTensor's local part is taken as it lies,
-once per look at it: operations on DTensors would be dispatched one by one.
+All communication is here, on torch.distributed's process groups: tensors go in, and come out reduced.
 """
 
 from __future__ import annotations
 
 import contextlib
-import gc
 import hashlib
-import sys
 import weakref
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .cycle import LR, WEIGHT_DECAY
-
-if TYPE_CHECKING:
-    from .cycle import Cycle
-    from .table import Table
-
-# DTensors and their local parts
-
-
-def dtensor_type() -> Any:
-    """torch.distributed.tensor.DTensor where somebody has imported it, without which there are none."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return getattr(module, "DTensor", None)
-
-
-def is_dtensor(tensor: Any) -> bool:
-    """Whether this is a tensor that a DeviceMesh holds together."""
-    kind = dtensor_type()
-    return kind is not None and isinstance(tensor, kind)
-
-
-def local_part(tensor: Any) -> Tensor:
-    """This rank's part of a DTensor, in the same memory; any other tensor as it is."""
-    part: Tensor = tensor
-    if is_dtensor(tensor):
-        with torch.no_grad():
-            part = tensor.to_local()
-            part = part.wait() if hasattr(part, "wait") else part  # its values may still be under way
-    return part
-
-
-def as_part_of(local: Tensor, like: Any) -> Tensor:
-    """A DTensor whose part on this rank is `local`, laid out as `like` is; `local` itself where that is no DTensor."""
-    if is_dtensor(like):
-        layout = like.device_mesh, like.placements
-        local = dtensor_type().from_local(local, *layout, run_check=False, shape=like.shape, stride=like.stride())
-    return local
-
-
-def part_like(value: Any, like: Any) -> Tensor:
-    """This rank's part of `value`, a DTensor or a whole tensor, as `like` is laid out; communicates only for a DTensor
-    that is laid out otherwise."""
-    if is_dtensor(like):
-        layout = like.device_mesh, like.placements
-        if is_dtensor(value):
-            value = value.redistribute(*layout)
-        else:
-            tensor = sys.modules["torch.distributed.tensor"]
-            value = tensor.distribute_tensor(value.to(like.device), *layout, src_data_rank=None)
-    return local_part(value)
-
-
-def same_layout(a: Any, b: Any) -> bool:
-    """Whether two tensors are both DTensors, spread alike over one mesh, or neither is one."""
-    if not is_dtensor(a) or not is_dtensor(b):
-        return not is_dtensor(a) and not is_dtensor(b)
-    return bool(a.device_mesh == b.device_mesh and a.placements == b.placements)
-
-
-def why_not(param: Any) -> str | None:
-    """Why this parameter of another engine, or this DTensor, cannot be updated, and what to do; None if it can."""
-    if getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False):
-        return (
-            "belongs to FullyShardedDataParallel (FSDP1), which shows flattened shards that change from step to step: "
-            "use torch.distributed.fsdp.fully_shard (FSDP2)"
-        )
-    if hasattr(param, "ds_id"):
-        return (
-            "is a placeholder of DeepSpeed's ZeRO-3, whose values lie elsewhere: use "
-            "torch.distributed.fsdp.fully_shard (FSDP2)"
-        )
-    if is_dtensor(param):
-        if param.device_mesh.get_coordinate() is None:
-            return "is a DTensor on a mesh that this rank is no part of: give each rank the parameters that it holds"
-        if any(placement.is_partial() for placement in param.placements):
-            return "is a DTensor with a partial placement, which no rank knows: redistribute it to Shard or Replicate"
-        if type(local_part(param)) is not Tensor:
-            return f"is a DTensor of {type(local_part(param)).__name__}: use DTensors of plain tensors"
-    return None
-
-
-def checksum(param: Any) -> str:
-    """Of the bits of this rank's part of a parameter, of its shape where it is sparse or has no memory; waits for its
-    device."""
-    local = local_part(param).detach()
-    if local.layout is not torch.strided or local.device.type == "meta":
-        return str(tuple(local.shape))
-    if local.is_complex():
-        local = torch.view_as_real(local.resolve_conj())
-    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[local.element_size()]
-    flat = local.resolve_neg().contiguous().view(-1)
-    return hex(int(flat.view(bits).sum(dtype=torch.int64)) % 2**64)
-
-
-def shard_ranks(param: Any) -> tuple[int, ...]:
-    """The ranks, this one among them, that the elements of a parameter are spread over; () if this rank has all."""
-    if not is_dtensor(param):
-        return ()
-    mesh, placements = param.device_mesh, param.placements
-    where = [
-        slice(None) if not placement.is_replicate() else coordinate
-        for placement, coordinate in zip(placements, mesh.get_coordinate(), strict=True)
-    ]
-    ranks = mesh.mesh[tuple(where)].flatten().tolist()
-    return tuple(ranks) if len(ranks) > 1 else ()
-
-
-def find_fsdp_modules(params: list[Tensor]) -> list[weakref.ref[Any]]:
-    """The modules under `fully_shard` that hold these parameters.
-
-    Nothing public leads from a parameter to its module, so the garbage collector is asked for all objects, which takes
-    some 0.1 s: when DTensors are registered, since later a module may show its gathered weights in their place. Modules
-    that were hidden from it before (`gc.freeze()`) are not found.
-    """
-    fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
-    ours = {id(param) for param in params if is_dtensor(param)}
-    if fsdp is None or not ours:
-        return []
-    modules = [found for found in gc.get_objects() if issubclass(type(found), fsdp)]
-    return [weakref.ref(module) for module in modules if any(id(param) in ours for param in module.parameters())]
-
-
-# Ranks
+from .dtensor import find_fsdp_modules, is_dtensor, local_part, shard_ranks
 
 
 class Ranks:
@@ -253,56 +128,18 @@ class Ranks:
         """How many ranks average their displacements."""
         return dist.get_world_size(self.displacement_group)
 
-    def average(self, work: list[tuple[Cycle, list[Table]]], votes: list[bool]) -> Tensor:
-        """Puts the sum over `displacement_group` in the place of each table's displacements, and the mean Γ in that of
-        each cycle's; tells the tables which parameters had a gradient on any rank. Nothing waits for a device.
-
-        The hyperparameters of AdamW's step become the mean of those of the ranks that walked: schedules of ranks with
-        fewer micro-batches stand still, and weights must stay equal.
-        Sends a float64 vector of each cycle (votes, Γ, Σγ² and five hyperparameters of each group, who had a gradient),
-        and the buckets as they lie. Of all ranks' inner steps Σγ²/Γ² is that of the sums: mean Σγ² is divided by the
-        ranks once more. votes: whether this rank is in outer_step(), whether it walked.
-        Returns how many ranks voted for each: [2] float64.
-        """
-        what, group, share = "the average of displacements", self.displacement_group, 1 / self.walkers
-        sum_of_votes = torch.empty(0)
-        for cycle, tables in work:
-            host = torch.cat([torch.tensor(votes, device="cpu"), *[table.took_part() for table in tables]]).double()
-            if cycle.device.type != "cpu":
-                host = host.pin_memory()
-            n = len(cycle.walk_length)
-            of_adamw = cycle.hyper[:, LR : WEIGHT_DECAY + 1]
-            scalars = torch.cat(
-                [
-                    cycle.walk_length,
-                    cycle.walk_sq_length,
-                    of_adamw.flatten() * votes[1],
-                    host.to(cycle.device, non_blocking=cycle.device.type != "cpu"),
-                ]
-            )
-            with explained(what, group):
-                dist.all_reduce(scalars, group=group)
-            cycle.walk_length.copy_(scalars[:n] * share)
-            cycle.walk_sq_length.copy_(scalars[n : 2 * n] * share**2)
-            hypers, *rest = scalars[2 * n :].split(
-                [of_adamw.numel(), len(votes), *[len(table.segments) for table in tables]]
-            )
-            sum_of_votes, *counts = rest
-            of_adamw.copy_(hypers.view_as(of_adamw) / sum_of_votes[1].clamp(min=1))
-            for table, count in zip(tables, counts, strict=True):
-                table.moved = (count != 0).long()
-        displacements = [flat for _, tables in work for table in tables for flat in table.displacements()]
-        with explained(what, group):
-            under_way = [dist.all_reduce(flat, group=group, async_op=True) for flat in displacements]
+    def sum_over_walkers(self, tensors: list[Tensor]) -> None:
+        """Sums each tensor over `displacement_group`, in place and all at once. Nothing waits for a device."""
+        with explained("the average of displacements", self.displacement_group):
+            under_way = [dist.all_reduce(tensor, group=self.displacement_group, async_op=True) for tensor in tensors]
             errors = []
-            for reduction in under_way:  # all of them, or one would still write when its memory is θ's again
+            for reduction in under_way:  # all of them, or one would still write into memory that is let go
                 try:
                     reduction.wait()
                 except RuntimeError as error:
                     errors.append(error)
             if errors:
                 raise errors[0]
-        return sum_of_votes
 
     def reshard(self) -> None:
         """Frees the gathered weights of FSDP2 modules: the next forward pass gathers what the shards hold then."""

@@ -1,0 +1,127 @@
+"""DTensors and their local parts.
+
+A DTensor's local part is taken as it lies, once per look at it: operations on DTensors would be dispatched one by one.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def dtensor_type() -> Any:
+    """torch.distributed.tensor.DTensor where somebody has imported it, without which there are none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return getattr(module, "DTensor", None)
+
+
+def is_dtensor(tensor: Any) -> bool:
+    """Whether this is a tensor that a DeviceMesh holds together."""
+    kind = dtensor_type()
+    return kind is not None and isinstance(tensor, kind)
+
+
+def local_part(tensor: Any) -> Tensor:
+    """This rank's part of a DTensor, in the same memory; any other tensor as it is."""
+    part: Tensor = tensor
+    if is_dtensor(tensor):
+        with torch.no_grad():
+            part = tensor.to_local()
+            part = part.wait() if hasattr(part, "wait") else part  # its values may still be under way
+    return part
+
+
+def as_part_of(local: Tensor, like: Any) -> Tensor:
+    """A DTensor whose part on this rank is `local`, laid out as `like` is; `local` itself where that is no DTensor."""
+    if is_dtensor(like):
+        layout = like.device_mesh, like.placements
+        local = dtensor_type().from_local(local, *layout, run_check=False, shape=like.shape, stride=like.stride())
+    return local
+
+
+def part_like(value: Any, like: Any) -> Tensor:
+    """This rank's part of `value`, a DTensor or a whole tensor, as `like` is laid out; communicates only for a DTensor
+    that is laid out otherwise."""
+    if is_dtensor(like):
+        layout = like.device_mesh, like.placements
+        if is_dtensor(value):
+            value = value.redistribute(*layout)
+        else:
+            tensor = sys.modules["torch.distributed.tensor"]
+            value = tensor.distribute_tensor(value.to(like.device), *layout, src_data_rank=None)
+    return local_part(value)
+
+
+def same_layout(a: Any, b: Any) -> bool:
+    """Whether two tensors are both DTensors, spread alike over one mesh, or neither is one."""
+    if not is_dtensor(a) or not is_dtensor(b):
+        return not is_dtensor(a) and not is_dtensor(b)
+    return bool(a.device_mesh == b.device_mesh and a.placements == b.placements)
+
+
+def why_not(param: Any) -> str | None:
+    """Why this parameter of another engine, or this DTensor, cannot be updated, and what to do; None if it can."""
+    if getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False):
+        return (
+            "belongs to FullyShardedDataParallel (FSDP1), which shows flattened shards that change from step to step: "
+            "use torch.distributed.fsdp.fully_shard (FSDP2)"
+        )
+    if hasattr(param, "ds_id"):
+        return (
+            "is a placeholder of DeepSpeed's ZeRO-3, whose values lie elsewhere: use "
+            "torch.distributed.fsdp.fully_shard (FSDP2)"
+        )
+    if is_dtensor(param):
+        if param.device_mesh.get_coordinate() is None:
+            return "is a DTensor on a mesh that this rank is no part of: give each rank the parameters that it holds"
+        if any(placement.is_partial() for placement in param.placements):
+            return "is a DTensor with a partial placement, which no rank knows: redistribute it to Shard or Replicate"
+        if type(local_part(param)) is not Tensor:
+            return f"is a DTensor of {type(local_part(param)).__name__}: use DTensors of plain tensors"
+    return None
+
+
+def checksum(param: Any) -> str:
+    """Of the bits of this rank's part of a parameter, of its shape where it is sparse or has no memory; waits for its
+    device."""
+    local = local_part(param).detach()
+    if local.layout is not torch.strided or local.device.type == "meta":
+        return str(tuple(local.shape))
+    if local.is_complex():
+        local = torch.view_as_real(local.resolve_conj())
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[local.element_size()]
+    flat = local.resolve_neg().contiguous().view(-1)
+    return hex(int(flat.view(bits).sum(dtype=torch.int64)) % 2**64)
+
+
+def shard_ranks(param: Any) -> tuple[int, ...]:
+    """The ranks, this one among them, that the elements of a parameter are spread over; () if this rank has all."""
+    if not is_dtensor(param):
+        return ()
+    mesh, placements = param.device_mesh, param.placements
+    where = [
+        slice(None) if not placement.is_replicate() else coordinate
+        for placement, coordinate in zip(placements, mesh.get_coordinate(), strict=True)
+    ]
+    ranks = mesh.mesh[tuple(where)].flatten().tolist()
+    return tuple(ranks) if len(ranks) > 1 else ()
+
+
+def find_fsdp_modules(params: list[Tensor]) -> list[weakref.ref[Any]]:
+    """The modules under `fully_shard` that hold these parameters.
+
+    Nothing public leads from a parameter to its module, so the garbage collector is asked for all objects, which takes
+    some 0.1 s: when DTensors are registered, since later a module may show its gathered weights in their place. Modules
+    that were hidden from it before (`gc.freeze()`) are not found.
+    """
+    fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    ours = {id(param) for param in params if is_dtensor(param)}
+    if fsdp is None or not ours:
+        return []
+    modules = [found for found in gc.get_objects() if issubclass(type(found), fsdp)]
+    return [weakref.ref(module) for module in modules if any(id(param) in ours for param in module.parameters())]
