@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .graphs import Replayed, upload
+
 # The columns of `Cycle.hyper`, all float64. `struct Hyper` in csrc/nexus_math.h is the same list; a test compares.
 HYPER = ("inner_lr", "lr", "beta1", "beta2", "eps", "weight_decay", "sign", "normalize")
 INNER_LR, LR, BETA1, BETA2, EPS, WEIGHT_DECAY, SIGN, NORMALIZE = range(8)
@@ -18,9 +20,6 @@ GROUP_KEYS = (
     "cycle_position", "walk_length", "walk_sq_length", "touched", "grad_norms",
     "skipped_inner_steps", "skipped_outer_steps",
 )  # fmt: skip
-
-
-PREPARED_CYCLES = 4  # that can be captured into CUDA graphs without a step outside of them in between
 
 
 class MicroBatch(NamedTuple):
@@ -229,50 +228,6 @@ class Cycle:
         """Sets all sums of the running cycle, not the totals, to zero."""
         self.sums.zero_()
         self.counts.zero_()
-
-
-class Replayed:
-    """Memory that captured steps use at every replay; never reused, never freed while the optimizer lives.
-
-    Host memory that their copies read is pinned in advance, outside of captures, where that is allowed.
-    """
-
-    def __init__(self) -> None:
-        self._prepared: list[Tensor] = []
-        self._in_use: list[Tensor] = []
-
-    def prepare(self, shape: torch.Size, dtype: torch.dtype, count: int) -> None:
-        """Has pinned memory ready for `count` copies of CPU tensors."""
-        self._prepared = [memory for memory in self._prepared if memory.shape == shape]
-        for _ in range(count - len(self._prepared)):
-            self._prepared.append(torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True))
-
-    def keep(self, values: Tensor) -> Tensor:
-        """A copy of a CPU tensor that stays, in pinned memory. RuntimeError where none is left."""
-        if not self._prepared:
-            raise RuntimeError(
-                "too many steps were captured into CUDA graphs at once: run a step outside of a graph after every "
-                f"{PREPARED_CYCLES} cycles that are captured"
-            )
-        self._in_use.append(self._prepared.pop().copy_(values))
-        return self._in_use[-1]
-
-    def hold(self, *tensors: Tensor) -> None:
-        """Keeps device memory alive that a graph writes, whatever takes its place here."""
-        self._in_use += tensors
-
-
-def upload(values: Tensor, target: Tensor, replayed: Replayed | None = None) -> None:
-    """Copies a CPU tensor that nobody else holds to `target`'s device, without waiting, on its current stream.
-
-    replayed: given while the stream is captured, it keeps the values for the replays.
-    """
-    if replayed is not None:
-        target.copy_(replayed.keep(values), non_blocking=True)
-    elif target.device.type == "cpu":
-        target.copy_(values)
-    else:  # the allocator of pinned memory keeps it until the copy is done
-        target.copy_(values.pin_memory(), non_blocking=True)
 
 
 def combine(cycles: list[Cycle]) -> tuple[Tensor, Tensor] | None:

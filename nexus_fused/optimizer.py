@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import backends, capture, checkpoint, dtensor, hosts, hyperparameters, ranks, reference
-from .cycle import GROUP_KEYS, HYPER, PREPARED_CYCLES, Cycle, MicroBatch, combine, summarize
+from . import backends, checkpoint, dtensor, graphs, hosts, hyperparameters, ranks, reference
+from .cycle import GROUP_KEYS, HYPER, Cycle, MicroBatch, combine, summarize
 from .dtensor import local_part
 from .flat import Segment, make_segment, real_dtype
 from .table import Table
@@ -384,7 +384,7 @@ class NexusAdamW(Optimizer):
         Each captured step has gradient addresses and hyperparameters of its own, which every replay copies to the
         device again. The host sees no replay: once steps were captured, others copy theirs again too.
         """
-        current = capture.capture_id(list(dict.fromkeys(cycle.device for cycle, _ in self._work)))
+        current = graphs.capture_id(list(dict.fromkeys(cycle.device for cycle, _ in self._work)))
         if self._position > 0 and current != self._capture:
             self._refuse_to_cut_a_cycle()
         if current is not None:
@@ -393,7 +393,7 @@ class NexusAdamW(Optimizer):
         self._was_captured |= current is not None
         on_gpu = self._work[0][0].device.type == "cuda"
         prepares = on_gpu and current is None and any(group["capturable"] for group in self.param_groups)
-        count = PREPARED_CYCLES * self._inner_steps
+        count = graphs.PREPARED_CYCLES * self._inner_steps
         for cycle, tables in self._work:
             cycle.capturing = current is not None
             for table in tables:
@@ -411,38 +411,26 @@ class NexusAdamW(Optimizer):
 
     def _refuse_to_cut_a_cycle(self) -> None:
         """Raises for a capture that does not begin or end at a boundary."""
-        taken = f"{self._position} of {self._inner_steps} inner steps"
+        taken = self._position
         if self._capture is None:
-            raise RuntimeError(
-                f"step() is being captured into a CUDA graph in mid-cycle, after {taken}: begin the capture at a "
-                "boundary (optimizer.at_boundary), if need be after outer_step()"
-            )
+            raise graphs.cut_at_its_beginning(taken, self._inner_steps)
         for table in self._tables.values():
             table.set_touched(table.segments, False)
             table.hide_cycle_buffers()
         self._set_position(0)
         self._show_cycle_data()
-        raise RuntimeError(
-            f"a capture into a CUDA graph ended in mid-cycle, after {taken}: capture all steps of a cycle in one "
-            "graph, and do not replay this one. What was captured has not run: the optimizer is where the cycle began"
-        )
+        raise graphs.cut_at_its_end(taken, self._inner_steps)
 
     def _check_capture(self) -> None:
         """Raises for what a CUDA graph could not replay."""
-        capture.check_hyperparameters(self.param_groups)
-        if self._ranks.communicates:
-            raise RuntimeError(
-                "step() is being captured into a CUDA graph, but it communicates with other ranks, which is not "
-                "supported there: leave step() out of the graph"
-            )
         amsgrad = [(b.amsgrad, self.param_groups[b.group]["amsgrad"]) for t in self._tables.values() for b in t.buckets]
         thawing = any(not hyperparameters.is_frozen(param) for _, _, param in self._frozen)
-        if not self._warm or thawing or any(now != wanted for now, wanted in amsgrad):
-            raise RuntimeError(
-                "step() is being captured into a CUDA graph, but memory would have to be allocated for it: run at "
-                f"least one whole cycle ({self._inner_steps} steps) before the capture, and after adding or unfreezing "
-                "parameters or changing amsgrad"
-            )
+        graphs.check_can_be_replayed(
+            self.param_groups,
+            communicates=self._ranks.communicates,
+            ready=self._warm and not thawing and all(now == wanted for now, wanted in amsgrad),
+            inner_steps=self._inner_steps,
+        )
 
     def _check_members(self) -> None:
         """Whether groups and state still hold what was registered; whatever came otherwise would never be stepped."""

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import capture
-from .cycle import Replayed, upload
+from . import graphs
 from .dtensor import dtensor_type, is_dtensor, local_part, same_layout
 from .flat import STATE_DTYPE, Bucket, Segment, bucketed, owns_its_memory, real_dtype, shaped_like
+from .graphs import Replayed, upload
 
 # The columns of a table, all int64: addresses in bytes, `length` in real elements, `chunk` the number of the segment's
 # first chunk. `struct Segment` in csrc/nexus_math.h is the same list; a test compares the two.
@@ -162,7 +162,7 @@ class Table:
         """
         if not self._outdated:
             return
-        if capture.capture_id([self.device]) is not None:
+        if graphs.capture_id([self.device]) is not None:
             raise RuntimeError(
                 f"the memory of parameters on {self.device} was exchanged just before or while step() was captured "
                 "into a CUDA graph: run one whole cycle before the capture"

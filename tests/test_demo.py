@@ -348,7 +348,7 @@ def test_a_bar_moves_while_its_loop_is_busy() -> None:
             time.sleep(0.1)
         bar.update()
         bar.refresh()
-        (clock,) = set(threading.enumerate()) - before - {progress.tqdm.monitor}
+        (clock,) = set(threading.enumerate()) - before - {progress.Progress.monitor}
     shown = screen.getvalue().rstrip().split("\r")
     assert max(map(len, shown)) == 80
     assert shown[-1].count("#") >= 8  # half of it

@@ -13,7 +13,7 @@ from conftest import BACKENDS, assert_same, assert_snapshot, build, run, set_gra
 from kernels import contents, make_cycle, make_table, run_function
 from torch import nn
 
-from nexus_fused import NexusAdamW, capture, cuda, hyperparameters
+from nexus_fused import NexusAdamW, cuda, graphs, hyperparameters
 from nexus_fused import cycle as cycles
 from nexus_fused import table as tables
 from nexus_fused.cycle import MicroBatch
@@ -163,7 +163,7 @@ class Graph:
     def __init__(self, monkeypatch):
         self.calls, self.id, self._kernels = [], None, cuda._C
         monkeypatch.setattr(cuda, "_C", self)
-        monkeypatch.setattr(capture, "capture_id", lambda devices: self.id)
+        monkeypatch.setattr(graphs, "capture_id", lambda devices: self.id)
         for module in (cycles, tables):
             monkeypatch.setattr(module, "upload", self._upload(module.upload))
 
@@ -412,7 +412,7 @@ def test_pinned_memory_is_ready_for_a_capture(monkeypatch):
     """Of the shape that is needed; a capture that finds none left is told what to do."""
     made, empty = [], torch.empty
     monkeypatch.setattr(torch, "empty", lambda *args, pin_memory, **kw: made.append(pin_memory) or empty(*args, **kw))
-    replayed = cycles.Replayed()
+    replayed = graphs.Replayed()
     for _ in range(2):
         replayed.prepare(torch.Size([2, 3]), torch.int64, 2)
     assert made == [True, True]
