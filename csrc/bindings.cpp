@@ -42,6 +42,9 @@ struct Kernels {
   decltype(&baseline::displace) displace;
 };
 
+#define NEXUS_TEXT_OF(...) #__VA_ARGS__
+#define NEXUS_TEXT(...) NEXUS_TEXT_OF(__VA_ARGS__)
+
 constexpr Kernels kVariants[] = {
 #if defined(NEXUS_HAVE_X86_VARIANTS)
     {"avx512", avx512::sum_squares, avx512::inner_step, avx512::outer_step, avx512::displace},
@@ -138,8 +141,8 @@ PYBIND11_MODULE(_C, m) {
 #if defined(NEXUS_HAVE_CUDA)
   define_cuda(m);
 #endif
-  m.attr("SEGMENT_BYTES") = sizeof(Segment);
-  m.attr("HYPER_BYTES") = sizeof(Hyper);
+  m.attr("SEGMENT") = NEXUS_TEXT(NEXUS_SEGMENT);
+  m.attr("HYPER") = NEXUS_TEXT(NEXUS_HYPER);
   m.attr("CHUNK_ELEMENTS") = kChunk;
 #if defined(_OPENMP)
   m.attr("OPENMP") = _OPENMP;

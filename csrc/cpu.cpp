@@ -1,8 +1,8 @@
 // CPU kernels: sums of squares, inner step, displacement, fused outer step, over a table of segments.
 //
 // Compiled once for each instruction set; NEXUS_ISA names the namespace (see CMakeLists.txt). Work is cut into chunks
-// of kChunk elements of one segment. Threads take chunks; whatever is summed is summed per chunk in 16 fixed lanes and
-// then over chunks in their order, so that a result depends neither on threads nor on the width of a register.
+// of kChunk elements of one segment. Threads take chunks; whatever is summed is summed per chunk in kLanes fixed lanes,
+// and then over chunks in their order, so that a result depends neither on threads nor on the width of a register.
 
 #include "cpu.h"
 

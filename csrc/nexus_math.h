@@ -19,14 +19,19 @@
 
 namespace nexus {
 
+// Members are macros so that a test can compare their names with the lists in Python.
+
 // One row of table.Table.rows: addresses in bytes (0: none), length in elements, chunk: number of its first chunk.
+#define NEXUS_SEGMENT \
+  weight, grad, theta, walk, exp_avg, exp_avg_sq, max_exp_avg_sq, step, length, group, touched, chunk
 struct Segment {
-  int64_t weight, grad, theta, walk, exp_avg, exp_avg_sq, max_exp_avg_sq, step, length, group, touched, chunk;
+  int64_t NEXUS_SEGMENT;
 };
 
 // One row of cycle.Cycle.hyper.
+#define NEXUS_HYPER inner_lr, lr, beta1, beta2, eps, weight_decay, sign, normalize
 struct Hyper {
-  double inner_lr, lr, beta1, beta2, eps, weight_decay, sign, normalize;
+  double NEXUS_HYPER;
 };
 
 enum class DType : int { float64 = 0, float32 = 1, bfloat16 = 2, float16 = 3 };

@@ -2,8 +2,8 @@ from torch import Tensor
 
 OPENMP: int
 CHUNK_ELEMENTS: int
-SEGMENT_BYTES: int
-HYPER_BYTES: int
+SEGMENT: str  # members of the structs of csrc/nexus_math.h, with ", " between them
+HYPER: str
 CUDA_TARGETS: str  # empty: built without the CUDA kernels and all that follows
 CUDA_MAX_NORMS: int
 
