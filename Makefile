@@ -9,11 +9,12 @@ STAMP := .venv/.installed
 # since pip splits it at spaces.
 PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 
-.PHONY: help demo test bench lint clean
+.PHONY: help demo test test-all bench lint clean
 
 help:
 	@echo "make demo    train a small model with AdamW and with NexusAdamW, and compare"
-	@echo "make test    run the tests"
+	@echo "make test    run the tests, of long products of parameters a sample"
+	@echo "make test-all  run all tests"
 	@echo "make bench   run the benchmarks"
 	@echo "make lint    ruff and mypy"
 	@echo "make clean   remove .venv, build output and caches"
@@ -24,6 +25,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
+
+test-all: $(STAMP)
+	$(BIN)/pytest -m "" -n auto --maxprocesses 8 --dist worksteal
 
 bench: $(STAMP)
 	$(BIN)/python -m bench

@@ -24,6 +24,29 @@ COMPLEX = [torch.complex64, torch.complex128]
 BACKENDS = [name for name in backends.NAMES if backends.why_not(name, torch.device("cpu")) is None]
 
 
+def pytest_collection_modifyitems(items):
+    """Triton's interpreter is fifty times slower than the other backends, and an optimizer does with it what it does
+    with them: `make test` takes it where the kernels themselves are tested, marked `interpreted`."""
+    for item in items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        if torch.cuda.is_available() or not any(isinstance(v, str) and v == "triton" for v in params.values()):
+            continue
+        marker = item.get_closest_marker("interpreted")
+        if marker is None or any(params[name] not in values for name, values in marker.kwargs.items()):
+            item.add_marker(pytest.mark.exhaustive)
+
+
+def sample(values, *kept):
+    """Values of a parameter, of which `make test` takes those that are kept."""
+    return [value if value in kept else pytest.param(value, marks=pytest.mark.exhaustive) for value in values]
+
+
+def selected(request, name):
+    """The values of a parameter in the tests of this module that were selected."""
+    items = [item for item in request.session.items if item.module is request.module and hasattr(item, "callspec")]
+    return list(dict.fromkeys(item.callspec.params[name] for item in items if name in item.callspec.params))
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request):
     return request.param

@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from conftest import sample, selected
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -68,10 +69,10 @@ def figures(report, ptx):
     return made
 
 
-def compile_all(folder):
+def compile_all(folder, targets=TARGETS):
     """{target: figures}, the targets compiled at the same time."""
     running = {}
-    for target in TARGETS:
+    for target in targets:
         (folder / target).mkdir()
         running[target] = compile_for(target, folder / target)
     reports = {target: process.communicate()[1] for target, process in running.items()}
@@ -86,13 +87,13 @@ def version():
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
+def compiled(request, tmp_path_factory):
     if NVCC is None:
         pytest.skip("needs nvcc")
-    return compile_all(tmp_path_factory.mktemp("nvcc"))
+    return compile_all(tmp_path_factory.mktemp("nvcc"), selected(request, "target"))
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", sample(TARGETS, "sm_90"))
 class TestCompiled:
     def test_nothing_is_spilled(self, compiled, target):
         """Nor is anything else in a thread's local memory, such as an array with an index known only at run time."""

@@ -111,6 +111,7 @@ def test_adamw_fed_with_the_same_gradient(backend, dtype, amsgrad):
     assert "anchor" not in inside.only_table(ours).buckets[0].buffers  # none is needed
 
 
+@pytest.mark.interpreted
 class TestCornerCases:
     @pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf")])
     def test_nothing_moves_when_the_norm_is_unusable(self, backend, dtype, bad):

@@ -23,6 +23,8 @@ ON_DEVICES = [name for name in ("triton", "cuda") if name in BACKENDS]
 if not ON_DEVICES:
     pytest.skip("needs kernels for a GPU that run on CPU tensors", allow_module_level=True)
 
+pytestmark = pytest.mark.interpreted
+
 
 @pytest.fixture(params=ON_DEVICES)
 def backend(request):
@@ -137,6 +139,7 @@ def test_offsets_beyond_int32(backend, dtype):
     assert_same(*results)
 
 
+@pytest.mark.interpreted(many=[7, 70])
 @pytest.mark.parametrize("many", [7, 8, 20, 70, 300])
 def test_many_groups(backend, many):
     """Triton's scalars go through blocks of 32 groups, CUDA's through a block's 256 threads; from 8 groups on, ‖D‖² of

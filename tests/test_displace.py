@@ -53,6 +53,7 @@ def compare(name, dtype, **kwargs):
     torch.testing.assert_close(own_sums, sums, rtol=1e-12, atol=0, equal_nan=True)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("name", FUSED)
 @pytest.mark.parametrize(("dtype", "low"), [*((dtype, False) for dtype in DTYPES), *((dtype, True) for dtype in LOW)])
 class TestParity:

@@ -18,9 +18,11 @@ from nexus_fused.table import CHUNK_ELEMENTS, COLUMNS
 FUSED = [name for name in BACKENDS if name != "reference"]
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("name", FUSED)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 class TestParity:
+    @pytest.mark.interpreted(size=[size for size in SIZES if size < CHUNK_ELEMENTS - 1])
     @pytest.mark.parametrize("size", SIZES)
     @pytest.mark.parametrize("offsets", OFFSETS)
     def test_sizes_and_alignments(self, name, dtype, size, offsets):
@@ -29,6 +31,11 @@ class TestParity:
         for function in ("inner_step", "outer_step"):
             for touched in ((), (0, 1, 2)):
                 compare(function, name, dtype, sizes=[size, 5, size], offsets=offsets, touched=touched)
+
+    @pytest.mark.interpreted(dtype=[torch.float32, torch.bfloat16])
+    def test_several_chunks(self, name, dtype):
+        for function in ("inner_step", "outer_step"):
+            compare(function, name, dtype, sizes=[2 * CHUNK_ELEMENTS + 17, 5, CHUNK_ELEMENTS], touched=(0,))
 
     @pytest.mark.parametrize("position", range(3))
     def test_empty_parameter_in_every_position(self, name, dtype, position):
