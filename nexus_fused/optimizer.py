@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import backends, checkpoint, dtensor, graphs, hosts, hyperparameters, ranks, reference
+from . import backends, checkpoint, dtensor, frameworks, graphs, hyperparameters, ranks, reference
 from .cycle import GROUP_KEYS, HYPER, Cycle, MicroBatch, combine, summarize
 from .dtensor import local_part
 from .flat import Segment, make_segment, real_dtype
@@ -145,7 +145,7 @@ class NexusAdamW(Optimizer):
 
     def _configure(self, inner_steps: int, backend: str | None, fused: bool | None, flatten: bool) -> None:
         self._itself = weakref.ref(self)
-        self._watch = hosts.AccumulationWatch()
+        self._watch = frameworks.AccumulationWatch()
         backends.check_choice(backend, fused)
         self._inner_steps = inner_steps
         self._backend, self._fused, self._flatten = backend, fused, flatten

@@ -1,4 +1,4 @@
-"""The scripts of docs/trainers under the real libraries, and the warnings of hosts.py.
+"""The scripts of docs/trainers under the real libraries, and the warnings of frameworks.py.
 
 They need the extra `trainers`; without it the tests of the missing library are skipped (.ci/run refuses that).
 """
@@ -20,7 +20,7 @@ from conftest import assert_same, build, run, values
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from nexus_fused import NexusAdamW, hosts
+from nexus_fused import NexusAdamW, frameworks
 
 SCRIPTS = Path(__file__).parent.parent / "docs" / "trainers"
 PACKAGES = {
@@ -456,6 +456,6 @@ class TestAccumulationIsNoticed:
         p.grad = torch.ones(3)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            hosts.AccumulationWatch().look(params, lambda: None)
+            frameworks.AccumulationWatch().look(params, lambda: None)
         assert not p._post_accumulate_grad_hooks
         assert "accelerate.state" not in sys.modules

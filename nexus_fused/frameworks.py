@@ -1,9 +1,9 @@
-"""Whether a host accumulates gradients, where that can be seen: the walk wants a step() after every micro-batch.
+"""Whether a framework accumulates gradients, where that can be seen: the walk wants a step() after each micro-batch.
 
 Several backward passes before a step() are allowed, so counting them says nothing. But Accelerate states, for the whole
 process, whether a step follows a backward pass (the Hugging Face Trainer sets the same flag), and Lightning's Trainer
-hands step() a closure that leads to its settings. A host that was never imported drives nothing, so nothing is imported
-here.
+hands step() a closure that leads to its settings. A framework that was never imported drives nothing, so nothing is
+imported here.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class AccumulationWatch:
         self._unfinished = 0  # backward passes that Accelerate said no step would follow
 
     def look(self, params: Iterable[Tensor], closure: Callable[[], Any] | None) -> None:
-        """Warns (UserWarning) where the host accumulates; after the backward pass, before gradients are used."""
+        """Warns (UserWarning) where the framework accumulates; after the backward pass, before gradients are used."""
         if self._warned:
             return
         if closure is not None:
@@ -50,13 +50,13 @@ class AccumulationWatch:
             self._hook = param.register_post_accumulate_grad_hook(functools.partial(_count, weakref.ref(self)))
         return 1
 
-    def _warn(self, host: str, setting: str, micro_batches: int) -> None:
+    def _warn(self, framework: str, setting: str, micro_batches: int) -> None:
         if micro_batches <= 1:
             return
         self._warned = True
         warnings.warn(
-            f"{host} accumulates the gradients of {micro_batches} micro-batches before each step() of NexusAdamW, so "
-            f"that the walk takes one inner step where it should take {micro_batches}: set {setting} to 1 (a cycle of "
+            f"{framework} accumulates the gradients of {micro_batches} micro-batches before each step() of NexusAdamW, "
+            f"so that the walk takes one inner step where it should take {micro_batches}: set {setting} to 1 (a cycle of "
             "inner_steps micro-batches takes its place), or filter this warning if you mean it",
             stacklevel=1,  # schedulers wrap step(), and Accelerate ignores all that they seem to warn of
         )
