@@ -74,15 +74,15 @@ def compile_kernel(kernel, types, constants, target):
 
 def conversions(ttgir):
     """Of each loop, in their order: how many values change hands between threads, through shared memory, each turn."""
-    counts, inside = [], None  # the indentation of the loop we are in
+    counts, loop = [], None  # indentation of the one we are in
     for line in ttgir.splitlines():
         indentation = len(line) - len(line.lstrip())
-        if inside is not None and line.strip() and indentation <= inside:
-            inside = None
-        if inside is None and "scf.for" in line:
-            inside = indentation
+        if loop is not None and line.strip() and indentation <= loop:
+            loop = None
+        if loop is None and "scf.for" in line:
+            loop = indentation
             counts.append(0)
-        elif inside is not None:
+        elif loop is not None:
             counts[-1] += "ttg.convert_layout" in line
     return counts
 

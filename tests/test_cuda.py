@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import BACKENDS, assert_same, assert_snapshot, build, run, set_grads, snapshot
-from kernels import make_cycle, make_table
+from kernel_tables import make_cycle, make_table
 from torch import nn
 
 from nexus_fused import _C, NexusAdamW, backends, cuda

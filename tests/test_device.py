@@ -10,7 +10,7 @@ import inside
 import pytest
 import torch
 from conftest import BACKENDS, assert_same, assert_snapshot, build, run, set_grads, snapshot, values
-from kernels import contents, make_cycle, make_table, run_function
+from kernel_tables import contents, make_cycle, make_table, run_function
 from torch import nn
 
 from nexus_fused import NexusAdamW, cuda, graphs, hyperparameters

@@ -11,7 +11,7 @@ import inside
 import pytest
 import torch
 from conftest import BACKENDS, DTYPES, assert_same, build, run, set_grads, values
-from kernels import contents, make_cycle, make_table
+from kernel_tables import LOW, contents, make_cycle, make_table
 from torch import nn
 
 from nexus_fused import NexusAdamW, reference
@@ -20,7 +20,6 @@ from nexus_fused.table import CHUNK_ELEMENTS
 
 FUSED = [name for name in BACKENDS if name != "reference"]
 SIZES = [1, 0, CHUNK_ELEMENTS + 1]
-LOW = [torch.bfloat16, torch.float16]
 
 
 # Function by function, over tables

@@ -18,7 +18,18 @@ import inside
 import pytest
 import torch
 from conftest import DTYPES, assert_same
-from kernels import OFFSETS, SIZES, compare, contents, make_cycle, make_table, run_function, sq_norm
+from kernel_tables import (
+    LOW,
+    OFFSETS,
+    SIZES,
+    check_conversions,
+    compare,
+    contents,
+    make_cycle,
+    make_table,
+    run_function,
+    sq_norm,
+)
 from torch import nn
 
 import nexus_fused.table
@@ -125,7 +136,7 @@ def test_the_reference_scales_on_a_gpu_as_on_a_cpu():
 
 
 def compare_outer_steps_in_float64(name, **table):
-    """As test_parity.compare, for βᵗ of another rounding."""
+    """As kernel_tables.compare, for βᵗ of another rounding."""
     results = []
     for which in ("reference", name):
         made, cycle = make_table(torch.float64, device=CUDA, **table), make_cycle(which, device=CUDA)
@@ -143,6 +154,11 @@ def compare_all(name, dtype, **table):
         compare_outer_steps_in_float64(name, **table)
     else:
         compare("outer_step", name, dtype, device=CUDA, **table)
+
+
+@pytest.mark.parametrize("storage", LOW, ids=str)
+def test_every_conversion_is_pytorchs(backend, storage):
+    check_conversions(backend, storage, CUDA)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -495,11 +511,9 @@ class Training:
     """Cycles of forward and backward passes on inputs that lie in memory of their own, with a step after each: eagerly
     or captured. The learning rate lies on the device, so that a graph's replays follow it, and γ with it."""
 
-    def __init__(self, backend, **options):
+    def __init__(self, backend):
         lr = torch.tensor(1e-2, device=CUDA)
-        self.params, self.optimizer = build(
-            [torch.float32, torch.bfloat16], backend, **{"lr": lr, "capturable": True, **options}
-        )
+        self.params, self.optimizer = build([torch.float32, torch.bfloat16], backend, lr=lr, capturable=True)
         self.inputs = self.new_inputs()
 
     def new_inputs(self):
@@ -545,9 +559,9 @@ class Training:
         return contents_of(self.optimizer)
 
 
-def two_after_a_cycle(backend, **options):
-    """A training that is going to be captured and its twin, which never is and takes its norms in step()."""
-    pair = Training(backend, **options), Training(backend)
+def two_after_a_cycle(backend):
+    """A training that is going to be captured and its twin, which never is."""
+    pair = Training(backend), Training(backend)
     for training in pair:
         training.prepare(0)
         training.warm_up()

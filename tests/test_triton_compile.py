@@ -76,7 +76,7 @@ class TestCompiled:
         assert all(f["barriers"] >= 3 for f in last)
 
     def test_registers_of_the_outer_step(self, compiled, target):
-        """Three programs of 256 threads fit on a multiprocessor."""
+        """In float32 three programs of 256 threads fit on a multiprocessor."""
         plain = {k: f for k, f in compiled[target].items() if "AMSGRAD=False DISPLACED=False" in k}
         assert len(plain) == 4
         assert all(f["registers"] <= 80 for f in plain.values())

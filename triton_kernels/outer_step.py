@@ -74,7 +74,7 @@ def _scalars(hyper, group, step, gamma, STATE: tl.constexpr):
         1 - beta1 < 0.5,
         beta2.to(STATE),
         (1 - beta2).to(STATE),
-        (-(lr / bias_correction1)).to(STATE),
+        (lr / bias_correction1 * -1.0).to(STATE),  # −0 for 0; Triton's minus is a subtraction from 0
         (1 / tl.sqrt(bias_correction2)).to(STATE),
         eps.to(STATE),
     )
@@ -85,7 +85,7 @@ def _update(
     addresses, scale, scalars, with_gradient, aligned_g, offsets, n, total,
     STORAGE: tl.constexpr, STATE: tl.constexpr, AMSGRAD: tl.constexpr, DISPLACED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One block; returns `total` with the D² of each 4 elements, which one thread has, added, float64.
+    """One block; returns `total` with the D² of the 4 elements (of float64: 2) that one thread has added, float64.
 
     DISPLACED: D is read from g, in the dtype of gradients, or without one from `walk_source`.
     """
@@ -209,7 +209,7 @@ def outer_step(table: Table, on_device: tuple[Tensor, Tensor, Tensor, int], cycl
     amsgrad = any(bucket.amsgrad for bucket in table.buckets)
     block = 1024 if table.dtype.itemsize >= 4 else 512  # measured: docs/gpu.md
     constants = {**constants_of(table.dtype, block=block), "AMSGRAD": amsgrad, "DISPLACED": displaced}
-    # 80: three programs of 256 threads on a multiprocessor.
+    # 80 registers: in float32 three programs of 256 threads are on a multiprocessor, below five of 128.
     constants |= at_most_registers(128 if displaced else 96 if amsgrad else 80)
     launch(
         outer_step_kernel, table.chunks,

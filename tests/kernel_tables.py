@@ -13,6 +13,7 @@ from nexus_fused.flat import make_segment
 from nexus_fused.table import CHUNK_ELEMENTS, Table
 
 OFFSETS = [(0, 0), (1, 1), (3, 3), (0, 1)]  # of weights and of gradients, which may be the only ones off 16 bytes
+LOW = [torch.bfloat16, torch.float16]
 SIZES = [0, 1, 31, 1023, CHUNK_ELEMENTS - 1, CHUNK_ELEMENTS, CHUNK_ELEMENTS + 1, 3 * CHUNK_ELEMENTS + 17]
 HYPER = {
     "inner_lr": 0.01,
@@ -119,3 +120,32 @@ def compare(function, name, dtype, *, last_gradient=True, walk_length=0.03, hype
 
 def sq_norm(name, table):
     return backend_of(name, table.device).sq_norm(table).sum()
+
+
+def check_conversions(name, storage, device=CPU):
+    """All 65,536 values of a low-precision dtype are read, and they and points between and around them rounded, as
+    PyTorch does it."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    exact = bits.view(storage).float()
+    points = torch.cat([exact, torch.nextafter(exact, torch.tensor(torch.inf)), (exact + exact.roll(1)) / 2]).to(device)
+    table = make_table(storage, [len(points)], touched=(0,), device=device)
+    segment, cycle = table.segments[0], make_cycle(name, device, normalize=0, lr=0, weight_decay=0)
+    # θ is stored as it is when lr and weight decay are 0: a pure rounding into the parameter. (D of inf is NaN.)
+    segment.theta.copy_(points)
+    segment.walk.copy_(points)
+    cycle.walk_length.fill_(1)
+    run_function("outer_step", table, cycle, None)
+    finite = points.isfinite()
+    assert torch.equal(segment.weight.view(torch.int16)[finite], points.to(storage).view(torch.int16)[finite])
+    assert segment.weight[~finite].isnan().all()
+    moved = []
+    for which in ("reference", name):
+        table, cycle = make_table(storage, [len(exact)], device=device), make_cycle(which, device)
+        segment = table.segments[0]
+        segment.param.grad.copy_(exact)
+        # A norm of its own, as that of these gradients is not finite: what is inf or NaN moves there all the same.
+        norm = torch.full((1,), 1e4, dtype=torch.float64, device=device)
+        run_function("inner_step", table, cycle, MicroBatch([norm], 0))
+        moved.append(segment.walk.clone())
+        assert moved[-1].isnan().any()
+    assert_same(*[[walk] for walk in moved])
