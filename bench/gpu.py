@@ -652,7 +652,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--quick", action="store_true", help="tiny sizes, three rounds")
     parser.add_argument("--compile-limit", type=int, default=40, help="seconds that torch.compile gets, each time")
-    parser.add_argument("--seconds", type=float, default=220, help="after which no section begins (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=150, help="after which no section begins (%(default)s)")
     parser.add_argument("--commit", help="what is measured, where git cannot tell")
     parser.add_argument("--tests", type=Path, help="JUnit XML of pytest to include")
     options = parser.parse_args()
@@ -695,7 +695,7 @@ def main() -> int:
         measure(setting, result, write, options.seconds)
     write()
     print(json.dumps(result["errors"], indent=2) if result["errors"] else f"written to {options.out}", file=sys.stderr)
-    return int(bool(result["errors"]))
+    return int(bool(result["errors"] or result["left_out"] or not setting.backends))
 
 
 if __name__ == "__main__":

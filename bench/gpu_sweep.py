@@ -179,14 +179,19 @@ def measure(backend: str, shapes: gpu.Shapes, dtype: torch.dtype, rounds: int) -
     }
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_sweep", description=__doc__.partition("\n")[0])
-    parser.add_argument("variants", nargs="*", metavar="VARIANT", help="default: all", choices=[[], *CUDA, *TRITON])
+    parser.add_argument(
+        "variants", nargs="*", metavar="VARIANT", help=f"default: all of {' | '.join([*CUDA, *TRITON])}"
+    )
     parser.add_argument("--out", type=Path, required=True, help="the JSON to write")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--commit", help="what is measured, where git cannot tell")
     options = parser.parse_args()
     names = options.variants or [*CUDA, *TRITON]
+    unknown = [name for name in names if name not in CUDA and name not in TRITON]
+    if unknown:
+        parser.error(f"no such variant: {', '.join(unknown)}")
     result: dict[str, Any] = {**gpu.environment(torch.device("cuda", 0), options.commit), "errors": {}, "figures": {}}
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = {
@@ -207,8 +212,7 @@ def main() -> None:
                 try:
                     with in_use(name, built):
                         backend = "triton" if name in TRITON else "cuda"
-                        if size == "307M":
-                            check_parity(gpu.FULL.small[:3], dtype, backend, torch.device("cuda"))
+                        check_parity(gpu.FULL.small[:3], dtype, backend, torch.device("cuda"))
                         figures = result["figures"][title] = measure(backend, shapes, dtype, options.rounds)
                     row = (
                         f"{kernel.removeprefix('inner_step, ')} {f['over_copy']:.3f}" for kernel, f in figures.items()
@@ -219,7 +223,8 @@ def main() -> None:
                     print(title, result["errors"][title], file=sys.stderr, flush=True)
                 gpu.free(torch.device("cuda"))
                 options.out.write_text(json.dumps(result, indent=1) + "\n")
+    return int(bool(result["errors"]))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -6,7 +6,6 @@
 
 #include <pybind11/pybind11.h>
 
-#include <algorithm>
 #include <string>
 
 #define NEXUS_ISA baseline
@@ -41,9 +40,6 @@ struct Kernels {
   decltype(&baseline::outer_step) outer_step;
   decltype(&baseline::displace) displace;
 };
-
-#define NEXUS_TEXT_OF(...) #__VA_ARGS__
-#define NEXUS_TEXT(...) NEXUS_TEXT_OF(__VA_ARGS__)
 
 constexpr Kernels kVariants[] = {
 #if defined(NEXUS_HAVE_X86_VARIANTS)
@@ -141,6 +137,9 @@ PYBIND11_MODULE(_C, m) {
 #if defined(NEXUS_HAVE_CUDA)
   define_cuda(m);
 #endif
+// The names of a struct's members, from their macro.
+#define NEXUS_TEXT_OF(...) #__VA_ARGS__
+#define NEXUS_TEXT(...) NEXUS_TEXT_OF(__VA_ARGS__)
   m.attr("SEGMENT") = NEXUS_TEXT(NEXUS_SEGMENT);
   m.attr("HYPER") = NEXUS_TEXT(NEXUS_HYPER);
   m.attr("CHUNK_ELEMENTS") = kChunk;

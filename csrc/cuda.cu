@@ -665,7 +665,7 @@ int64_t resident(const char* name, void (*kernel)(Parameters...), int device) {
   return blocks;
 }
 
-// Starts a kernel; without blocks there is nothing to do.
+// Starts a kernel of one block at least, which advances the cycle's scalars even where no row has elements.
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, const Where& where,
             const Arguments&... arguments) {

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import backends, checkpoint, dtensor, frameworks, graphs, hyperparameters, ranks, reference
+from . import backends, checkpoint, dtensor, frameworks, graphs, hyperparameters, reference
 from .cycle import GROUP_KEYS, HYPER, Cycle, MicroBatch, combine, summarize
 from .dtensor import local_part
 from .flat import Segment, make_segment, real_dtype
+from .ranks import Ranks, check_group, difference
 from .table import Table
 
 _KEEP_FLAT = "an alias of a parameter keeps it out of flat memory: build the optimizer before others take views, or "
@@ -120,7 +121,7 @@ class NexusAdamW(Optimizer):
         displacement_dtype: torch.dtype | None = None,
     ) -> None:
         self._configure(hyperparameters.inner_steps(inner_steps), backend, fused, flatten)
-        self._ranks = ranks.Ranks(norm_group, displacement_group, displacement_dtype)
+        self._ranks = Ranks(norm_group, displacement_group, displacement_dtype)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -161,7 +162,7 @@ class NexusAdamW(Optimizer):
         self._capture: int | None = None  # the capture into a CUDA graph in which the running cycle began
         self._was_captured = False  # at any time
         self._warm = False  # a cycle was finished since parameters came
-        self._ranks = ranks.Ranks()
+        self._ranks = Ranks()
         self._built = False
 
     # Parameters
@@ -487,14 +488,14 @@ class NexusAdamW(Optimizer):
         All of them call it. Where step() communicates that is done without asking, for the ranks it concerns, when the
         optimizer is built or loaded; use it for replicas that others keep equal, as DistributedDataParallel does.
         """
-        ranks.check_group(group, "group")
+        check_group(group, "group")
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             raise RuntimeError(
                 "check_ranks() compares processes: call torch.distributed.init_process_group() before it"
             )
         here, of_params = self._agreed(self._position, None)
         group = group or torch.distributed.group.WORLD
-        found = ranks.difference({**here, **of_params}, group, "in check_ranks()")
+        found = difference({**here, **of_params}, group, "in check_ranks()")
         if found is not None:
             raise RuntimeError(found)
 

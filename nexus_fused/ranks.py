@@ -1,6 +1,7 @@
 """What ranks exchange: sums over shards, sums over ranks that walk on their own, comparisons.
 
-All communication is here, on torch.distributed's process groups: tensors go in, and come out reduced.
+Collectives on torch.distributed's process groups are here: tensors go in, and come out reduced. (DTensors that are laid
+out otherwise than they should be are redistributed in dtensor.py.)
 """
 
 from __future__ import annotations
@@ -131,9 +132,14 @@ class Ranks:
     def sum_over_walkers(self, tensors: list[Tensor]) -> None:
         """Sums each tensor over `displacement_group`, in place and all at once. Nothing waits for a device."""
         with explained("the average of displacements", self.displacement_group):
-            under_way = [dist.all_reduce(tensor, group=self.displacement_group, async_op=True) for tensor in tensors]
-            errors = []
-            for reduction in under_way:  # all of them, or one would still write into memory that is let go
+            under_way: list[Any] = []
+            errors: list[RuntimeError] = []
+            try:
+                for tensor in tensors:
+                    under_way.append(dist.all_reduce(tensor, group=self.displacement_group, async_op=True))
+            except RuntimeError as error:
+                errors.append(error)
+            for reduction in under_way:  # all of them, or one would still write when its memory is θ's again
                 try:
                     reduction.wait()
                 except RuntimeError as error:

@@ -62,7 +62,7 @@ def figures(report, ptx):
         stack, stores, loads, registers = map(int, numbers)
         made[readable(name)] = {"registers": registers, "spilled": stores + loads, "stack": stack}
     for name, body in re.findall(r"\.entry (\w+)\((.*?)\n}\n", ptx, re.DOTALL):
-        for width, vector in ((16, r"v4\.[buf]32|v2\.[buf]64"), (8, r"v2\.[buf]32|v4\.[buf]16|[bu]64")):
+        for width, vector in ((16, r"v4\.[buf]32|v2\.[buf]64"), (8, r"v2\.[buf]32|v4\.[buf]16")):
             for word in ("ld", "st"):
                 made[readable(name)][f"{word}{width}"] = len(re.findall(rf"{word}\.global[.\w]*\.(?:{vector})", body))
         made[readable(name)]["contracted"] = len(re.findall(r"fma\.rn\.f32", body))

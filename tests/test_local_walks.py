@@ -418,6 +418,32 @@ def test_outer_step_returns_whatever_the_number_of_ranks():
     assert_equal(on_ranks(1, _once_all_have_come, timeout=3), [torch.ones(3)])
 
 
+def _stops_while_sums_begin():
+    """The third of four cannot be started: how many of those before it were waited for."""
+    begun, waited = [], []
+
+    class Reduction:
+        def wait(self):
+            waited.append(self)
+
+    def all_reduce(tensor, **_):
+        if len(begun) == 2:
+            raise RuntimeError("a rank has gone")
+        begun.append(Reduction())
+        return begun[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_reduce", all_reduce)
+        with pytest.raises(RuntimeError, match=r"the average of displacements failed .* a rank has gone"):
+            Ranks(displacement_group=dist.group.WORLD).sum_over_walkers([torch.ones(1)] * 4)
+    return len(waited)
+
+
+def test_sums_that_have_begun_are_waited_for():
+    """Or they would still write when θ is in their place again."""
+    assert on_ranks(1, _stops_while_sums_begin) == [2]
+
+
 def _writes(where):
     params = [nn.Parameter(start) for start in starts(torch.float32)]
     optimizer = NexusAdamW(params, **OPTIONS, displacement_group=dist.group.WORLD)

@@ -24,4 +24,7 @@ class Progress(tqdm):
     def close(self) -> None:
         """End the bar and its thread."""
         self._done.set()
+        clock = getattr(self, "_clock", None)  # None where the bar could not be made
+        if clock is not None and clock is not threading.current_thread():
+            clock.join()  # or it might draw the bar once more, behind the end of its line
         super().close()
