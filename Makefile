@@ -12,12 +12,12 @@ PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 .PHONY: help demo test test-all bench lint clean
 
 help:
-	@echo "make demo    train a small model with AdamW and with NexusAdamW, and compare"
-	@echo "make test    run the tests, of long products of parameters a sample"
+	@echo "make demo      train a small model with AdamW and with NexusAdamW, and compare"
+	@echo "make test      run the tests, of long products of parameters a sample"
 	@echo "make test-all  run all tests"
-	@echo "make bench   run the benchmarks"
-	@echo "make lint    ruff and mypy"
-	@echo "make clean   remove .venv, build output and caches"
+	@echo "make bench     run the benchmarks"
+	@echo "make lint      ruff and mypy"
+	@echo "make clean     remove .venv, build output and caches"
 	@echo "The first one creates .venv; PYTHON=python3.12 chooses the Python (3.10 or newer)."
 
 demo: $(STAMP)

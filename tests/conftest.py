@@ -25,8 +25,10 @@ BACKENDS = [name for name in backends.NAMES if backends.why_not(name, torch.devi
 
 
 def pytest_collection_modifyitems(items):
-    """Triton's interpreter is fifty times slower than the other backends, and an optimizer does with it what it does
-    with them: `make test` takes it where the kernels themselves are tested, marked `interpreted`."""
+    """Marks what `make test` leaves out because Triton's interpreter is slow.
+
+    An optimizer does with it what it does with other backends. So it runs where kernels are tested: `interpreted`.
+    """
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
         if torch.cuda.is_available() or not any(isinstance(v, str) and v == "triton" for v in params.values()):

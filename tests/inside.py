@@ -1,4 +1,7 @@
-"""The one door to what nexus_fused keeps private: tests and benchmarks name it here and nowhere else."""
+"""The door to what an optimizer, a table and the backends keep private: tests and benchmarks name it here.
+
+(Exceptions: stand-ins for the compiled CUDA kernels, `cuda._C`, in bench.gpu_sweep and the tests of those kernels.)
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures that README and docs quote are those of bench/results."""
+"""The tables of README, and the main ones of docs/gpu.md, quote bench/results."""
 
 from __future__ import annotations
 
@@ -37,8 +37,14 @@ def unwrapped(path: Path) -> str:
 
 
 def test_figures_of_a_cpu():
-    """Every figure of README's table of a CPU is the median, with its quartiles, of bench/results/cpu.json."""
-    for name, figure in figures_of("cpu.json").items():
+    """Medians and quartiles in README's tables of a CPU are those of cpu.json and training.json."""
+    training = figures_of("training.json")
+    rows = {
+        **figures_of("cpu.json"),
+        "whole cycle, forward and backward passes included": training["whole cycle / AdamW's"],
+        "time in the optimizer, goal at most 1.00: missed": training["time in the optimizer / AdamW's"],
+    }
+    for name, figure in rows.items():
         quoted = f"{figure['median']:.2f} ({figure['quartile1']:.2f} to {figure['quartile3']:.2f})"
         assert quoted == cells(README, f"{name} |")[0]
 
