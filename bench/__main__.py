@@ -66,11 +66,12 @@ def sections(rounds: int) -> Iterator[tuple[str, list[dict[str, Any]], dict[str,
         if dtype == torch.float32:
             figures["float32: foreach Nexus / ours"] = ratio(seconds[contenders[2].name], ours)
             per_byte = [t * contenders[0].bytes / 12 for t in seconds["triad"]]
-            figures["float32: bandwidth by 88 bytes per parameter / triad's"] = ratio(per_byte, ours)
+            name_of_bandwidth = f"float32: bandwidth by {contenders[0].bytes} bytes per parameter / triad's"
+            figures[name_of_bandwidth] = ratio(per_byte, ours)
         yield f"one cycle, K = 4, {numel / 1e6:.1f}M parameters, {name}", rows(contenders, seconds, numel), figures
         del contenders
-        # `displace` is for ranks that walk alone.
-        contenders = [*(c for c in kernels(GPT2_50M, dtype) if c.name != "displace"), triad(numel)]
+        # `end_walk` is for ranks that walk alone.
+        contenders = [*(c for c in kernels(GPT2_50M, dtype) if c.name != "end_walk"), triad(numel)]
         seconds = timed(contenders, rounds, f"{name} kernels")
         yield f"kernels, {numel / 1e6:.1f}M parameters, {name}", rows(contenders, seconds, numel), {}
         del contenders

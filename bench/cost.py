@@ -17,9 +17,10 @@ from typing import NamedTuple
 import torch
 
 from nexus_fused.flat import BUCKET_BYTES
+from nexus_fused.options import displacement_dtype
 
 ADAMW, WIDE, UNSHARDED = "AdamW", "AdamW, float32 gradients", "AdamW, accumulates unsharded"
-SYNCHRONIZED, LOCAL, LOCAL_BF16 = "Nexus, synchronized", "Nexus, local walks", "Nexus, local walks in bfloat16"
+SYNCHRONIZED, LOCAL, LOCAL_F32 = "Nexus, synchronized", "Nexus, local walks", "Nexus, local walks, D in float32"
 
 MIB = 2**20
 
@@ -68,31 +69,35 @@ def adamw_traffic(inner_steps: int, itemsize: int, wide: bool = False) -> int:
     return (inner_steps - 1) * 3 * itemsize + 3 * itemsize + 28
 
 
-def nexus_traffic(inner_steps: int, itemsize: int) -> int:
-    """Bytes per parameter and cycle: K norms, K-1 inner steps, and the last one fused with AdamW's."""
-    if inner_steps == 1:  # no walk to write or read
-        return itemsize + 28
-    return inner_steps * itemsize + _walk_traffic(inner_steps, itemsize) + 32
+# Of Nexus: a weight has 4 bytes, float32 or a parameter and a remainder of 2. gradient, displacement: bytes of each.
 
 
-def walks_traffic(inner_steps: int, itemsize: int, reduced: int) -> int:
-    """Bytes per parameter and cycle where the last inner step leaves D, in `reduced` bytes, for AdamW to read.
+def nexus_traffic(inner_steps: int, gradient: int, displacement: int = 2) -> int:
+    """Bytes per parameter and cycle: K norms, K-1 inner steps, and the last one with AdamW's: w D g m v -> w m v."""
+    if inner_steps == 1:  # there is no D
+        return gradient + gradient + 24
+    return _walk_traffic(inner_steps, gradient, displacement) + displacement + gradient + 24
 
-    What the all-reduce reads and writes between the two is the communication library's.
+
+def walks_traffic(inner_steps: int, gradient: int, displacement: int = 2) -> int:
+    """Bytes per parameter and cycle of local walks: as above, but the end of the walk, anchor D g -> w D, is a pass and
+    AdamW, w D m v -> w m v, another. What the all-reduce reads and writes between them is the communication library's.
     """
-    walk = 4 if itemsize == 4 or inner_steps > 1 else 0  # of float32: the anchor, which K = 1 writes instead
-    read = 4 + itemsize if itemsize < 4 else 8  # θ and the gradient
-    displace = read + walk + reduced
-    outer = 12 + reduced + (12 if itemsize == 4 else 12 + itemsize)  # θ m v D -> θ m v, and the mirror of a master
-    return inner_steps * itemsize + _walk_traffic(inner_steps, itemsize) + displace + outer
+    adamw = displacement + 24
+    if inner_steps == 1:  # g -> D, since w is θ
+        return gradient + gradient + displacement + adamw
+    anchor = 4  # which the first step writes
+    return _walk_traffic(inner_steps, gradient, displacement) + anchor + 8 + gradient + 2 * displacement + adamw
 
 
-def _walk_traffic(inner_steps: int, itemsize: int) -> int:
-    """The inner steps but for the last. float32: w g -> w, the first one saves an anchor. Below: master or walk, g ->
-    walk, and the parameter mirrors it."""
-    first = 16 if itemsize == 4 else 8 + 2 * itemsize
-    middle = 12 if itemsize == 4 else 8 + 2 * itemsize
-    return first + (inner_steps - 2) * middle if inner_steps > 1 else 0
+def _walk_traffic(inner_steps: int, gradient: int, displacement: int) -> int:
+    """K norms, and the inner steps but for the last: w D g -> w D, of which the first one reads no D."""
+    return inner_steps * gradient + (inner_steps - 1) * (8 + gradient + 2 * displacement) - displacement
+
+
+def nexus_memory(inner_steps: int, gradient: int, displacement: int = 2, *, local: bool = False) -> int:
+    """Bytes per parameter at the peak of a training step: w g m v and D; local walks always have D, and the anchor."""
+    return 12 + gradient + displacement * (inner_steps > 1 or local) + 4 * local
 
 
 def costs(
@@ -109,7 +114,8 @@ def costs(
 
     shards: 1, DistributedDataParallel on all ranks; as many as ranks, FSDP2; between, FSDP2 within each `shards` ranks
     and replicas across. blocks: modules under `fully_shard`. tensors: parameters of the model. dtype: of parameters and
-    gradients, torch.float32, or torch.bfloat16 with a float32 master. ValueError for numbers that do not fit together.
+    gradients, torch.float32, or torch.bfloat16: AdamW has a float32 master then, Nexus a remainder. D has the dtype
+    that NexusAdamW gives it, but for LOCAL_F32. ValueError for numbers that do not fit together.
     """
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, but is {dtype}")
@@ -146,19 +152,18 @@ def costs(
         traffic = mine * (adamw_traffic(steps, itemsize) - later) + parameters * later
         memory = mine * (16 - itemsize) + (size if steps > 1 else mine * itemsize)
         found[UNSHARDED] = Cost([*adamw, *gradients(1, 1)], traffic, memory)
-    found[SYNCHRONIZED] = Cost([*nexus, *gradients(steps, steps)], mine * nexus_traffic(steps, itemsize), mine * 20)
-    for method, reduced in {LOCAL: 4, LOCAL_BF16: 2}.items():
-        if shards == ranks > 1 or (reduced < 4 and not narrow):
-            continue
-        flat = replicated or reduced > itemsize  # else D takes the place of shards, which stay where FSDP2 put them
-        calls = math.ceil(parameters * reduced / shards / BUCKET_BYTES) if flat else tensors
-        displacement = [
-            across(1, mine * reduced, calls),
-            across(1, 8 * (9 + tensors), 1),
-        ]  # two votes, Γ, Σγ², AdamW's five
+    of_d = displacement_dtype(None, steps).itemsize
+    traffic, memory = nexus_traffic(steps, itemsize, of_d), nexus_memory(steps, itemsize, of_d)
+    found[SYNCHRONIZED] = Cost([*nexus, *gradients(steps, steps)], mine * traffic, mine * memory)
+    walks = {LOCAL: of_d} if of_d == 4 else {LOCAL: of_d, LOCAL_F32: 4}
+    for method, of_d in walks.items() if replicated or shards < ranks else ():
+        displacements = [
+            across(1, mine * of_d, math.ceil(mine * 4 / BUCKET_BYTES)),  # buckets are of so many bytes in float32
+            across(1, 8 * (9 + tensors), 1),  # two votes, Γ, Σγ², AdamW's five, who had a gradient
+        ]
         scatters = within("reduce_scatter", steps, size)
-        traffic = mine * walks_traffic(steps, itemsize, reduced)
-        found[method] = Cost([*nexus, scatters, *displacement], traffic, mine * 20)
+        traffic, memory = walks_traffic(steps, itemsize, of_d), nexus_memory(steps, itemsize, of_d, local=True)
+        found[method] = Cost([*nexus, scatters, *displacements], mine * traffic, mine * memory)
     return {
         method: cost._replace(collectives=[c for c in cost.collectives if c.ranks > 1])
         for method, cost in found.items()
@@ -225,7 +230,7 @@ def table(
     each = communication_seconds(reductions, **speeds) / inner_steps
     yield f"\nReducing gradients across replicas takes {_short(each * 1e3)} ms, K times in a cycle, but for what"
     yield "backward passes hide of it. Local walks are faster where these are short:\n"
-    for method in (LOCAL, LOCAL_BF16):
+    for method in (LOCAL, LOCAL_F32):
         if method in found:
             average = [c for c in found[method].collectives if c.across]
             longer = communication_seconds(average, **speeds) + optimizer[method] - optimizer[SYNCHRONIZED]
@@ -253,7 +258,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--shards", type=int, default=1, help="1: replicas (DDP); as many as ranks: FSDP; between: FSDP in each replica"
     )
     add("--inner-steps", type=int, default=4, help="K, micro-batches in a cycle")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of parameters; bfloat16 with a master")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of parameters and gradients")
     add("--memory-bandwidth", type=float, default=3350, help="GB/s")
     add("--network-bandwidth", type=float, default=50, help="GB/s that a rank can send")
     add("--shard-bandwidth", type=float, help="GB/s within the shards of a replica; as the network's if not given")

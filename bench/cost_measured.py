@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nexus_fused import NexusAdamW
 
 from .__main__ import started, write
-from .cost import ADAMW, LOCAL, LOCAL_BF16, SYNCHRONIZED, UNSHARDED, WIDE, Cost, costs, sent
+from .cost import ADAMW, LOCAL, LOCAL_F32, SYNCHRONIZED, UNSHARDED, WIDE, Cost, costs, sent
 
 WIDTH, LAYERS = 512, 2  # sizes that shards divide and that fill flat memory without gaps
 INNER_STEPS = 3
@@ -215,7 +215,7 @@ def _cycle(model: nn.Module, optimizer: torch.optim.Optimizer, method: str) -> i
 
 
 def _training(method: str, shards: int, dtype: torch.dtype) -> tuple[nn.Module, torch.optim.Optimizer]:
-    replicas, walks = dist.get_world_size() // shards, method in (LOCAL, LOCAL_BF16)
+    replicas, walks = dist.get_world_size() // shards, method in (LOCAL, LOCAL_F32)
     mesh = init_device_mesh("cpu", (replicas, shards), mesh_dim_names=("replicate", "shard"))
     model: nn.Module = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)))
     if method != WIDE:  # which has float32 weights, gathered or computed with in bfloat16
@@ -231,8 +231,8 @@ def _training(method: str, shards: int, dtype: torch.dtype) -> tuple[nn.Module, 
     if method in (ADAMW, WIDE, UNSHARDED):
         return model, torch.optim.AdamW(params)
     options: dict[str, Any] = {"displacement_group": mesh["replicate"].get_group()} if walks else {}
-    if method == LOCAL_BF16:
-        options["displacement_dtype"] = torch.bfloat16
+    if method == LOCAL_F32:
+        options["displacement_dtype"] = torch.float32
     return model, NexusAdamW(params, inner_steps=INNER_STEPS, **options)
 
 
@@ -257,15 +257,16 @@ def figures(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     for name, dtype, method, base in (
         ("float32: bytes of a cycle, local walks / AdamW's", "float32", LOCAL, ADAMW),
         ("float32: bytes of a cycle, local walks / synchronized", "float32", LOCAL, SYNCHRONIZED),
+        ("float32: bytes of a cycle, local walks, D in float32 / AdamW's", "float32", LOCAL_F32, ADAMW),
         ("bfloat16: bytes of a cycle, local walks / AdamW's", "bfloat16", LOCAL, ADAMW),
-        ("bfloat16: bytes of a cycle, local walks in bfloat16 / AdamW's", "bfloat16", LOCAL_BF16, ADAMW),
+        ("bfloat16: bytes of a cycle, local walks, D in float32 / AdamW's", "bfloat16", LOCAL_F32, ADAMW),
         ("bfloat16: bytes of a cycle, local walks / AdamW's, float32 gradients", "bfloat16", LOCAL, WIDE),
     ):
         given = [sum(size for size, _ in found[dtype, m].collectives.values()) for m in (method, base)]
         made[name] = {"value": given[0] / given[1]}
-    for dtype, method in (("float32", LOCAL), ("bfloat16", LOCAL), ("bfloat16", LOCAL_BF16)):
-        more = found[dtype, method].memory - found[dtype, SYNCHRONIZED].memory
-        made[f"{dtype}: bytes per parameter that {method.partition(', ')[2]} hold beside synchronized"] = {
+    for dtype in ("float32", "bfloat16"):
+        more = found[dtype, LOCAL].memory - found[dtype, SYNCHRONIZED].memory
+        made[f"{dtype}: bytes per parameter that local walks hold beside synchronized"] = {
             "value": more / (LAYERS * WIDTH**2)
         }
     return made

@@ -41,6 +41,7 @@ import nexus_fused
 from nexus_fused import NexusAdamW, backends
 
 from .contenders import (
+    BYTES,
     NEXUS,
     OPTIONS,
     Contender,
@@ -290,15 +291,16 @@ def cycle_of_large(setting: Setting) -> Figures:
         (torch.float32, adamw, "AdamW, accumulation, clipping", 76, 1.15),
         (torch.bfloat16, adamw_with_master, "AdamW, float32 master and accumulation", 82, 1.05),
     ):
-        shapes = setting.large(66)
+        shapes = setting.large(62)
         gradients = make_gradients(shapes, dtype, setting.device)  # read only, so all use them
 
         def own(shapes: Shapes = shapes, dtype: torch.dtype = dtype) -> list[torch.nn.Parameter]:
             return make_params(shapes, dtype, setting.device)
 
         other = Contender(name, theirs(own(), gradients), n_bytes)
-        moved = 88 if dtype == torch.float32 else 76
-        ours = [Contender(backend, nexus(own(), gradients, backend=backend), moved) for backend in setting.backends]
+        ours = [
+            Contender(backend, nexus(own(), gradients, backend=backend), BYTES[dtype]) for backend in setting.backends
+        ]
         title = f"{billions(shapes)} parameters, {word(dtype)}"
         seconds = setting.time([other, *ours], queued=True)
         for c in ours:
@@ -320,7 +322,7 @@ def cycle_of_small(setting: Setting) -> Figures:
     plain = Contender("AdamW", adamw(own_params(shapes, setting), gradients), 76)
     at_once = Contender("AdamW, _foreach_add_", adamw(own_params(shapes, setting), gradients, foreach=True), 76)
     ours = [
-        Contender(backend, nexus(own_params(shapes, setting), gradients, backend=backend), 88)
+        Contender(backend, nexus(own_params(shapes, setting), gradients, backend=backend), BYTES[torch.float32])
         for backend in setting.backends
     ]
     theirs_captured, ours_captured = [], []
@@ -329,7 +331,7 @@ def cycle_of_small(setting: Setting) -> Figures:
         theirs_captured.append(Contender("AdamW in a CUDA graph", captured(cycle), 76))
         for backend in setting.backends:
             cycle = nexus(own_params(shapes, setting), gradients, backend=backend, capturable=True)
-            ours_captured.append(Contender(f"{backend} in a CUDA graph", captured(cycle), 88))
+            ours_captured.append(Contender(f"{backend} in a CUDA graph", captured(cycle), BYTES[torch.float32]))
     contenders = [plain, at_once, *ours, *theirs_captured, *ours_captured]
     seconds = setting.time(contenders, queued=False)
     for c in ours:
@@ -422,7 +424,7 @@ def foreach_of_small(setting: Setting) -> Figures:
 
 
 def foreach_of_large(setting: Setting) -> Figures:
-    shapes = setting.large(96)
+    shapes = setting.large(92)
     yield from _foreach(setting, shapes, f"{billions(shapes)} parameters", queued=True, goal=1.05)
 
 
@@ -431,7 +433,7 @@ def _foreach(setting: Setting, shapes: Shapes, title: str, *, queued: bool, goal
     numel = sum(map(math.prod, shapes))
     gradients = make_gradients(shapes, torch.float32, setting.device)
     ours = [
-        Contender(backend, nexus(own_params(shapes, setting), gradients, backend=backend), 88)
+        Contender(backend, nexus(own_params(shapes, setting), gradients, backend=backend), BYTES[torch.float32])
         for backend in setting.backends
     ]
     plain_params, compiled_params = own_params(shapes, setting), own_params(shapes, setting)

@@ -64,11 +64,12 @@ fi
 beside=${out%.json}
 mkdir -p "$(dirname "$out")"
 
-section "Triton's kernels, compiled for four dtypes at a time"
+section "Triton's kernels, compiled for seven pairs of dtypes at a time, of parameters and of displacements"
 if ! $on_cpu; then
-  for dtype in float32 float64 bfloat16 float16; do
+  for dtypes in float64,float64 {float32,bfloat16,float16},{bfloat16,float32}; do
     limited 90 "$python" -c "import torch; from nexus_fused import backends
-reason = backends.why_not('triton', torch.device('cuda', 0), torch.$dtype, displaced=True)
+dtypes = [getattr(torch, name) for name in '$dtypes'.split(',')]
+reason = backends.why_not('triton', torch.device('cuda', 0), *dtypes)
 if reason: print('triton cannot run:', reason)" >&2 &
   done
   wait

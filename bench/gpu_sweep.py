@@ -46,13 +46,17 @@ PYBIND11_MODULE(variant, m) {
 Patch = tuple[str, str]
 
 
+def at_least(kernel: str, blocks: int) -> Patch:
+    """How many blocks a multiprocessor holds."""
+    old = f"(kThreads, {2 if kernel == 'outer_step' else 4})\n    {kernel}_kernel("
+    return old, f"(kThreads, {blocks})\n    {kernel}_kernel("
+
+
 def threads(n: int, inner: int, outer: int) -> list[Patch]:
-    """Of a block, and how many blocks of an inner and an outer step a multiprocessor holds at least."""
-    return [
-        ("constexpr int kThreads = 256;", f"constexpr int kThreads = {n};"),
-        ("(kThreads, 3)\n    inner_step_kernel", f"(kThreads, {inner})\n    inner_step_kernel"),
-        ("(kThreads, 2)\n    outer_step_kernel", f"(kThreads, {outer})\n    outer_step_kernel"),
-    ]
+    """Of a block, and how many blocks at least of a step in a walk, or its end, and of an outer step."""
+    blocks = {"inner_step": inner, "end_walk": inner, "outer_step": outer}
+    counts = [at_least(kernel, count) for kernel, count in blocks.items()]
+    return [("constexpr int kThreads = 256;", f"constexpr int kThreads = {n};"), *counts]
 
 
 def batch_of_inner(n: int) -> Patch:
@@ -64,8 +68,7 @@ def batch_of_inner(n: int) -> Patch:
 LOAD = "reinterpret_cast<const Word<X, n>*>(from)"
 STORE = "reinterpret_cast<Word<X, n>*>(to)"
 HINTS = [(f"{LOAD}[i];", f"__ldcs({LOAD} + i);"), (f"{STORE}[i] = words[i];", f"__stcs({STORE} + i, words[i]);")]
-NORM = "for_each_element<width_of<typename T::Storage>, 4>(work"
-OUTER = "(kThreads, 2)\n    outer_step_kernel"
+NORM = "for_each_element<width_of<Storage>, 4>(work"
 
 # Replaced texts of cuda.cu, and the parts of a chunk.
 CUDA: dict[str, tuple[list[Patch], int]] = {
@@ -75,16 +78,17 @@ CUDA: dict[str, tuple[list[Patch], int]] = {
     "8 parts": ([], 8),
     "hints to the cache": (HINTS, table.PARTS),
     "hints to the cache on stores": (HINTS[1:], table.PARTS),
-    "128 threads": (threads(128, 6, 4), table.PARTS),
-    "128 threads, 8 parts": (threads(128, 6, 4), 8),
+    "128 threads": (threads(128, 8, 4), table.PARTS),
+    "128 threads, 8 parts": (threads(128, 8, 4), 8),
     "512 threads": (threads(512, 2, 1), table.PARTS),
     "inner batch 1": ([batch_of_inner(1)], table.PARTS),
     "inner batch 4": ([batch_of_inner(4)], table.PARTS),
     "norm batch 2": ([(NORM, NORM.replace("4", "2"))], table.PARTS),
     "norm batch 8": ([(NORM, NORM.replace("4", "8"))], table.PARTS),
-    "outer at least 3 blocks": ([(OUTER, OUTER.replace("2", "3"))], table.PARTS),
+    "inner at least 3 blocks": ([at_least("inner_step", 3)], table.PARTS),
+    "outer at least 3 blocks": ([at_least("outer_step", 3)], table.PARTS),
 }
-# A program's elements and warps for inner and outer steps, None: as the launchers say; and the parts of a chunk.
+# A program's elements and warps in a walk and an outer step, None: as the launchers say; and the parts of a chunk.
 TRITON: dict[str, tuple[tuple[int, int] | None, int]] = {
     "Triton as it is": (None, table.PARTS),
     "Triton, 1 part": (None, 1),
@@ -129,21 +133,23 @@ def build(name: str, folder: Path) -> ModuleType:
 @contextmanager
 def in_use(name: str, built: dict[str, ModuleType]) -> Iterator[None]:
     """Lets the backends run a variant."""
-    from nexus_fused.triton_kernels import elements, inner_step, outer_step
+    from nexus_fused.triton_kernels import elements
 
-    kept = cuda._C, table.PARTS, inner_step.constants_of, outer_step.constants_of
+    of_launchers = elements.constants_of
+    kept = cuda._C, table.PARTS
     blocks, table.PARTS = TRITON[name] if name in TRITON else (None, CUDA[name][1])
     cuda._C = built.get(name, cuda._C)
     if blocks is not None:
 
-        def constants_of(dtype: torch.dtype, *, block: int) -> dict[str, Any]:
-            return {**elements.constants_of(dtype, block=block), "BLOCK": blocks[0], "num_warps": blocks[1]}
+        def constants_of(of: table.Table, *, block: int) -> dict[str, Any]:
+            return {**of_launchers(of, block=block), "BLOCK": blocks[0], "num_warps": blocks[1]}
 
-        inner_step.constants_of = outer_step.constants_of = constants_of
+        elements.constants_of = constants_of
     try:
         yield
     finally:
-        cuda._C, table.PARTS, inner_step.constants_of, outer_step.constants_of = kept
+        cuda._C, table.PARTS = kept
+        elements.constants_of = of_launchers
 
 
 def milliseconds(run: Callable[[], Any]) -> float:

@@ -37,16 +37,16 @@ struct Kernels {
   const char* name;
   decltype(&baseline::sum_squares) sum_squares;
   decltype(&baseline::inner_step) inner_step;
+  decltype(&baseline::end_walk) end_walk;
   decltype(&baseline::outer_step) outer_step;
-  decltype(&baseline::displace) displace;
 };
 
 constexpr Kernels kVariants[] = {
 #if defined(NEXUS_HAVE_X86_VARIANTS)
-    {"avx512", avx512::sum_squares, avx512::inner_step, avx512::outer_step, avx512::displace},
-    {"avx2", avx2::sum_squares, avx2::inner_step, avx2::outer_step, avx2::displace},
+    {"avx512", avx512::sum_squares, avx512::inner_step, avx512::end_walk, avx512::outer_step},
+    {"avx2", avx2::sum_squares, avx2::inner_step, avx2::end_walk, avx2::outer_step},
 #endif
-    {"baseline", baseline::sum_squares, baseline::inner_step, baseline::outer_step, baseline::displace},
+    {"baseline", baseline::sum_squares, baseline::inner_step, baseline::end_walk, baseline::outer_step},
 };
 
 #if defined(NEXUS_HAVE_X86_VARIANTS)
@@ -76,34 +76,34 @@ const Kernels* best() {
 
 const Kernels* kernels = best();
 
-double sq_norm(int64_t rows, int64_t n, int64_t chunks, int dtype, int64_t partials, int threads) {
+double sq_norm(int64_t rows, int64_t n, int64_t chunks, int64_t partials, int threads) {
   py::gil_scoped_release released;
-  kernels->sum_squares(pointer<const Segment>(rows), n, chunks, DType(dtype), pointer<double>(partials), threads);
+  kernels->sum_squares(pointer<const Segment>(rows), n, chunks, pointer<double>(partials), threads);
   double sum = 0;
   for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += pointer<const double>(partials)[chunk];
   return sum;
 }
 
-void inner_step(int64_t rows, int64_t n, int64_t chunks, int dtype, int64_t factor, int64_t moves, int64_t lost_moves,
-                int threads) {
+void inner_step(int64_t rows, int64_t n, int64_t chunks, int dtype, int of_displacement, int64_t factor, int64_t moves,
+                int64_t lost_moves, int threads) {
   py::gil_scoped_release released;
-  kernels->inner_step(pointer<const Segment>(rows), n, chunks, DType(dtype), pointer<const double>(factor),
-                      pointer<int64_t>(moves), pointer<int64_t>(lost_moves), threads);
+  kernels->inner_step(pointer<const Segment>(rows), n, chunks, {DType(dtype), DType(of_displacement)},
+                      pointer<const double>(factor), pointer<int64_t>(moves), pointer<int64_t>(lost_moves), threads);
 }
 
-void outer_step(int64_t rows, int64_t n, int64_t chunks, int dtype, int64_t hyper, int64_t factor, int64_t walk_length,
-                int64_t displacement_sq, int64_t partials, bool displaced, int threads) {
-  py::gil_scoped_release released;
-  kernels->outer_step(pointer<const Segment>(rows), n, chunks, DType(dtype), pointer<const Hyper>(hyper),
-                      pointer<const double>(factor), pointer<const double>(walk_length),
-                      pointer<double>(displacement_sq), pointer<double>(partials), displaced, threads);
-}
-
-void displace(int64_t rows, int64_t n, int64_t chunks, int dtype, int64_t factor, double share, bool in_weight,
+void end_walk(int64_t rows, int64_t n, int64_t chunks, int dtype, int of_displacement, int64_t factor, double share,
               int threads) {
   py::gil_scoped_release released;
-  kernels->displace(pointer<const Segment>(rows), n, chunks, DType(dtype), pointer<const double>(factor), share,
-                    in_weight, threads);
+  kernels->end_walk(pointer<const Segment>(rows), n, chunks, {DType(dtype), DType(of_displacement)},
+                    pointer<const double>(factor), share, threads);
+}
+
+void outer_step(int64_t rows, int64_t n, int64_t chunks, int dtype, int of_displacement, bool has_ended, int64_t hyper,
+                int64_t factor, int64_t walk_length, int64_t displacement_sq, int64_t partials, int threads) {
+  py::gil_scoped_release released;
+  kernels->outer_step(pointer<const Segment>(rows), n, chunks, {DType(dtype), DType(of_displacement)}, has_ended,
+                      pointer<const Hyper>(hyper), pointer<const double>(factor), pointer<const double>(walk_length),
+                      pointer<double>(displacement_sq), pointer<double>(partials), threads);
 }
 
 py::list instruction_sets() {
@@ -127,8 +127,8 @@ void set_instruction_set(const std::string& name) {
 PYBIND11_MODULE(_C, m) {
   m.def("sq_norm", &sq_norm);
   m.def("inner_step", &inner_step);
+  m.def("end_walk", &end_walk);
   m.def("outer_step", &outer_step);
-  m.def("displace", &displace);
   m.def("instruction_sets", &instruction_sets, "Those that were built and run on this processor, best first.");
   m.def("instruction_set", [] { return kernels->name; }, "The one in use.");
   m.def("set_instruction_set", &set_instruction_set, "For tests: results must be the same with each.");

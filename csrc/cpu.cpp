@@ -1,4 +1,4 @@
-// CPU kernels: sums of squares, inner step, displacement, fused outer step, over a table of segments.
+// CPU kernels: sums of squares, inner step, end of a walk, outer step, over a table of segments.
 //
 // Compiled once for each instruction set; NEXUS_ISA names the namespace (see CMakeLists.txt). Work is cut into chunks
 // of kChunk elements of one segment. Threads take chunks; whatever is summed is summed per chunk in kLanes fixed lanes,
@@ -7,18 +7,15 @@
 #include "cpu.h"
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
-// Iterations of the next loop touch different elements, though its pointers may be equal.
-#if defined(__clang__)
-#define NEXUS_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
-#else
-#define NEXUS_INDEPENDENT _Pragma("GCC ivdep")
-#endif
+// Of a lambda over blocks: a call would keep what it captures in memory, and its loops scalar.
+#define NEXUS_INLINED __attribute__((always_inline))
 
 NEXUS_DECLARE_KERNELS(NEXUS_ISA)
 
@@ -121,78 +118,148 @@ double sum_lanes(const double* lanes) {
   return sum;
 }
 
-// Bytes per element: reads g.
+// Calls body(i, n) for every block of a chunk: n elements from element i. n is a constant but for the last block, so that
+// the loops over a block have no end that must be guessed.
+template <class Body>
+NEXUS_INLINE void for_each_block(int64_t begin, int64_t end, const Body& body) {
+  int64_t i = begin;
+  for (; i + kBlock <= end; i += kBlock) body(i, std::integral_constant<int64_t, kBlock>{});
+  if (i < end) body(i, end - i);
+}
+
+// The elements of a gradient of any floating dtype in `State`: where they lie if they are that, else in `buffer`.
+template <class State, class Length>
+const State* load_gradient(const Segment& segment, int64_t begin, Length n, State* buffer) {
+  with_dtype(DType(segment.grad_dtype), [=](auto type) {
+    using G = decltype(type);
+    const auto* g = pointer<const typename G::Storage>(segment.grad) + begin;
+    if constexpr (!std::is_same_v<State, typename G::Storage>)
+      for (int64_t j = 0; j < n; ++j) buffer[j] = State(G::load(g[j]));
+  });
+  return DType(segment.grad_dtype) == FullPrecision<State>::dtype ? pointer<const State>(segment.grad) + begin : buffer;
+}
+
+// w of element j, and its parts.
 template <class T>
-double chunk_sum_squares(const Segment& segment, int64_t begin, int64_t end) {
-  const auto* g = pointer<const typename T::Storage>(segment.grad);
-  double lanes[kLanes] = {};
-  for (int64_t i = begin; i < end; i += kBlock) {
-    const int64_t n = std::min(kBlock, end - i);
-    if constexpr (T::low_precision) {
-      typename T::State values[kBlock];
-      for (int64_t j = 0; j < n; ++j) values[j] = T::load(g[i + j]);
-      add_squares(values, n, lanes);
-    } else {
-      add_squares(g + i, n, lanes);
-    }
+NEXUS_INLINE typename T::State read_weight(const typename T::Storage* parameter, const typename T::Storage* remainder,
+                                           int64_t j) {
+  if constexpr (T::low_precision)
+    return T::read(parameter[j], remainder[j]);
+  else
+    return parameter[j];
+}
+template <class T>
+NEXUS_INLINE void write_weight(typename T::State w, typename T::Storage* parameter, typename T::Storage* remainder,
+                               int64_t j) {
+  if constexpr (T::low_precision)
+    T::write(w, parameter[j], remainder[j]);
+  else
+    parameter[j] = w;
+}
+
+// w of n elements: where they lie in full precision, else in `buffer`.
+template <class T, class Length>
+const typename T::State* read_weights(const Segment& segment, int64_t begin, Length n, typename T::State* buffer) {
+  const auto* parameter = pointer<const typename T::Storage>(segment.weight) + begin;
+  if constexpr (T::low_precision) {
+    const auto* remainder = pointer<const typename T::Storage>(segment.remainder) + begin;
+    for (int64_t j = 0; j < n; ++j) buffer[j] = T::read(parameter[j], remainder[j]);
+    return buffer;
+  } else {
+    return parameter;
   }
+}
+
+// D of n elements: zeros where it is not valid yet.
+template <class D, class Length>
+void read_displacements(const Segment& segment, int64_t begin, Length n, typename D::State* buffer) {
+  const auto* displacement = pointer<const typename D::Storage>(segment.displacement) + begin;
+  if (segment.touched)
+    for (int64_t j = 0; j < n; ++j) buffer[j] = D::load(displacement[j]);
+  else
+    std::fill_n(buffer, int64_t(n), typename D::State(0));
+}
+
+// Rounds D and writes it: past the cache where it was not read before.
+template <class D, class Length>
+void write_displacements(const Segment& segment, int64_t begin, Length n, const typename D::State* values) {
+  typename D::Storage rounded[kBlock];
+  for (int64_t j = 0; j < n; ++j) rounded[j] = D::store(values[j]);
+  auto* displacement = pointer<typename D::Storage>(segment.displacement) + begin;
+  if (segment.touched)
+    memcpy(displacement, rounded, n * sizeof *rounded);
+  else
+    stream(displacement, rounded, n * sizeof *rounded);
+}
+
+// Bytes per element: reads g.
+double chunk_sum_squares(const Segment& segment, int64_t begin, int64_t end) {
+  double lanes[kLanes] = {};
+  for_each_block(begin, end, [&](int64_t i, auto n) NEXUS_INLINED {
+    if (DType(segment.grad_dtype) == DType::float64) {
+      add_squares(pointer<const double>(segment.grad) + i, n, lanes);
+    } else {
+      float buffer[kBlock];
+      add_squares(load_gradient(segment, i, n, buffer), n, lanes);
+    }
+  });
   return sum_lanes(lanes);
 }
 
-template <class T>
-void table_sum_squares(const Segment* segments, int64_t n, int64_t chunks, double* partials, int threads) {
-  for_each_chunk(segments, n, chunks, threads, [=](const Segment& segment, int64_t begin, int64_t end, int64_t chunk) {
-    partials[chunk] = segment.grad ? chunk_sum_squares<T>(segment, begin, end) : 0;
-  });
-}
-
-// w ← w − γ·g/n. Bytes per element, float32: reads w g, writes w (12); the first time in a cycle also θ (16).
-// bfloat16: reads walk (first: master) and g, writes walk and the parameter (12).
-template <class T>
+// D' = Q(D + γ·g/n);  w ← (w + D) − D'. Bytes per element, float32 with D in bfloat16: reads w D g, writes w D (16), the
+// first time in a cycle, when D is not read, 14; bfloat16 (w is the parameter and its remainder): 14 and 12. With an
+// anchor it keeps w there, the first time (4 more). G: what gradients are read as, the parameter's dtype or `State`.
+template <class T, class D, class G, bool touched>
 void chunk_inner_step(const Segment& segment, int64_t begin, int64_t end, double factor, int64_t& moves,
                       int64_t& lost_moves) {
   using State = typename T::State;
-  const auto* g = pointer<const typename T::Storage>(segment.grad);
-  auto* weight = pointer<typename T::Storage>(segment.weight);
-  State* theta = pointer<State>(segment.theta);
-  State* walk = pointer<State>(segment.walk);
-  const bool first = !segment.touched;
   const GradientScale<State> scale(factor);
-
-  for (int64_t i = begin; i < end; i += kBlock) {
-    const int64_t n = std::min(kBlock, end - i);
-    const State* w = T::low_precision && first ? theta + i : walk + i;
-    if (first && (!T::low_precision || factor == 0))  // w_0 = θ, also where the step is skipped
-      stream(T::low_precision ? walk + i : theta + i, w, n * sizeof(State));
-    if (factor == 0) continue;
-
+  for_each_block(begin, end, [&](int64_t i, auto n) NEXUS_INLINED {
+    auto* parameter = pointer<typename T::Storage>(segment.weight) + i;
+    auto* remainder = pointer<typename T::Storage>(segment.remainder) + i;
+    auto* displacement = pointer<typename D::Storage>(segment.displacement) + i;
     State buffer[kBlock];
-    State* next = T::low_precision ? buffer : walk + i;
+    if (!touched && segment.anchor)
+      stream(pointer<State>(segment.anchor) + i, read_weights<T>(segment, i, n, buffer), n * sizeof(State));
+    typename D::Storage rounded[kBlock] = {};
+    if (factor == 0) {  // skipped; D is valid from now on
+      if (!touched) stream(displacement, rounded, n * sizeof *rounded);
+      return;
+    }
+    const typename G::Storage* g;
+    if constexpr (std::is_same_v<typename G::Storage, State>)
+      g = load_gradient(segment, i, n, buffer);
+    else
+      g = pointer<const typename G::Storage>(segment.grad) + i;
     int32_t block_moves = 0, block_lost = 0;
 #pragma omp simd reduction(+ : block_moves, block_lost)
     for (int64_t j = 0; j < n; ++j) {
-      const State before = w[j], step = scale(T::load(g[i + j]));
-      const State after = before - step;
-      next[j] = after;
+      const State before = touched ? D::load(displacement[j]) : State(0), step = scale(G::load(g[j]));
+      rounded[j] = D::store(before + step);
+      const State old = read_weight<T>(parameter, remainder, j);
+      const State moved = walked_weight(outer_weight(old, before), D::load(rounded[j]));
+      write_weight<T>(moved, parameter, remainder, j);
       block_moves += step != 0;
-      block_lost += (step != 0) & (after == before);
+      block_lost += (step != 0) & (moved == old);
     }
     moves += block_moves;
     lost_moves += block_lost;
-
-    if constexpr (T::low_precision) {
-      if (first)
-        stream(walk + i, next, n * sizeof(State));
-      else
-        memcpy(walk + i, next, n * sizeof(State));
-      typename T::Storage rounded[kBlock];
-      for (int64_t j = 0; j < n; ++j) rounded[j] = T::store(next[j]);
-      stream(weight + i, rounded, n * sizeof(rounded[0]));
-    }
-  }
+    if (touched)
+      memcpy(displacement, rounded, n * sizeof *rounded);
+    else
+      stream(displacement, rounded, n * sizeof *rounded);  // not read before
+  });
 }
 
-template <class T>
+template <class T, class D>
+auto inner_step_of(const Segment& segment) {
+  using State = FullPrecision<typename T::State>;
+  if (T::low_precision && segment.grad_dtype == int64_t(T::dtype))
+    return segment.touched ? chunk_inner_step<T, D, T, true> : chunk_inner_step<T, D, T, false>;
+  return segment.touched ? chunk_inner_step<T, D, State, true> : chunk_inner_step<T, D, State, false>;
+}
+
+template <class T, class D>
 void table_inner_step(const Segment* segments, int64_t n, int64_t chunks, const double* factor, int64_t* moves,
                       int64_t* lost_moves, int threads) {
   int64_t total_moves = 0, total_lost = 0;
@@ -200,7 +267,7 @@ void table_inner_step(const Segment* segments, int64_t n, int64_t chunks, const 
                  [=, &total_moves, &total_lost](const Segment& segment, int64_t begin, int64_t end, int64_t) {
                    if (!segment.grad) return;
                    int64_t chunk_moves = 0, chunk_lost = 0;
-                   chunk_inner_step<T>(segment, begin, end, factor[segment.group], chunk_moves, chunk_lost);
+                   inner_step_of<T, D>(segment)(segment, begin, end, factor[segment.group], chunk_moves, chunk_lost);
 #pragma omp atomic
                    total_moves += chunk_moves;  // integers: the order does not matter
 #pragma omp atomic
@@ -210,143 +277,95 @@ void table_inner_step(const Segment* segments, int64_t n, int64_t chunks, const 
   *lost_moves += total_lost;
 }
 
-// D = (θ − w) + γ·g/n; D · share overwrites the walk or, with `in_weight`, rounded the parameter.
-// Bytes per element, float32: reads anchor w g, writes w, or reads w g, writes anchor w (16); bfloat16: reads master walk
-// g, writes walk (14) or the parameter (12).
-template <class T>
-void chunk_displace(const Segment& segment, int64_t begin, int64_t end, double factor, double share, bool in_weight) {
+// D ← Q((D + γ·g/n) · share);  w ← θ. Bytes per element, float32 with D in bfloat16: reads θ (the anchor, or w) D g, writes
+// w D (16); bfloat16: 16 with an anchor, else 14. What did not walk has w = θ: reads g, writes D.
+template <class T, class D>
+void chunk_end_walk(const Segment& segment, int64_t begin, int64_t end, double factor, double share) {
   using State = typename T::State;
   const GradientScale<State> scale(factor);
   const State part = State(share);
-  // A skipped last step has factor 0, and its gradient, which may hold NaN, is not looked at.
-  const bool with_gradient = segment.grad && factor != 0;
-  for (int64_t i = begin; i < end; i += kBlock) {
-    const int64_t n = std::min(kBlock, end - i);
-    const auto* g = pointer<const typename T::Storage>(segment.grad) + i;
-    State* theta = pointer<State>(segment.theta) + i;
-    State* walk = pointer<State>(segment.walk) + i;
-    State D[kBlock];
+  for_each_block(begin, end, [&](int64_t i, auto n) NEXUS_INLINED {
+    auto* parameter = pointer<typename T::Storage>(segment.weight) + i;
+    auto* remainder = pointer<typename T::Storage>(segment.remainder) + i;
+    State of_w[kBlock], of_g[kBlock], displacement[kBlock];
+    read_displacements<D>(segment, i, n, displacement);
     if (segment.touched) {
-      for (int64_t j = 0; j < n; ++j) D[j] = theta[j] - walk[j];
-    } else {
-      std::fill_n(D, n, State(0));
-      if (!T::low_precision) stream(theta, walk, n * sizeof(State));
+      const State* from = segment.anchor ? pointer<const State>(segment.anchor) + i : read_weights<T>(segment, i, n, of_w);
+      for (int64_t j = 0; j < n; ++j) of_w[j] = segment.anchor ? from[j] : outer_weight(from[j], displacement[j]);
+#pragma omp simd
+      for (int64_t j = 0; j < n; ++j) write_weight<T>(of_w[j], parameter, remainder, j);
     }
-    if (with_gradient)
-      for (int64_t j = 0; j < n; ++j) D[j] = D[j] + scale(T::load(g[j]));
-    for (int64_t j = 0; j < n; ++j) D[j] = D[j] * part;
-    if constexpr (T::low_precision) {
-      if (in_weight) {
-        typename T::Storage rounded[kBlock];
-        for (int64_t j = 0; j < n; ++j) rounded[j] = T::store(D[j]);
-        stream(pointer<typename T::Storage>(segment.weight) + i, rounded, n * sizeof(rounded[0]));
-        continue;
-      }
-      if (!segment.touched) {
-        stream(walk, D, n * sizeof(State));
-        continue;
-      }
+    if (segment.grad && factor != 0) {  // of a skipped step, g may hold NaN
+      const State* g = load_gradient(segment, i, n, of_g);
+      for (int64_t j = 0; j < n; ++j) displacement[j] = displacement[j] + scale(g[j]);
     }
-    memcpy(walk, D, n * sizeof(State));
-  }
-}
-
-template <class T>
-void table_displace(const Segment* segments, int64_t n, int64_t chunks, const double* factor, double share,
-                    bool in_weight, int threads) {
-  for_each_chunk(segments, n, chunks, threads, [=](const Segment& segment, int64_t begin, int64_t end, int64_t) {
-    chunk_displace<T>(segment, begin, end, factor[segment.group], share, in_weight);
+    for (int64_t j = 0; j < n; ++j) displacement[j] = displacement[j] * part;
+    write_displacements<D>(segment, i, n, displacement);
   });
 }
 
-// w ← θ, for a parameter whose weight holds a displacement and that takes no part in the outer step.
-template <class T>
-void chunk_restore(const Segment& segment, int64_t begin, int64_t end) {
-  const auto* theta = pointer<const typename T::State>(segment.theta);
-  auto* weight = pointer<typename T::Storage>(segment.weight);
-  for (int64_t i = begin; i < end; i += kBlock) {
-    const int64_t n = std::min(kBlock, end - i);
-    if constexpr (T::low_precision) {
-      typename T::Storage rounded[kBlock];
-      for (int64_t j = 0; j < n; ++j) rounded[j] = T::store(theta[i + j]);
-      stream(weight + i, rounded, n * sizeof(rounded[0]));
-    } else {
-      stream(weight + i, theta + i, n * sizeof(theta[0]));
-    }
-  }
+template <class T, class D>
+void table_end_walk(const Segment* segments, int64_t n, int64_t chunks, const double* factor, double share,
+                    int threads) {
+  for_each_chunk(segments, n, chunks, threads, [=](const Segment& segment, int64_t begin, int64_t end, int64_t) {
+    chunk_end_walk<T, D>(segment, begin, end, factor[segment.group], share);
+  });
 }
 
-// D = (θ − w) + γ·g/n;  G = D/Γ;  θ ← AdamW(θ, G);  w ← θ. Returns ‖D‖² of the chunk.
-// Bytes per element, float32: reads anchor w g m v, writes w m v (32); bfloat16: reads master walk g m v, writes
-// master m v and the parameter (32). displaced: D is read in the gradient's place or, without one, the walk's. Bytes,
-// float32: reads anchor D m v, writes w m v (28); bfloat16: reads master D m v, writes master m v and the parameter (30,
-// with D in bfloat16 28).
-template <class T, bool amsgrad, bool touched, bool with_gradient, bool displaced>
-double chunk_outer_step(const Segment& segment, int64_t begin, int64_t end, double factor, double inv_walk_length,
-                        const AdamW<typename T::State>& adamw) {
+// θ = w + D, or w where the walk has ended;  D ← D + γ·g/n;  w ← AdamW(θ, D/Γ). Returns ‖D‖² of the chunk. Bytes per
+// element, float32 with D in bfloat16: reads w D g m v, writes w m v (30); bfloat16: 28. `g` null: there is none.
+template <class T, class D, bool amsgrad>
+double chunk_outer_step(const Segment& segment, int64_t begin, int64_t end, bool has_ended, double factor,
+                        double inv_walk_length, const AdamW<typename T::State>& adamw) {
   using State = typename T::State;
   const GradientScale<State> scale(factor);
   const State inv_gamma = State(inv_walk_length);
 
   double lanes[kLanes] = {};
-  for (int64_t i = begin; i < end; i += kBlock) {
-    const int64_t n = std::min(kBlock, end - i);
-    const auto* g = pointer<const typename T::Storage>(segment.grad) + i;
-    State* theta = pointer<State>(segment.theta) + i;
-    State* walk = pointer<State>(segment.walk) + i;
-    const State* from = touched || T::low_precision ? theta : walk;
-    State* to = T::low_precision ? theta : walk;
+  for_each_block(begin, end, [&](int64_t i, auto n) NEXUS_INLINED {
+    auto* parameter = pointer<typename T::Storage>(segment.weight) + i;
+    auto* remainder = pointer<typename T::Storage>(segment.remainder) + i;
+    State buffer[kBlock], displacement[kBlock], theta[kBlock];
+    read_displacements<D>(segment, i, n, displacement);
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) {
+      const State w = read_weight<T>(parameter, remainder, j);
+      theta[j] = has_ended ? w : outer_weight(w, displacement[j]);
+    }
+    if (segment.grad && factor != 0) {  // of a skipped step, g may hold NaN
+      const State* g = load_gradient(segment, i, n, buffer);
+      for (int64_t j = 0; j < n; ++j) displacement[j] = displacement[j] + scale(g[j]);
+    }
     State* exp_avg = pointer<State>(segment.exp_avg) + i;
     State* exp_avg_sq = pointer<State>(segment.exp_avg_sq) + i;
     State* max_exp_avg_sq = amsgrad ? pointer<State>(segment.max_exp_avg_sq) + i : exp_avg_sq;
-    // Two loops: one with all these pointers has more of them than compilers check for overlap, and stays scalar.
-    State displacement[kBlock];
+    State* next;
+    if constexpr (T::low_precision)
+      next = theta;  // a loop of its own for elements of another size: compilers leave this one scalar
+    else
+      next = parameter;
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j) {
-      if constexpr (displaced) {
-        displacement[j] = with_gradient ? T::load(g[j]) : walk[j];
-      } else {
-        const State walked = touched ? from[j] - walk[j] : State(0);
-        displacement[j] = with_gradient ? walked + scale(T::load(g[j])) : walked;
-      }
-    }
-    NEXUS_INDEPENDENT
-    for (int64_t j = 0; j < n; ++j) {
       State m = exp_avg[j], v = exp_avg_sq[j], v_max = max_exp_avg_sq[j];
-      to[j] = adamw.template operator()<amsgrad>(from[j], displacement[j] * inv_gamma, m, v, v_max);
+      next[j] = adamw.template operator()<amsgrad>(theta[j], displacement[j] * inv_gamma, m, v, v_max);
       exp_avg[j] = m;
       exp_avg_sq[j] = v;
       if (amsgrad) max_exp_avg_sq[j] = v_max;
     }
-    add_squares(displacement, n, lanes);
     if constexpr (T::low_precision) {
-      typename T::Storage rounded[kBlock];
-      for (int64_t j = 0; j < n; ++j) rounded[j] = T::store(theta[j]);
-      stream(pointer<typename T::Storage>(segment.weight) + i, rounded, n * sizeof(rounded[0]));
+#pragma omp simd
+      for (int64_t j = 0; j < n; ++j) T::write(next[j], parameter[j], remainder[j]);
     }
-  }
+    add_squares(displacement, n, lanes);
+  });
   return sum_lanes(lanes);
 }
 
-// The variant of chunk_outer_step for a segment.
-template <class T>
-auto outer_step_of(bool amsgrad, bool touched, bool with_gradient, bool displaced) {
-  const auto choose = [=](auto ams) {
-    constexpr bool a = decltype(ams)::value;
-    const auto with = [=](auto gradient) {
-      constexpr bool g = decltype(gradient)::value;
-      if (displaced) return chunk_outer_step<T, a, true, g, true>;
-      return touched ? chunk_outer_step<T, a, true, g, false> : chunk_outer_step<T, a, false, g, false>;
-    };
-    return with_gradient ? with(std::true_type{}) : with(std::false_type{});
-  };
-  return amsgrad ? choose(std::true_type{}) : choose(std::false_type{});
-}
-
-template <class T>
-void table_outer_step(const Segment* segments, int64_t n, int64_t chunks, const Hyper* hyper, const double* factor,
-                      const double* walk_length, double* displacement_sq, double* partials, bool displaced,
+template <class T, class D>
+void table_outer_step(const Segment* segments, int64_t n, int64_t chunks, bool has_ended, const Hyper* hyper,
+                      const double* factor, const double* walk_length, double* displacement_sq, double* partials,
                       int threads) {
+  const auto moves = [=](const Segment& s) { return (s.touched || s.grad) && walk_length[s.group] > 0; };
   // Parameters mostly share group and step: two powers for a run of them, not for each.
   std::vector<AdamW<typename T::State>> adamw(n);
   AdamW<typename T::State> current;
@@ -354,24 +373,19 @@ void table_outer_step(const Segment* segments, int64_t n, int64_t chunks, const 
   double step = 0;
   for (int64_t i = 0; i < n; ++i) {
     const Segment& segment = segments[i];
-    if (!(segment.touched || segment.grad) || !(walk_length[segment.group] > 0)) continue;
+    if (!moves(segment)) continue;
     const double next = double(*pointer<float>(segment.step) += 1);
     if (segment.group != group || next != step) current = AdamW<typename T::State>(hyper[segment.group], next);
     group = segment.group, step = next;
     adamw[i] = current;
   }
   for_each_chunk(segments, n, chunks, threads, [&](const Segment& segment, int64_t begin, int64_t end, int64_t chunk) {
-    const int64_t group = segment.group;
     partials[chunk] = 0;
-    if (!(segment.touched || segment.grad) || !(walk_length[group] > 0)) {
-      if (displaced) chunk_restore<T>(segment, begin, end);
-      return;
-    }
-    // A skipped last step has factor 0, and its gradient, which may hold NaN, is not looked at.
-    const bool with_gradient = segment.grad && (displaced || factor[group] != 0);
-    const auto step = outer_step_of<T>(segment.max_exp_avg_sq, segment.touched, with_gradient, displaced);
-    partials[chunk] = step(segment, begin, end, factor[group], hyper[group].normalize != 0 ? 1 / walk_length[group] : 1,
-                           adamw[&segment - segments]);
+    if (!moves(segment)) return;
+    const int64_t group = segment.group;
+    const auto outer_step = segment.max_exp_avg_sq ? chunk_outer_step<T, D, true> : chunk_outer_step<T, D, false>;
+    partials[chunk] = outer_step(segment, begin, end, has_ended, factor[group],
+                                 hyper[group].normalize != 0 ? 1 / walk_length[group] : 1, adamw[&segment - segments]);
   });
   for (int64_t i = 0; i < n; ++i) {
     const int64_t end = i + 1 < n ? segments[i + 1].chunk : chunks;
@@ -379,45 +393,34 @@ void table_outer_step(const Segment* segments, int64_t n, int64_t chunks, const 
   }
 }
 
-// Calls the function with the storage type that belongs to a dtype.
-template <class Function>
-auto with_dtype(DType dtype, const Function& function) {
-  switch (dtype) {
-    case DType::float64: return function(Float64{});
-    case DType::float32: return function(Float32{});
-    case DType::bfloat16: return function(BFloat16{});
-    default: return function(Float16{});
-  }
-}
-
 }  // namespace
 
-void sum_squares(const Segment* segments, int64_t n, int64_t chunks, DType dtype, double* partials, int threads) {
-  with_dtype(dtype, [=](auto type) {
-    table_sum_squares<decltype(type)>(segments, n, chunks, partials, threads);
+void sum_squares(const Segment* segments, int64_t n, int64_t chunks, double* partials, int threads) {
+  for_each_chunk(segments, n, chunks, threads, [=](const Segment& segment, int64_t begin, int64_t end, int64_t chunk) {
+    partials[chunk] = segment.grad ? chunk_sum_squares(segment, begin, end) : 0;
   });
 }
 
-void inner_step(const Segment* segments, int64_t n, int64_t chunks, DType dtype, const double* factor, int64_t* moves,
+void inner_step(const Segment* segments, int64_t n, int64_t chunks, DTypes dtypes, const double* factor, int64_t* moves,
                 int64_t* lost_moves, int threads) {
-  with_dtype(dtype, [=](auto type) {
-    table_inner_step<decltype(type)>(segments, n, chunks, factor, moves, lost_moves, threads);
+  with_dtypes(dtypes, [=](auto type, auto of_displacement) {
+    table_inner_step<decltype(type), decltype(of_displacement)>(segments, n, chunks, factor, moves, lost_moves, threads);
   });
 }
 
-void outer_step(const Segment* segments, int64_t n, int64_t chunks, DType dtype, const Hyper* hyper,
+void end_walk(const Segment* segments, int64_t n, int64_t chunks, DTypes dtypes, const double* factor, double share,
+              int threads) {
+  with_dtypes(dtypes, [=](auto type, auto of_displacement) {
+    table_end_walk<decltype(type), decltype(of_displacement)>(segments, n, chunks, factor, share, threads);
+  });
+}
+
+void outer_step(const Segment* segments, int64_t n, int64_t chunks, DTypes dtypes, bool has_ended, const Hyper* hyper,
                 const double* factor, const double* walk_length, double* displacement_sq, double* partials,
-                bool displaced, int threads) {
-  with_dtype(dtype, [=](auto type) {
-    table_outer_step<decltype(type)>(segments, n, chunks, hyper, factor, walk_length, displacement_sq, partials,
-                                     displaced, threads);
-  });
-}
-
-void displace(const Segment* segments, int64_t n, int64_t chunks, DType dtype, const double* factor, double share,
-              bool in_weight, int threads) {
-  with_dtype(dtype, [=](auto type) {
-    table_displace<decltype(type)>(segments, n, chunks, factor, share, in_weight, threads);
+                int threads) {
+  with_dtypes(dtypes, [=](auto type, auto of_displacement) {
+    table_outer_step<decltype(type), decltype(of_displacement)>(segments, n, chunks, has_ended, hyper, factor,
+                                                                walk_length, displacement_sq, partials, threads);
   });
 }
 

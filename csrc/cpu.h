@@ -5,12 +5,12 @@
 
 #define NEXUS_DECLARE_KERNELS(isa)                                                                                     \
   namespace nexus::isa {                                                                                               \
-  void sum_squares(const Segment* segments, int64_t n, int64_t chunks, DType dtype, double* partials, int threads);    \
-  void inner_step(const Segment* segments, int64_t n, int64_t chunks, DType dtype, const double* factor,               \
+  void sum_squares(const Segment* segments, int64_t n, int64_t chunks, double* partials, int threads);                 \
+  void inner_step(const Segment* segments, int64_t n, int64_t chunks, DTypes dtypes, const double* factor,             \
                   int64_t* moves, int64_t* lost_moves, int threads);                                                   \
-  void outer_step(const Segment* segments, int64_t n, int64_t chunks, DType dtype, const Hyper* hyper,                 \
-                  const double* factor, const double* walk_length, double* displacement_sq, double* partials,          \
-                  bool displaced, int threads);                                                                        \
-  void displace(const Segment* segments, int64_t n, int64_t chunks, DType dtype, const double* factor, double share,   \
-                bool in_weight, int threads);                                                                          \
+  void end_walk(const Segment* segments, int64_t n, int64_t chunks, DTypes dtypes, const double* factor, double share, \
+                int threads);                                                                                          \
+  void outer_step(const Segment* segments, int64_t n, int64_t chunks, DTypes dtypes, bool has_ended,                   \
+                  const Hyper* hyper, const double* factor, const double* walk_length, double* displacement_sq,        \
+                  double* partials, int threads);                                                                      \
   }

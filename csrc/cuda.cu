@@ -1,12 +1,12 @@
-// CUDA kernels: squared norm, inner step, displacement, fused outer step, over a table of segments; one launch each.
+// CUDA kernels: squared norm, inner step, end of a walk, outer step, over a table of segments; one launch each.
 //
 // What is summed is summed per chunk of kChunk elements, by threads in a fixed order, and over chunks by the last block
 // that finishes, in their order: results repeat bit for bit and depend neither on the grid nor on alignment. The scalars
 // of a cycle are read by every block and written by one: the host is never asked.
 //
 // Which block works where was measured (docs/gpu.md). Memory likes small blocks that start in the order of addresses: a
-// block of an inner step or displacement has a part of a chunk, one of an outer step, which sums, a whole one. A norm, which
-// only reads, is best with as many blocks as the chip holds, which walk the chunks. Hints to the cache (ld.cs, st.cs)
+// block of an inner step or the end of a walk has a part of a chunk, one of an outer step, which sums, a whole one. A norm,
+// which only reads, is best with as many blocks as the chip holds, which walk the chunks. Hints to the cache (ld.cs, st.cs)
 // cost up to a tenth, and walking backwards after the norm, to find its end in the cache, gains nothing.
 
 #define NEXUS_ISA cuda
@@ -26,17 +26,18 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
 
-// Memory: 16 bytes at a time, or 8 where n elements are no more. An address of the table could be of shared memory, for
-// all the compiler knows, and its accesses slower; hence the assumptions.
+// Memory: 16 bytes at a time, or 8 or 4 where n elements are no more. An address of the table could be of shared memory,
+// for all the compiler knows, and its accesses slower; hence the assumptions.
 
 template <class X, int n>
-using Word = std::conditional_t<n * sizeof(X) % sizeof(uint4) == 0, uint4, uint2>;
+using Word = std::conditional_t<n * sizeof(X) % sizeof(uint4) == 0, uint4,
+                                std::conditional_t<n * sizeof(X) % sizeof(uint2) == 0, uint2, uint32_t>>;
 
 template <bool aligned, class X, int n>
 __device__ __forceinline__ void load(const X* from, X (&to)[n]) {
   __builtin_assume(__isGlobal(from));
   if constexpr (aligned && n > 1) {
-    static_assert(n * sizeof(X) % sizeof(Word<X, n>) == 0, "8 or 16 bytes at a time");
+    static_assert(n * sizeof(X) % sizeof(Word<X, n>) == 0, "4, 8 or 16 bytes at a time");
     Word<X, n> words[n * sizeof(X) / sizeof(Word<X, n>)];
 #pragma unroll
     for (int i = 0; i < int(sizeof words / sizeof *words); ++i) words[i] = reinterpret_cast<const Word<X, n>*>(from)[i];
@@ -181,6 +182,77 @@ struct Part {
         n(int(row.length - begin < size ? row.length - begin : size)) {}
 };
 
+// w of the elements of a part: a parameter in full precision, else a parameter and its remainder.
+template <class T>
+struct Weights {
+  using Storage = typename T::Storage;
+  using State = typename T::State;
+  Storage *parameter, *remainder;
+
+  // Of n elements as they lie.
+  template <int n>
+  struct Raw {
+    Storage parameter[n], remainder[T::low_precision ? n : 1];
+
+    __device__ __forceinline__ State operator[](int j) const {
+      if constexpr (T::low_precision)
+        return T::read(parameter[j], remainder[j]);
+      else
+        return parameter[j];
+    }
+  };
+
+  __device__ explicit Weights(const Part& part)
+      : parameter(part.at<Storage>(part.row.weight)), remainder(part.at<Storage>(part.row.remainder)) {}
+  __device__ __forceinline__ bool aligned() const { return all_aligned(parameter, remainder); }
+
+  template <bool aligned, int n>
+  __device__ __forceinline__ void read(int i, Raw<n>& raw) const {
+    load<aligned>(parameter + i, raw.parameter);
+    if constexpr (T::low_precision) load<aligned>(remainder + i, raw.remainder);
+  }
+  template <bool aligned, int n>
+  __device__ __forceinline__ void write(int i, const State (&w)[n]) const {
+    if constexpr (T::low_precision) {
+      Raw<n> raw;
+#pragma unroll
+      for (int j = 0; j < n; ++j) T::write(w[j], raw.parameter[j], raw.remainder[j]);
+      store<aligned>(parameter + i, raw.parameter);
+      store<aligned>(remainder + i, raw.remainder);
+    } else {
+      store<aligned>(parameter + i, w);
+    }
+  }
+};
+
+// The gradient of a part, which may be of any dtype: all threads of a block branch alike.
+struct Gradient {
+  int64_t address;  // 0: none, or not to be read, as that of a skipped step, which may hold NaN
+  DType dtype;
+
+  __device__ Gradient(const Part& part, bool used) : address(0), dtype(DType(part.row.grad_dtype)) {
+    const int bytes = dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
+    if (used && part.row.grad) address = part.row.grad + part.begin * bytes;
+  }
+  __device__ __forceinline__ bool aligned() const { return (address & 15) == 0; }
+
+  // Of `batch` times `width` elements; they stay as they are where there is none.
+  template <bool aligned, class State, int batch, int width>
+  __device__ __forceinline__ void read(int i, State (&to)[batch][width]) const {
+    if (!address) return;
+    with_dtype(dtype, [&](auto type) {
+      using G = decltype(type);
+#pragma unroll
+      for (int b = 0; b < batch; ++b) {
+        typename G::Storage values[width];
+        load<aligned>(pointer<const typename G::Storage>(address) + i + b * kThreads * width, values);
+#pragma unroll
+        for (int j = 0; j < width; ++j) to[b][j] = State(G::load(values[j]));
+      }
+    });
+  }
+};
+
 // Squared norm
 
 template <class T>
@@ -203,20 +275,20 @@ struct SumSquares {
   }
 };
 
-template <class T>
-__device__ double sum_squares_of(const typename T::Storage* g, int n) {
-  SumSquares<T> work{g, 0};
-  if (g) for_each_element<width_of<typename T::Storage>, 4>(work, n, all_aligned(g), all_aligned(g));
-  return block_sum(work.sum);
-}
-
 // partials[chunk] = Σ g², sq_norm = Σ partials. Bytes per element: reads g (float32: 4, below: 2).
-template <class T>
 __global__ void __launch_bounds__(kThreads)
     sq_norm_kernel(Table table, double* partials, double* sq_norm, uint32_t* arrivals) {
-  for (int64_t chunk = blockIdx.x; chunk < table.chunks; chunk += gridDim.x) {
-    const Part part(table, uint32_t(chunk), 1);
-    const double sum = sum_squares_of<T>(part.at<const typename T::Storage>(part.row.grad), part.n);
+  for (uint32_t chunk = blockIdx.x; chunk < table.chunks; chunk += gridDim.x) {
+    const Part part(table, chunk, 1);
+    double sum = 0;
+    with_dtype(DType(part.row.grad_dtype), [&](auto type) {
+      using Storage = typename decltype(type)::Storage;
+      SumSquares<decltype(type)> work{part.at<const Storage>(part.row.grad), 0};
+      const bool aligned = all_aligned(work.g);
+      if (work.g) for_each_element<width_of<Storage>, 4>(work, part.n, aligned, aligned);
+      sum = work.sum;
+    });
+    sum = block_sum(sum);
     if (threadIdx.x == 0) partials[chunk] = sum;
   }
   if (is_last_block(arrivals)) {
@@ -246,13 +318,13 @@ struct InnerStep {
 template <class State>
 struct Shared {
   GradientScale<State> scale;
-  bool taken;
+  bool taken;  // by this group
 
   __device__ void compute(const MicroBatch& micro_batch, const Hyper& hyper) {
     if (threadIdx.x == 0) {
-      const InnerStep step(micro_batch);
-      taken = step.taken;
-      scale = GradientScale<State>(step.factor(hyper));
+      const double factor = InnerStep(micro_batch).factor(hyper);
+      taken = factor != 0;
+      scale = GradientScale<State>(factor);
     }
     __syncthreads();
   }
@@ -316,310 +388,232 @@ __device__ void finish(const Cycle& cycle, int64_t taken) {
 
 // Inner step
 
-template <class T>
+template <class T, class D>
 struct Move {
-  using Storage = typename T::Storage;
   using State = typename T::State;
-  const State* from;
-  const Storage* g;  // null where the step is skipped: it may hold NaN
-  State *theta, *walk;  // theta: null where it is not written
-  Storage* weight;
+  Weights<T> weights;
+  typename D::Storage* displacement;
+  State* anchor;    // null where it is not written
+  Gradient g;       // none where the step is skipped
   GradientScale<State> scale;
-  uint32_t moves, lost_moves;
+  bool first;       // D is not valid yet
+  uint32_t counts;  // moves and, times 65536, those that rounding swallowed: a block has fewer
 
   template <int width, int batch, bool aligned, bool aligned_g>
   __device__ __forceinline__ void apply(int i) {
-    State w[batch][width];
-    Storage gradient[batch][width] = {};
+    constexpr int stride = kThreads * width;
+    typename Weights<T>::template Raw<width> w[batch];
+    typename D::Storage before[batch][width] = {};
+    State gradient[batch][width] = {};
+#pragma unroll
+    for (int b = 0; b < batch; ++b) weights.template read<aligned>(i + b * stride, w[b]);
+    if (!first)
+#pragma unroll
+      for (int b = 0; b < batch; ++b) load<aligned>(displacement + i + b * stride, before[b]);
+    g.template read<aligned_g>(i, gradient);
 #pragma unroll
     for (int b = 0; b < batch; ++b) {
-      load<aligned>(from + i + b * kThreads * width, w[b]);
-      if (g) load<aligned_g>(g + i + b * kThreads * width, gradient[b]);
-    }
-#pragma unroll
-    for (int b = 0; b < batch; ++b) {
-      const int at = i + b * kThreads * width;
-      State next[width];
+      State old[width], next[width];
+      typename D::Storage rounded[width];
 #pragma unroll
       for (int j = 0; j < width; ++j) {
-        const State step = scale(T::load(gradient[b][j]));
-        next[j] = w[b][j] - step;
-        moves += step != 0;
-        lost_moves += step != 0 && next[j] == w[b][j];
+        const State step = scale(gradient[b][j]), from = D::load(before[b][j]);
+        old[j] = w[b][j];
+        rounded[j] = D::store(from + step);
+        next[j] = walked_weight(outer_weight(old[j], from), D::load(rounded[j]));
+        counts += step != 0 ? next[j] == old[j] ? 0x10001u : 1u : 0u;
       }
-      if (theta) store<aligned>(theta + at, w[b]);
-      store<aligned>(walk + at, next);
-      if constexpr (T::low_precision) {
-        Storage rounded[width];
-#pragma unroll
-        for (int j = 0; j < width; ++j) rounded[j] = T::store(next[j]);
-        store<aligned>(weight + at, rounded);
-      }
+      if (anchor) store<aligned>(anchor + i + b * stride, old);
+      store<aligned>(displacement + i + b * stride, rounded);
+      if (g.address) weights.template write<aligned>(i + b * stride, next);
     }
   }
 };
 
-// w ← w − γ·g/n, and θ ← w before the first move of a cycle. Bytes per element, float32: reads w g, writes w (12), the
-// first time also θ (16). Below: reads walk (the first time θ) and g, writes walk and the weight (12). Counts are
-// integers, whose atomic sum does not depend on an order. Source: Algorithm 3 of arXiv 2604.09258.
-template <class T>
-__global__ void __launch_bounds__(kThreads, 3)
+// D' = Q(D + γ·g/n);  w ← (w + D) − D'. Bytes per element, float32 with D in bfloat16: reads w D g, writes w D (16), the
+// first time in a cycle, when D is not read, 14; below (w is the parameter and its remainder): 14 and 12. An anchor, which
+// keeps w the first time, is 4 more. Counts are integers, whose atomic sum does not depend on an order. Source: Algorithm
+// 3 of arXiv 2604.09258.
+template <class T, class D>
+__global__ void __launch_bounds__(kThreads, 4)
     inner_step_kernel(Table table, Cycle cycle, MicroBatch micro_batch, bool last_table) {
-  using Storage = typename T::Storage;
   using State = typename T::State;
   const Part part(table, blockIdx.x, uint32_t(table.parts));
   const Segment& row = part.row;
   __shared__ Shared<State> step;
   step.compute(micro_batch, cycle.hyper[row.group]);
   const bool first = !is_touched(row, table.touch);
-  Move<T> work{};
-  if (row.grad && (step.taken || first)) {
-    work.scale = step.scale;
-    work.g = step.taken ? part.at<const Storage>(row.grad) : nullptr;
-    work.weight = part.at<Storage>(row.weight);
-    work.walk = part.at<State>(row.walk);
-    State* const theta = part.at<State>(row.theta);
-    work.from = T::low_precision && first ? theta : work.walk;
-    work.theta = !T::low_precision && first ? theta : nullptr;
-    const bool aligned = all_aligned(work.from, work.weight, work.walk, theta);
-    for_each_element<width_of<State>, 2>(work, part.n, aligned, all_aligned(work.g));
-  }
-  const uint64_t counts = block_sum(uint64_t(work.lost_moves) << 32 | work.moves);
+  Move<T, D> work{Weights<T>(part), part.at<typename D::Storage>(row.displacement),
+                  first ? part.at<State>(row.anchor) : nullptr, Gradient(part, step.taken), step.scale, first, 0};
+  const bool aligned = work.weights.aligned() && all_aligned(work.displacement, work.anchor);
+  if (row.grad && (step.taken || first)) for_each_element<width_of<State>, 2>(work, part.n, aligned, work.g.aligned());
+  const uint32_t counts = block_sum(work.counts);
   if (threadIdx.x == 0 && counts) {
     auto* const total = reinterpret_cast<unsigned long long*>(cycle.counts);
-    atomicAdd(total, static_cast<unsigned long long>(counts & 0xffffffffu));
-    atomicAdd(total + 1, static_cast<unsigned long long>(counts >> 32));
+    atomicAdd(total, static_cast<unsigned long long>(counts & 0xffffu));
+    atomicAdd(total + 1, static_cast<unsigned long long>(counts >> 16));
   }
   // No block of an inner step reads the sums.
   if (last_table && blockIdx.x == 0) advance(cycle, micro_batch, InnerStep(micro_batch));
 }
 
-// Displacement
+// End of a walk
 
-template <class T>
-struct Displace {
-  using Storage = typename T::Storage;
+template <class T, class D>
+struct EndWalk {
   using State = typename T::State;
-  const State* theta;  // null where the parameter has not moved
-  const Storage* g;    // null without one, or where the step is skipped
-  State *anchor, *walk;  // anchor: where w must be kept as θ; walk: w, and where D goes if it is not `rounded`
-  Storage* rounded;
+  Weights<T> weights;
+  typename D::Storage* displacement;
+  const State* anchor;  // null without one
+  Gradient g;           // none where the step is skipped
   GradientScale<State> scale;
   State share;
+  bool touched;  // D is valid, and w is not θ
 
   template <int width, int batch, bool aligned, bool aligned_g>
   __device__ __forceinline__ void apply(int i) {
     static_assert(batch == 1, "three operands are enough in flight");
-    State old[width] = {}, w[width] = {};
-    Storage gradient[width] = {};
-    if (theta) load<aligned>(theta + i, old);
-    if (theta || anchor) load<aligned>(walk + i, w);
-    if (g) load<aligned_g>(g + i, gradient);
-    State D[width];
+    typename Weights<T>::template Raw<width> w;
+    typename D::Storage before[width] = {}, rounded[width];
+    State theta[width] = {}, gradient[1][width] = {};
+    if (touched) {
+      load<aligned>(displacement + i, before);
+      if (anchor)
+        load<aligned>(anchor + i, theta);
+      else
+        weights.template read<aligned>(i, w);
+    }
+    g.template read<aligned_g>(i, gradient);
 #pragma unroll
     for (int j = 0; j < width; ++j) {
-      D[j] = theta ? old[j] - w[j] : 0;
-      if (g) D[j] = D[j] + scale(T::load(gradient[j]));
-      D[j] = D[j] * share;
+      const State from = D::load(before[j]);
+      if (touched && !anchor) theta[j] = outer_weight(w[j], from);
+      rounded[j] = D::store((g.address ? from + scale(gradient[0][j]) : from) * share);
     }
-    if constexpr (T::low_precision) {
-      if (rounded) {
-        Storage to[width];
-#pragma unroll
-        for (int j = 0; j < width; ++j) to[j] = T::store(D[j]);
-        store<aligned>(rounded + i, to);
-        return;
-      }
-    }
-    if (anchor) store<aligned>(anchor + i, w);
-    store<aligned>(walk + i, D);
+    store<aligned>(displacement + i, rounded);
+    if (touched) weights.template write<aligned>(i, theta);
   }
 };
 
-// D = (θ − w) + γ·g/n; D · share overwrites the walk or, with `in_weight`, rounded the weight; for every parameter. Bytes
-// per element, float32: reads θ w g, writes w, or reads w g, writes θ w (16). Below: reads θ walk g, writes walk (14) or
-// the weight (12).
-template <class T>
-__global__ void __launch_bounds__(kThreads, 3)
-    displace_kernel(Table table, Cycle cycle, MicroBatch micro_batch, double share, bool in_weight, bool last_table) {
-  using Storage = typename T::Storage;
+// D ← Q((D + γ·g/n) · share);  w ← θ; for every parameter. Bytes per element, float32 with D in bfloat16: reads θ (the
+// anchor, or w) D g, writes w D (16); below: 16 with an anchor, else 14. What did not walk has w = θ: reads g, writes D.
+template <class T, class D>
+__global__ void __launch_bounds__(kThreads, 4)
+    end_walk_kernel(Table table, Cycle cycle, MicroBatch micro_batch, double share, bool last_table) {
   using State = typename T::State;
   const Part part(table, blockIdx.x, uint32_t(table.parts));
   const Segment& row = part.row;
   __shared__ Shared<State> step;
   step.compute(micro_batch, cycle.hyper[row.group]);
-  const bool touched = is_touched(row, table.touch);
-  State* const theta = part.at<State>(row.theta);
-  Displace<T> work{};
-  work.scale = step.scale;
-  work.share = State(share);
-  work.theta = touched ? theta : nullptr;
-  work.g = step.taken ? part.at<const Storage>(row.grad) : nullptr;
-  work.anchor = !T::low_precision && !touched ? theta : nullptr;
-  work.walk = part.at<State>(row.walk);
-  work.rounded = T::low_precision && in_weight ? part.at<Storage>(row.weight) : nullptr;
-  const bool aligned = all_aligned(theta, work.walk, work.rounded);
-  for_each_element<width_of<State>, 1>(work, part.n, aligned, all_aligned(work.g));
+  EndWalk<T, D> work{Weights<T>(part), part.at<typename D::Storage>(row.displacement), part.at<const State>(row.anchor),
+                     Gradient(part, step.taken), step.scale, State(share), is_touched(row, table.touch)};
+  const bool aligned = work.weights.aligned() && all_aligned(work.displacement, work.anchor);
+  for_each_element<width_of<State>, 1>(work, part.n, aligned, work.g.aligned());
   // No block of this kernel reads the sums.
   if (last_table && blockIdx.x == 0) advance(cycle, micro_batch, InnerStep(micro_batch));
 }
 
 // Outer step
 
-template <class T>
+template <class State>
 struct Scalars {
-  AdamW<typename T::State> adamw;
-  GradientScale<typename T::State> scale;
-  typename T::State inv_gamma;
+  AdamW<State> adamw;
+  GradientScale<State> scale;
+  State inv_gamma;
 };
 
 // A call of its own: its powers in double precision would else take registers from the loop over elements.
-template <class T>
-__device__ __noinline__ void compute(Scalars<T>& scalars, const Hyper& hyper, double update, double factor,
+template <class State>
+__device__ __noinline__ void compute(Scalars<State>& scalars, const Hyper& hyper, double update, double factor,
                                      double walk_length) {
-  using State = typename T::State;
   scalars.adamw = AdamW<State>(hyper, update);
   scalars.scale = GradientScale<State>(factor);
   scalars.inv_gamma = State(hyper.normalize != 0 ? 1 / walk_length : 1);
 }
 
-template <class T, bool amsgrad, bool displaced>
+template <class T, class D, bool amsgrad>
 struct Update {
-  using Storage = typename T::Storage;
   using State = typename T::State;
-  const Scalars<T>& scalars;
-  const State *from, *walk;  // walk: `from` where the parameter has not moved; displaced: D where it is not g
-  const Storage* g;          // null without one, or where the step is skipped; displaced: D, or null
-  State *exp_avg, *exp_avg_sq, *max_exp_avg_sq, *theta;  // max_exp_avg_sq: null where the group has no maxima
-  Storage* weight;
+  const Scalars<State>& scalars;
+  Weights<T> weights;
+  const typename D::Storage* displacement;       // null where it is not valid
+  Gradient g;                                    // none where the step is skipped
+  State *exp_avg, *exp_avg_sq, *max_exp_avg_sq;  // max_exp_avg_sq: null where the group has no maxima
+  bool has_ended;
   double displacement_sq;
 
   template <int width, int batch, bool aligned, bool aligned_g>
   __device__ __forceinline__ void apply(int i) {
     static_assert(batch == 1, "five operands are enough in flight");
-    State old[width], w[width], m[width], v[width], v_max[width];
-    Storage gradient[width];
-    load<aligned>(from + i, old);
-    if (!displaced || !g) load<aligned>(walk + i, w);
-    if (g) load<aligned_g>(g + i, gradient);
+    typename Weights<T>::template Raw<width> w;
+    typename D::Storage before[width] = {};
+    State gradient[1][width] = {}, m[width], v[width], v_max[width];
+    weights.template read<aligned>(i, w);
     load<aligned>(exp_avg + i, m);
     load<aligned>(exp_avg_sq + i, v);
+    if (displacement) load<aligned>(displacement + i, before);
     if (amsgrad && max_exp_avg_sq) {
       load<aligned>(max_exp_avg_sq + i, v_max);
     } else {
 #pragma unroll
       for (int j = 0; j < width; ++j) v_max[j] = -INFINITY;  // below every exp_avg_sq, which then is the maximum
     }
+    g.template read<aligned_g>(i, gradient);
     State next[width];
 #pragma unroll
     for (int j = 0; j < width; ++j) {
-      State D;
-      if constexpr (displaced) {
-        D = g ? T::load(gradient[j]) : w[j];
-      } else {
-        D = old[j] - w[j];
-        if (g) D = D + scalars.scale(T::load(gradient[j]));
-      }
-      displacement_sq += double(D) * double(D);
-      next[j] = scalars.adamw.template operator()<amsgrad>(old[j], D * scalars.inv_gamma, m[j], v[j], v_max[j]);
+      const State from = D::load(before[j]), old = w[j], theta = has_ended ? old : outer_weight(old, from);
+      const State to = g.address ? from + scalars.scale(gradient[0][j]) : from;
+      displacement_sq += double(to) * double(to);
+      next[j] = scalars.adamw.template operator()<amsgrad>(theta, to * scalars.inv_gamma, m[j], v[j], v_max[j]);
     }
-    store<aligned>(theta + i, next);
+    weights.template write<aligned>(i, next);
     store<aligned>(exp_avg + i, m);
     store<aligned>(exp_avg_sq + i, v);
     if (amsgrad && max_exp_avg_sq) store<aligned>(max_exp_avg_sq + i, v_max);
-    if constexpr (T::low_precision) {
-      Storage rounded[width];
-#pragma unroll
-      for (int j = 0; j < width; ++j) rounded[j] = T::store(next[j]);
-      store<aligned>(weight + i, rounded);
-    }
   }
 };
 
-template <class T, bool amsgrad, bool displaced>
-__device__ __forceinline__ double update(const Scalars<T>& scalars, const Part& part, bool touched, bool taken) {
-  using Storage = typename T::Storage;
-  using State = typename T::State;
-  const Segment& row = part.row;
-  Storage* const weight = part.at<Storage>(row.weight);
-  State* const theta = T::low_precision ? part.at<State>(row.theta) : pointer<State>(row.weight) + part.begin;
-  const State* const from = touched ? part.at<const State>(row.theta) : theta;
-  Update<T, amsgrad, displaced> work{
-      scalars,
-      from,
-      touched ? part.at<const State>(row.walk) : from,
-      taken ? part.at<const Storage>(row.grad) : nullptr,
-      part.at<State>(row.exp_avg),
-      part.at<State>(row.exp_avg_sq),
-      part.at<State>(row.max_exp_avg_sq),
-      theta,
-      weight,
-      0,
-  };
-  const bool aligned = all_aligned(work.from, work.walk, work.exp_avg, work.exp_avg_sq, work.max_exp_avg_sq, work.theta,
-                                   work.weight);
-  for_each_element<width_of<State>, 1>(work, part.n, aligned, all_aligned(work.g));
-  return work.displacement_sq;
-}
-
-// w ← θ, for a parameter whose weight holds a displacement and that takes no part.
-template <class T>
-struct Restore {
-  using Storage = typename T::Storage;
-  using State = typename T::State;
-  const State* theta;
-  Storage* weight;
-
-  template <int width, int batch, bool aligned, bool>
-  __device__ __forceinline__ void apply(int i) {
-    State old[width];
-    load<aligned>(theta + i, old);
-    if constexpr (T::low_precision) {
-      Storage rounded[width];
-#pragma unroll
-      for (int j = 0; j < width; ++j) rounded[j] = T::store(old[j]);
-      store<aligned>(weight + i, rounded);
-    } else {
-      store<aligned>(weight + i, old);
-    }
-  }
-};
-
-template <class T>
-__device__ __forceinline__ void restore(const Part& part) {
-  Restore<T> work{part.at<const typename T::State>(part.row.theta), part.at<typename T::Storage>(part.row.weight)};
-  const bool aligned = all_aligned(work.theta, work.weight);
-  for_each_element<width_of<typename T::State>, 1>(work, part.n, aligned, aligned);
-}
-
-// D = (θ − w) + γ·g/n;  G = D/Γ;  θ ← AdamW(θ, G);  w ← θ.  displacement_sq[chunk] = Σ D².
-// Bytes per element, float32: reads θ w g m v, writes w m v (32). Below: reads θ walk g m v, writes θ m v and the weight
-// (32). amsgrad: 8 more. Source: Algorithm 3 of arXiv 2604.09258; torch/optim/adam.py.
-// displaced: D is read, in the gradient's place or, without one, the walk's; micro_batch is empty. Bytes, float32: reads
-// θ D m v, writes w m v (28). Below: reads θ D m v, writes θ m v and the weight (30, with D in the weight 28).
-template <class T, bool amsgrad, bool displaced>
+// θ = w + D, or w where the walk has ended;  D ← D + γ·g/n;  w ← AdamW(θ, D/Γ).  displacement_sq[chunk] = Σ D². Bytes per
+// element, float32 with D in bfloat16: reads w D g m v, writes w m v (30); below 28; has_ended, without g: 26. amsgrad: 8
+// more. Source: Algorithm 3 of arXiv 2604.09258; torch/optim/adam.py.
+template <class T, class D, bool amsgrad>
 __global__ void __launch_bounds__(kThreads, 2)
-    outer_step_kernel(Table table, Cycle cycle, MicroBatch micro_batch, int64_t taken, double* displacement_sq,
-                      uint32_t* arrivals, bool first_table, bool last_table) {
+    outer_step_kernel(Table table, Cycle cycle, MicroBatch micro_batch, bool has_ended, int64_t taken,
+                      double* displacement_sq, uint32_t* arrivals, bool first_table, bool last_table) {
+  using State = typename T::State;
   const uint32_t chunk = blockIdx.x;
   const Part part(table, chunk, 1);
   const Segment& row = part.row;
-  __shared__ Scalars<T> scalars;
+  __shared__ Scalars<State> scalars;
   __shared__ bool moved, taken_last;
   if (threadIdx.x == 0) {
     const Hyper& hyper = cycle.hyper[row.group];
     const InnerStep step(micro_batch);
-    const double walk_length = cycle.sums[row.group] + step.length(hyper);
-    moved = walk_length > 0, taken_last = step.taken;
-    if (moved) compute(scalars, hyper, double(*pointer<const float>(row.step)) + 1, step.factor(hyper), walk_length);
+    const double walk_length = cycle.sums[row.group] + step.length(hyper), factor = step.factor(hyper);
+    moved = walk_length > 0, taken_last = factor != 0;
+    if (moved) compute(scalars, hyper, double(*pointer<const float>(row.step)) + 1, factor, walk_length);
   }
   __syncthreads();
   const bool touched = is_touched(row, table.touch);
   double sum = 0;
-  if ((touched || row.grad) && moved)
-    sum = update<T, amsgrad, displaced>(scalars, part, touched, displaced || taken_last);
-  else if constexpr (displaced)
-    restore<T>(part);
+  if ((touched || row.grad) && moved) {
+    Update<T, D, amsgrad> work{
+        scalars,
+        Weights<T>(part),
+        touched ? part.at<const typename D::Storage>(row.displacement) : nullptr,
+        Gradient(part, taken_last),
+        part.at<State>(row.exp_avg),
+        part.at<State>(row.exp_avg_sq),
+        part.at<State>(row.max_exp_avg_sq),
+        has_ended,
+        0,
+    };
+    const bool aligned = work.weights.aligned() &&
+                         all_aligned(work.displacement, work.exp_avg, work.exp_avg_sq, work.max_exp_avg_sq);
+    for_each_element<width_of<State>, 1>(work, part.n, aligned, work.g.aligned());
+    sum = work.displacement_sq;
+  }
   sum = block_sum(sum);
   if (threadIdx.x == 0 && chunk < table.chunks) displacement_sq[chunk] = sum;
   if (is_last_block(arrivals)) {  // nobody reads steps or sums any more
@@ -677,33 +671,24 @@ void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, con
   check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), name, where.device);
 }
 
-template <class Function>
-void with_dtype(DType dtype, const Function& function) {
-  switch (dtype) {
-    case DType::float64: return function(Float64{});
-    case DType::float32: return function(Float32{});
-    case DType::bfloat16: return function(BFloat16{});
-    case DType::float16: return function(Float16{});
-  }
-}
-
 // Loads every kernel, which a capture into a graph must not be the first to do.
 cudaError_t load_all() {
   cudaFuncAttributes attributes;
   cudaError_t error = cudaSuccess;
+  const auto load = [&](auto kernel) {
+    if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
+  };
+  load(sq_norm_kernel);
   for (const DType dtype : {DType::float64, DType::float32, DType::bfloat16, DType::float16})
-    with_dtype(dtype, [&](auto type) {
-      using T = decltype(type);
-      const auto load = [&](auto kernel) {
-        if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
-      };
-      load(sq_norm_kernel<T>);
-      load(inner_step_kernel<T>);
-      load(displace_kernel<T>);
-      load(outer_step_kernel<T, false, false>);
-      load(outer_step_kernel<T, true, false>);
-      load(outer_step_kernel<T, true, true>);
-    });
+    for (const DType of_displacement : {DType::bfloat16, DType::float32})
+      with_dtypes({dtype, of_displacement}, [&](auto type, auto other) {
+        using T = decltype(type);
+        using D = decltype(other);
+        load(inner_step_kernel<T, D>);
+        load(end_walk_kernel<T, D>);
+        load(outer_step_kernel<T, D, false>);
+        load(outer_step_kernel<T, D, true>);
+      });
   return error;
 }
 
@@ -737,41 +722,35 @@ uint64_t capture_id(void* stream) {
   return error == cudaSuccess && status == cudaStreamCaptureStatusActive ? id : 0;
 }
 
-void sq_norm(const Table& table, DType dtype, double* partials, double* sq_norm, uint32_t* arrivals,
-             const Where& where) {
-  with_dtype(dtype, [&](auto type) {
-    const auto kernel = sq_norm_kernel<decltype(type)>;
-    const int64_t blocks = std::min(table.chunks, resident("sq_norm", kernel, where.device));
-    launch("sq_norm", kernel, blocks, where, table, partials, sq_norm, arrivals);
-  });
+void sq_norm(const Table& table, double* partials, double* sq_norm, uint32_t* arrivals, const Where& where) {
+  const int64_t blocks = std::min(table.chunks, resident("sq_norm", sq_norm_kernel, where.device));
+  launch("sq_norm", sq_norm_kernel, blocks, where, table, partials, sq_norm, arrivals);
 }
 
-void inner_step(const Table& table, DType dtype, const Cycle& cycle, const MicroBatch& micro_batch,
+void inner_step(const Table& table, DTypes dtypes, const Cycle& cycle, const MicroBatch& micro_batch,
                 const Where& where) {
-  with_dtype(dtype, [&](auto type) {
-    launch("inner_step", inner_step_kernel<decltype(type)>, table.chunks * table.parts, where, table, cycle,
-           micro_batch, where.last);
+  with_dtypes(dtypes, [&](auto type, auto of_displacement) {
+    launch("inner_step", inner_step_kernel<decltype(type), decltype(of_displacement)>, table.chunks * table.parts, where,
+           table, cycle, micro_batch, where.last);
   });
 }
 
-void outer_step(const Table& table, DType dtype, bool amsgrad, const Cycle& cycle, const MicroBatch& micro_batch,
-                int64_t taken, double* displacement_sq, uint32_t* arrivals, bool displaced, const Where& where) {
-  with_dtype(dtype, [&](auto type) {
+void end_walk(const Table& table, DTypes dtypes, const Cycle& cycle, const MicroBatch& micro_batch, double share,
+              const Where& where) {
+  with_dtypes(dtypes, [&](auto type, auto of_displacement) {
+    launch("end_walk", end_walk_kernel<decltype(type), decltype(of_displacement)>, table.chunks * table.parts, where,
+           table, cycle, micro_batch, share, where.last);
+  });
+}
+
+void outer_step(const Table& table, DTypes dtypes, bool amsgrad, const Cycle& cycle, const MicroBatch& micro_batch,
+                bool has_ended, int64_t taken, double* displacement_sq, uint32_t* arrivals, const Where& where) {
+  with_dtypes(dtypes, [&](auto type, auto of_displacement) {
     using T = decltype(type);
-    // Displaced ones are rare: one kernel, which also serves groups without maxima, is enough.
-    const auto kernel = displaced ? outer_step_kernel<T, true, true>
-                        : amsgrad ? outer_step_kernel<T, true, false>
-                                  : outer_step_kernel<T, false, false>;
-    launch("outer_step", kernel, table.chunks, where, table, cycle, micro_batch, taken, displacement_sq, arrivals,
-           where.first, where.last);
-  });
-}
-
-void displace(const Table& table, DType dtype, const Cycle& cycle, const MicroBatch& micro_batch, double share,
-              bool in_weight, const Where& where) {
-  with_dtype(dtype, [&](auto type) {
-    launch("displace", displace_kernel<decltype(type)>, table.chunks * table.parts, where, table, cycle, micro_batch,
-           share, in_weight, where.last);
+    using D = decltype(of_displacement);
+    const auto kernel = amsgrad ? outer_step_kernel<T, D, true> : outer_step_kernel<T, D, false>;
+    launch("outer_step", kernel, table.chunks, where, table, cycle, micro_batch, has_ended, taken, displacement_sq,
+           arrivals, where.first, where.last);
   });
 }
 

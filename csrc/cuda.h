@@ -50,17 +50,16 @@ std::string why_not(int device);
 uint64_t capture_id(void* stream);
 
 // sq_norm, partials [chunks]; arrivals: one zero, and zero again afterwards.
-void sq_norm(const Table& table, DType dtype, double* partials, double* sq_norm, uint32_t* arrivals, const Where& where);
+void sq_norm(const Table& table, double* partials, double* sq_norm, uint32_t* arrivals, const Where& where);
 
-void inner_step(const Table& table, DType dtype, const Cycle& cycle, const MicroBatch& micro_batch, const Where& where);
+void inner_step(const Table& table, DTypes dtypes, const Cycle& cycle, const MicroBatch& micro_batch, const Where& where);
 
-// displacement_sq [chunks]; taken: inner steps of this cycle. displaced: table and micro_batch are those of a displaced
-// outer step, see Table.displaced_on_device; micro_batch has no norms.
-void outer_step(const Table& table, DType dtype, bool amsgrad, const Cycle& cycle, const MicroBatch& micro_batch,
-                int64_t taken, double* displacement_sq, uint32_t* arrivals, bool displaced, const Where& where);
+void end_walk(const Table& table, DTypes dtypes, const Cycle& cycle, const MicroBatch& micro_batch, double share,
+              const Where& where);
 
-// in_weight: see Table.displacement_in_weight.
-void displace(const Table& table, DType dtype, const Cycle& cycle, const MicroBatch& micro_batch, double share,
-              bool in_weight, const Where& where);
+// displacement_sq [chunks]; taken: inner steps of this cycle. has_ended: after end_walk; the table is then that of
+// Table.on_device_after_walk, and micro_batch has no norms.
+void outer_step(const Table& table, DTypes dtypes, bool amsgrad, const Cycle& cycle, const MicroBatch& micro_batch,
+                bool has_ended, int64_t taken, double* displacement_sq, uint32_t* arrivals, const Where& where);
 
 }  // namespace nexus::cuda

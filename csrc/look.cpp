@@ -1,4 +1,4 @@
-// Looks at parameters and their gradients: addresses, versions and whether a gradient lies as its parameter does.
+// Looks at parameters and their gradients: addresses, and whether a gradient lies as its parameter does.
 //
 // From Python that is ten attribute reads per parameter and step. Here tensors are read through the table of C functions
 // that DLPack has every framework publish (`__dlpack_c_exchange_api__`), whose layout is fixed, and attributes through
@@ -31,11 +31,11 @@ struct DLPackExchangeAPI {
   int (*tensor_from_object)(void* object, DLTensor* out);
 };
 
-constexpr uint8_t kComplex = 5;  // DLDataTypeCode
+constexpr uint8_t kFloat = 2, kBfloat = 4;  // DLDataTypeCode
 
 PyTypeObject *tensor_type, *parameter_type;
 const DLPackExchangeAPI* api;
-PyGetSetDef *grad_attribute, *version_attribute;
+PyGetSetDef* grad_attribute;
 PyCFunction is_neg;
 
 PyTypeObject* dtensor_type;  // null until there is one
@@ -61,9 +61,8 @@ bool prepare_to_look(const py::object& tensor, const py::object& parameter) {
   tensor_type = reinterpret_cast<PyTypeObject*>(tensor.ptr());
   parameter_type = reinterpret_cast<PyTypeObject*>(parameter.ptr());
   grad_attribute = attribute(tensor, "grad");
-  version_attribute = attribute(tensor, "_version");
   is_neg = definition->ml_flags == METH_NOARGS ? definition->ml_meth : nullptr;
-  return api->major == 1 && api->tensor_from_object && grad_attribute && version_attribute && is_neg;
+  return api->major == 1 && api->tensor_from_object && grad_attribute && is_neg;
 }
 
 // Where an object of a type with __slots__ keeps one of them; 0 if it does not.
@@ -105,14 +104,6 @@ bool spread_alike(PyObject* a, PyObject* b) {
   return equal;
 }
 
-int64_t count(PyObject* tensor) { return PyLong_AsLongLong(get(tensor, version_attribute).ptr()); }
-
-// Of a DTensor: the writes through it and those into its part.
-int64_t version_of(PyObject* tensor) {
-  PyObject* part = part_of(tensor);
-  return count(tensor) + (part == tensor || !part ? 0 : count(part));
-}
-
 bool read(PyObject* object, DLTensor& out) {
   if (!object || (!Py_IS_TYPE(object, tensor_type) && !Py_IS_TYPE(object, parameter_type))) return false;
   if (api->tensor_from_object(object, &out) == 0) return true;
@@ -122,10 +113,18 @@ bool read(PyObject* object, DLTensor& out) {
 
 int64_t address(const DLTensor& t) { return reinterpret_cast<int64_t>(t.data) + int64_t(t.byte_offset); }
 
-// Whether two tensors are of one dtype and device, and element i of one belongs to element i of the other in memory.
+// The dtype's number, -1 for one that kernels cannot read.
+int64_t dtype_of(const DLTensor& t) {
+  using nexus::DType;
+  if (t.code == kBfloat && t.bits == 16) return int64_t(DType::bfloat16);
+  if (t.code != kFloat) return -1;
+  return t.bits == 64 ? int64_t(DType::float64) : t.bits == 32 ? int64_t(DType::float32)
+         : t.bits == 16 ? int64_t(DType::float16) : -1;
+}
+
+// Whether two tensors are on one device, and element i of one belongs to element i of the other in memory.
 bool alike(const DLTensor& a, const DLTensor& b, int64_t length) {
   if (a.device_type != b.device_type || a.device_id != b.device_id || a.ndim != b.ndim) return false;
-  if (a.code != b.code || a.bits != b.bits || a.code == kComplex) return false;
   int64_t numel = 1;
   for (int d = 0; d < a.ndim; ++d) {
     if (a.shape[d] != b.shape[d] || (a.shape[d] > 1 && a.strides[d] != b.strides[d])) return false;
@@ -140,57 +139,42 @@ bool negated(PyObject* tensor) {
   return answer.ptr() == Py_True;
 }
 
-// Fills addresses[i] with the address of parameter i's gradient: 0 without one, -1 for one without elements. Returns the
-// indices of parameters that Python must look at itself, and of those written since pointers and versions were taken.
+// Writes where gradients lie (0: there is none, -1: it has no elements) and their dtypes into the rows. Returns the rows
+// that Python must look at itself, whether anything is another than before, and whether every row has a gradient.
 //
 // objects[i], ours: the last gradient that was asked whether it is negated, which costs as much as all the rest. It is not
 // asked again at the same address, unless it has one element only: a dense one of several is negated by no public function
 // (`imag` of a conjugate has gaps), and would have to come as an object at the place of the one before.
-py::tuple look(const py::list& params, int64_t rows, bool use, int64_t addresses, int64_t pointers, int64_t versions,
-               int64_t objects) {
-  py::list unusual, written;
-  const auto* segments = pointer<const nexus::Segment>(rows);
+py::tuple look(const py::list& params, int64_t rows, bool use, int64_t objects) {
+  py::list unusual;
+  bool changed = false, complete = true;
+  auto* row = pointer<nexus::Segment>(rows);
+  auto* known = pointer<PyObject*>(objects);
   const Py_ssize_t n = PyList_GET_SIZE(params.ptr());
-  for (Py_ssize_t i = 0; i < n; ++i) {
+  for (Py_ssize_t i = 0; i < n; ++i, ++row, ++known) {
     PyObject* param = PyList_GET_ITEM(params.ptr(), i);
     DLTensor own, gradient;
-    if (!read(part_of(param), own) || address(own) != segments[i].weight) {
+    int64_t found = 0, dtype = row->grad_dtype;
+    if (!read(part_of(param), own) || address(own) != row->weight) {
       unusual.append(i);
-      written.append(i);  // perhaps: Python compares again
-      continue;
+    } else if (use) {
+      const py::object grad = get(param, grad_attribute);
+      if (!grad.is_none()) {
+        PyObject* part = part_of(grad.ptr());
+        bool fits = spread_alike(param, grad.ptr()) && read(part, gradient) && alike(gradient, own, row->length);
+        if (fits) dtype = dtype_of(gradient);
+        found = fits && row->length ? address(gradient) : -1;
+        fits = fits && dtype >= 0 &&
+               ((part == *known && found == row->grad && row->length > 1) || !negated(part));
+        *known = fits ? part : nullptr;
+        if (!fits) unusual.append(i), found = 0, dtype = row->grad_dtype;
+      }
     }
-    if (address(own) != pointer<int64_t>(pointers)[i] || version_of(param) != pointer<int64_t>(versions)[i])
-      written.append(i);
-    if (!use) continue;
-    const py::object grad = get(param, grad_attribute);
-    if (grad.is_none()) continue;
-    PyObject*& known = pointer<PyObject*>(objects)[i];
-    PyObject* part = part_of(grad.ptr());
-    const bool fits = spread_alike(param, grad.ptr()) && read(part, gradient) && alike(gradient, own, segments[i].length);
-    const int64_t found = fits && segments[i].length ? address(gradient) : -1;
-    const bool asked = part == known && found == segments[i].grad && segments[i].length > 1;
-    if (fits && (asked || !negated(part))) {
-      pointer<int64_t>(addresses)[i] = found;
-      known = part;
-    } else {
-      unusual.append(i);
-      known = nullptr;
-    }
+    complete &= found != 0;
+    changed |= found != row->grad || dtype != row->grad_dtype;
+    row->grad = found, row->grad_dtype = dtype;
   }
-  return py::make_tuple(unusual, written);
-}
-
-// After every parameter's version was raised once: takes them, and says whether each is one more than before. Where that
-// is known of them (`alone`), they need not be asked.
-bool take_versions(const py::list& params, int64_t versions, bool alone) {
-  int64_t* version = pointer<int64_t>(versions);
-  bool raised_once = true;
-  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params.ptr()); ++i) {
-    const int64_t now = alone ? version[i] + 1 : version_of(PyList_GET_ITEM(params.ptr(), i));
-    raised_once &= now == version[i] + 1;
-    version[i] = now;
-  }
-  return raised_once;
+  return py::make_tuple(unusual, changed, complete);
 }
 
 }  // namespace
@@ -199,5 +183,4 @@ void define_look(py::module_& m) {
   m.def("prepare_to_look", &prepare_to_look);
   m.def("prepare_to_look_at_dtensors", &prepare_to_look_at_dtensors);
   m.def("look", &look);
-  m.def("take_versions", &take_versions);
 }

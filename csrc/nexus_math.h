@@ -21,9 +21,11 @@ namespace nexus {
 
 // Members are macros so that a test can compare their names with the lists in Python.
 
-// One row of table.Table.rows: addresses in bytes (0: none), length in elements, chunk: number of its first chunk.
-#define NEXUS_SEGMENT \
-  weight, grad, theta, walk, exp_avg, exp_avg_sq, max_exp_avg_sq, step, length, group, touched, chunk
+// One row of table.Table.rows: addresses in bytes (0: none), length in elements, grad_dtype a DType, chunk: number of its
+// first chunk.
+#define NEXUS_SEGMENT                                                                                       \
+  weight, remainder, displacement, anchor, grad, grad_dtype, exp_avg, exp_avg_sq, max_exp_avg_sq, step, length, \
+      group, touched, chunk
 struct Segment {
   int64_t NEXUS_SEGMENT;
 };
@@ -35,6 +37,11 @@ struct Hyper {
 };
 
 enum class DType : int { float64 = 0, float32 = 1, bfloat16 = 2, float16 = 3 };
+
+// Of a table: of its parameters, and of their displacements.
+struct DTypes {
+  DType parameter, displacement;
+};
 
 constexpr int64_t kChunk = 16384;  // elements with a partial sum of their own: table.CHUNK_ELEMENTS
 
@@ -53,15 +60,19 @@ NEXUS_INLINE To bit_cast(From from) {
   return to;
 }
 
-// Storage types. `State` is the dtype of walk, master and moments. Conversions round to nearest, ties to even, and are
-// written with integers and selects so that they vectorize everywhere.
+// Storage types. `State` is the dtype of w, of all arithmetic and of the moments. load and store convert to and from it,
+// rounding to nearest, ties to even. read and write are for weights: below float32, w is kept in two parts of 16 bits,
+// the parameter, which is w rounded to nearest (ties away from zero), and a remainder. All of it is written with integers
+// and selects so that it vectorizes everywhere. reference.read_weight and write_weight are the definition.
 
 template <class Real>
 struct FullPrecision {
   using Storage = Real;
   using State = Real;
+  static constexpr DType dtype = sizeof(Real) == 8 ? DType::float64 : DType::float32;
   static constexpr bool low_precision = false;
   static NEXUS_INLINE State load(Storage x) { return x; }
+  static NEXUS_INLINE Storage store(State x) { return x; }
 };
 using Float64 = FullPrecision<double>;
 using Float32 = FullPrecision<float>;
@@ -69,6 +80,7 @@ using Float32 = FullPrecision<float>;
 struct BFloat16 {
   using Storage = uint16_t;
   using State = float;
+  static constexpr DType dtype = DType::bfloat16;
   static constexpr bool low_precision = true;
   static NEXUS_INLINE State load(Storage x) { return bit_cast<float>(uint32_t(x) << 16); }
   static NEXUS_INLINE Storage store(State x) {
@@ -76,11 +88,25 @@ struct BFloat16 {
     const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     return Storage((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
   }
+  // w's upper and lower half, the upper one rounded: where the lower one is 0x8000 or more, it borrows one. Never from
+  // ±0, inf or NaN, which somebody else must have written.
+  static NEXUS_INLINE State read(Storage parameter, Storage remainder) {
+    const uint32_t high = parameter, low = remainder, borrow = low >> 15, magnitude = high & 0x7fffu;
+    const uint32_t alone = (uint32_t(magnitude == 0) & borrow) | uint32_t(magnitude >= 0x7f80u);
+    return bit_cast<float>(alone ? high << 16 : (high - borrow) << 16 | low);
+  }
+  static NEXUS_INLINE void write(State w, Storage& parameter, Storage& remainder) {
+    const uint32_t bits = bit_cast<uint32_t>(w);
+    const uint32_t rounded = (bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : (bits + 0x8000u) >> 16;
+    parameter = Storage(rounded);
+    remainder = Storage((rounded & 0x7fffu) >= 0x7f80u ? 0u : bits & 0xffffu);
+  }
 };
 
 struct Float16 {
   using Storage = uint16_t;
   using State = float;
+  static constexpr DType dtype = DType::float16;
   static constexpr bool low_precision = true;
   static NEXUS_INLINE State load(Storage x) {
 #if defined(__CUDA_ARCH__)
@@ -105,7 +131,82 @@ struct Float16 {
     half = magnitude > 0x7f800000u ? 0x7e00u : half;   // NaN
     return Storage(half | (bits >> 16 & 0x8000u));
   }
+  // |w| = |parameter| ± units of 2^-16 of the parameter's spacing. Remainder: their number below a bit that says minus;
+  // minus none means minus 0x8000.
+  static NEXUS_INLINE State read(Storage parameter, Storage remainder) {
+    const uint32_t sign = uint32_t(parameter & 0x8000u) << 16, magnitude = parameter & 0x7fffu;
+    const float rounded = load(Storage(magnitude));
+    const bool minus = remainder >= 0x8000u;
+    const bool alone = (int(magnitude == 0) & int(minus)) | int(magnitude >= 0x7c00u);
+    const uint32_t number = remainder == 0x8000u ? 0x8000u : remainder & 0x7fffu;
+    const float units = float(int32_t(minus ? 0u - number : number)) * unit(rounded);
+    const float w = rounded + (alone ? 0.0f : units);
+    return bit_cast<float>(bit_cast<uint32_t>(w) | sign);
+  }
+  static NEXUS_INLINE void write(State w, Storage& parameter, Storage& remainder) {
+    const uint32_t bits = bit_cast<uint32_t>(w), sign = bits >> 16 & 0x8000u;
+    const float all = bit_cast<float>(bits & 0x7fffffffu);
+    const float magnitude = all < 0x1p-17f ? (all + 0x1p-17f) - 0x1p-17f : all;  // to a multiple of 2^-40
+    const uint32_t of_it = bit_cast<uint32_t>(magnitude);
+    const bool finite = magnitude < 65520.0f;
+    // Ties away from zero; the subnormal ones are their number of 2^-24.
+    const uint32_t normal = (of_it - 0x38000000u + 0x1000u) >> 13;
+    const uint32_t subnormal = uint32_t(int32_t((magnitude < 0x1p-14f ? magnitude : 0.0f) * 0x1p24f + 0.5f));
+    uint32_t half = magnitude < 0x1p-14f ? subnormal : normal;
+    half = finite ? half : 0x7c00u;
+    const float rounded = load(Storage(half));
+    const float inverse_unit = bit_cast<float>(0x7f000000u - bit_cast<uint32_t>(unit(rounded)));
+    const int32_t number = int32_t((finite ? magnitude - rounded : 0.0f) * inverse_unit);
+    parameter = Storage(of_it > 0x7f800000u ? 0x7e00u : half | sign);
+    remainder = Storage(number < 0 ? 0x8000u | (uint32_t(-number) & 0x7fffu) : uint32_t(number));
+  }
+
+ private:
+  // 2^-16 of the spacing of float16 at a number of its; at inf, that of the largest.
+  static NEXUS_INLINE float unit(float rounded) {
+    uint32_t exponent = bit_cast<uint32_t>(rounded) >> 23;
+    exponent = exponent < 113u ? 113u : exponent > 142u ? 142u : exponent;
+    return bit_cast<float>((exponent - 26u) << 23);
+  }
 };
+
+// Calls the function with the storage type that belongs to a dtype.
+#if defined(__CUDACC__)
+#pragma nv_exec_check_disable  // the function may be one of the host
+#endif
+template <class Function>
+NEXUS_INLINE void with_dtype(DType dtype, const Function& function) {
+  switch (dtype) {
+    case DType::float64: return function(Float64{});
+    case DType::float32: return function(Float32{});
+    case DType::bfloat16: return function(BFloat16{});
+    case DType::float16: return function(Float16{});
+  }
+}
+
+// The same for a table's two: displacements are float64 for float64, else bfloat16 or float32.
+template <class Function>
+void with_dtypes(DTypes dtypes, const Function& function) {
+  with_dtype(dtypes.parameter, [&](auto type) {
+    if constexpr (sizeof(typename decltype(type)::State) == 8)
+      function(type, Float64{});
+    else if (dtypes.displacement == DType::bfloat16)
+      function(type, BFloat16{});
+    else
+      function(type, Float32{});
+  });
+}
+
+// θ, the outer weights, from w and D; and w from θ and the next D. An element that has no displacement is not touched,
+// so that -0 stays -0.
+template <class State>
+NEXUS_INLINE State outer_weight(State w, State D) {
+  return D != 0 ? w + D : w;
+}
+template <class State>
+NEXUS_INLINE State walked_weight(State theta, State D) {
+  return D != 0 ? theta - D : theta;
+}
 
 // γ·g/n as (g · 2^a) · (m · 2^b) in the state's dtype: γ/n leaves float32's range long before γ·g/n does, and the first
 // product is exact. `factor` is ±γ/n in float64.

@@ -1,4 +1,4 @@
-"""Which backends this machine has, why one is missing, and which one a device gets. The only importer of backends."""
+"""Which backends this machine has, why one is missing, and which one a device gets. The only importer of fused ones."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def available() -> dict[str, str | None]:
 
 
 def why_not(
-    name: str, device: torch.device, dtype: torch.dtype = torch.float32, *, displaced: bool = False
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    displacement_dtype: torch.dtype = torch.bfloat16,
 ) -> str | None:
-    """None where the backend can update tensors of `dtype` on `device`, else the reason why not and the remedy.
-
-    displaced: also with `displace` and displaced outer steps.
-    """
+    """None where the backend can update tensors of these dtypes on `device`, else the reason why not and the remedy."""
     if name == "reference":
         return None
     needed, remedy = _NEEDS[name]
@@ -40,7 +40,7 @@ def why_not(
     except ImportError as error:
         return f"{needed} cannot be imported ({error}): {remedy}"
     module = importlib.import_module(f"nexus_fused.{name}")
-    reason: str | None = module.why_not_on(device, dtype, displaced=displaced)
+    reason: str | None = module.why_not_on(device, dtype, displacement_dtype)
     return reason
 
 
@@ -59,12 +59,9 @@ def resolve(
     fused: bool | None,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
-    *,
-    displaced: bool = False,
+    displacement_dtype: torch.dtype = torch.bfloat16,
 ) -> ModuleType:
     """The backend module for parameters of `dtype` on `device`, under the constructor's `backend` and `fused`.
-
-    displaced: for ranks that walk on their own.
 
     RuntimeError: what was asked for explicitly cannot run here; nothing falls back.
     """
@@ -72,7 +69,7 @@ def resolve(
         return importlib.import_module("nexus_fused.reference")
     reasons = {}
     for name in [backend] if backend else _fused(device):
-        reason = why_not(name, device, dtype, displaced=displaced)
+        reason = why_not(name, device, dtype, displacement_dtype)
         if reason is None:  # the others are not asked: Triton's answer is to compile all of its kernels
             if name == "cpu":
                 _tell_of_one_thread()

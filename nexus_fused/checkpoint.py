@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import hyperparameters
-from .cycle import GROUP_KEYS
 from .flat import STATE_DTYPE, real_dtype
+from .options import GROUP_KEYS, group_row
+from .walk import Walk
 
-_KEYS = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "anchor", "walk"}
+_KEYS = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "remainder", "displacement", "anchor"}
 
 
 def check(
-    state_dict: dict[str, Any], groups: list[dict[str, Any]], inner_steps: int
+    state_dict: dict[str, Any], groups: list[dict[str, Any]], walk: Walk
 ) -> tuple[list[dict[str, Any]], dict[Tensor, dict[str, Any]], dict[Any, Any]]:
     """Compares `state_dict` with the optimizer's parameter groups.
 
@@ -57,9 +57,10 @@ def check(
         if not own["params"]:  # torch.distributed.checkpoint loses its data, or leaves those that it had here
             for key in GROUP_KEYS:
                 group.pop(key, None)
+    inner_steps = walk.inner_steps
     position = _check_position(complete, inner_steps)
     for index, group in enumerate(complete):
-        hyperparameters.group_row(group, index, inner_steps)
+        group_row(group, index, inner_steps)
         _check_totals(group, index)
         if position > 0 and groups[index]["params"]:
             _check_cycle_data(group, index, inner_steps, len(groups[index]["params"]))
@@ -78,10 +79,12 @@ def check(
         for i, param in enumerate(groups[index]["params"]):
             where = f"parameter {i} of group {index}"
             if entries.get(param):
-                _check_entry(entries[param], param, where, amsgrad=group["amsgrad"], position=position)
+                _check_entry(
+                    entries[param], param, where, amsgrad=group["amsgrad"], position=position, local=walk.is_local
+                )
             elif position > 0 and group["touched"][i]:
                 raise ValueError(
-                    f"the loaded state is of position {position} of a cycle, but {_no_anchor(where, param)}"
+                    f"the loaded state is of position {position} of a cycle, but {_lacks('displacement', where, param)}"
                 )
     return complete, entries, foreign
 
@@ -154,24 +157,34 @@ def _check_cycle_data(group: dict[str, Any], index: int, inner_steps: int, n_par
         )
 
 
-def _no_anchor(where: str, param: Tensor) -> str:
-    key = "walk" if STATE_DTYPE[real_dtype(param.dtype)] != real_dtype(param.dtype) else "anchor"
+def _lacks(key: str, where: str, param: Tensor) -> str:
+    """Why a key of mid-cycle is missing, and what to do."""
     if not param.requires_grad:
         return (
             f"{where}, which is frozen here, has no {key!r}: torch.distributed.checkpoint drops the state of frozen "
             "parameters, so freeze it after loading"
         )
+    if key == "remainder":
+        return (
+            f"{where} has no 'remainder': the checkpoint is truncated, or of a model in another dtype"
+        )
     return (
         f"{where} has no {key!r}: a distributed load fills only keys it finds, so call "
-        "materialize_anchors() before it; otherwise the checkpoint is truncated"
+        "materialize_displacements() before it; otherwise the checkpoint is truncated"
     )
 
 
-def _check_entry(entry: Any, param: Tensor, where: str, *, amsgrad: bool, position: int) -> None:
+def _check_entry(entry: Any, param: Tensor, where: str, *, amsgrad: bool, position: int, local: bool) -> None:
     """One parameter's state: complete, of the parameter's shape, nothing unknown in it."""
     if not isinstance(entry, dict):
         raise TypeError(f"the loaded state of {where} must be a dict, but is a {type(entry).__name__}")
+    if "master" in entry or "walk" in entry or ("anchor" in entry and "displacement" not in entry):
+        raise ValueError(
+            f"the loaded state of {where} is of an older form, with 'anchor', 'master' or 'walk': this version keeps a "
+            "'displacement' and a 'remainder'. Load the model's weights, and of this state step, exp_avg and exp_avg_sq"
+        )
     needed = {"step", "exp_avg", "exp_avg_sq"} | ({"max_exp_avg_sq"} if amsgrad else set())
+    low_precision = STATE_DTYPE[real_dtype(param.dtype)] != real_dtype(param.dtype)
     missing, unknown = sorted(needed - entry.keys()), sorted(entry.keys() - _KEYS)
     if missing or unknown:
         what = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"has unknown {', '.join(unknown)}"] * bool(unknown)
@@ -179,23 +192,45 @@ def _check_entry(entry: Any, param: Tensor, where: str, *, amsgrad: bool, positi
             f"the loaded state of {where} {' and '.join(what)}: it is truncated or of another optimizer; load a "
             "state of NexusAdamW or AdamW, or remove the whole entry to start this parameter from zero"
         )
-    low_precision = STATE_DTYPE[real_dtype(param.dtype)] != real_dtype(param.dtype)
-    if position > 0 and ("walk" if low_precision else "anchor") not in entry:
-        raise ValueError(f"the loaded state is of position {position} of a cycle, but {_no_anchor(where, param)}")
+    if position > 0:
+        for key in ["displacement"] + ["remainder"] * low_precision + ["anchor"] * local:
+            if key not in entry:
+                raise ValueError(
+                    f"the loaded state is of position {position} of a cycle, but {_lacks(key, where, param)}"
+                )
+        if "anchor" in entry and not local:
+            raise ValueError(
+                f"the loaded state of {where} has an 'anchor': ranks with a displacement_group saved it in mid-cycle. "
+                "Build the optimizer with one, or load a checkpoint that was saved at a boundary"
+            )
     for key, value in entry.items():
         if key == "step":
             if isinstance(value, Tensor) and value.numel() != 1:
                 raise ValueError(f"the loaded 'step' of {where} must be one number, but has shape {tuple(value.shape)}")
             if not _is_number(value):
                 raise TypeError(f"the loaded 'step' of {where} must be a number, but is {value!r}")
-        elif not isinstance(value, Tensor) or value.shape != param.shape or value.is_complex() != param.is_complex():
+        elif not isinstance(value, Tensor) or not _fits(key, value, param):
             got = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else repr(value)
             raise ValueError(
                 f"the loaded {key!r} of {where} is {got}, the parameter {tuple(param.shape)} {param.dtype}: "
-                "the checkpoint is of another model"
+                "the checkpoint is of another model, or of one in another dtype"
             )
         elif not _has_values(value):
             raise ValueError(
                 f"the loaded {key!r} of {where} is a {value.layout} tensor on {value.device}, whose values cannot be "
                 "copied: load the checkpoint with dense tensors on a device, torch.load(..., map_location='cpu')"
             )
+
+
+def _fits(key: str, value: Tensor, param: Tensor) -> bool:
+    """Whether a tensor of the state has the parameter's shape, and a dtype that may be copied into ours."""
+    if key == "remainder" and value.dtype != param.dtype:  # its bits
+        return False
+    shape, is_complex = param.shape, param.is_complex()
+    if key == "displacement":
+        wide = real_dtype(param.dtype) == torch.float64
+        if real_dtype(value.dtype) not in ((torch.float64,) if wide else (torch.bfloat16, torch.float32)):
+            return False
+        if is_complex and value.dtype == torch.bfloat16:  # pairs: see flat.shaped_like
+            shape, is_complex = torch.Size((*shape, 2)), False
+    return value.shape == shape and value.is_complex() == is_complex

@@ -12,62 +12,62 @@ from . import _C
 from .cycle import Cycle, MicroBatch
 from .table import Table
 
-_DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
-
-def why_not_on(device: torch.device, dtype: torch.dtype, *, displaced: bool = False) -> str | None:
+def why_not_on(device: torch.device, dtype: torch.dtype, displacement_dtype: torch.dtype) -> str | None:
     """None on a CPU, else why these kernels cannot update tensors there."""
     return None if device.type == "cpu" else f"its kernels run on CPU tensors and a parameter is on {device}"
 
 
-def _table(table: Table, *, displaced: bool = False) -> tuple[int, int, int, int]:
-    rows = table.displaced_on_device()[0] if displaced else table.rows
-    return rows.data_ptr(), len(rows), table.chunks, _DTYPES[table.dtype]
+def _table(table: Table, rows: Tensor | None = None) -> tuple[int, int, int, int, int]:
+    rows = table.rows if rows is None else rows
+    return rows.data_ptr(), len(rows), table.chunks, *table.dtypes
 
 
 def sq_norm(table: Table) -> Tensor:
-    """‖g‖² over the table's gradients: 0-dim float64. Reads 4 bytes per float32 element, 2 below."""
-    norm = _C.sq_norm(*_table(table), table.partials.data_ptr(), torch.get_num_threads())
+    """‖g‖² over the table's gradients: 0-dim float64. Reads each gradient once."""
+    norm = _C.sq_norm(*_table(table)[:3], table.partials.data_ptr(), torch.get_num_threads())
     return torch.tensor(norm, dtype=torch.float64, device="cpu")
 
 
 def inner_step(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch) -> None:
-    """w ← w − γ·g/n. Moves 12 bytes per element, the first time in a cycle 16 (float32) or 12 (below)."""
+    """D ← Q(D + γ·g/n), w ← θ − D. Moves 16 bytes per element (float32), 14 (below), the first time 2 less."""
+    cycle.advance(micro_batch)
+    counts = cycle.moves.data_ptr(), cycle.lost_moves.data_ptr()
+    for table in tables:
+        _C.inner_step(*_table(table), cycle.factor.data_ptr(), *counts, torch.get_num_threads())
+
+
+def outer_step(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch | None, taken: int) -> None:
+    """Last inner step, end of the walk and AdamW in one pass: 30 bytes per element (float32), 28 (below)."""
     cycle.advance(micro_batch)
     for table in tables:
-        _C.inner_step(
-            *_table(table),
-            cycle.factor.data_ptr(),
-            cycle.moves.data_ptr(),
-            cycle.lost_moves.data_ptr(),
-            torch.get_num_threads(),
-        )
-
-
-def outer_step(
-    tables: list[Table], cycle: Cycle, micro_batch: MicroBatch | None, taken: int, *, displaced: bool = False
-) -> None:
-    """Last inner step, displacement, AdamW and w ← θ in one pass: 32 bytes per element, displaced 28 (float32)."""
-    if not displaced:
-        cycle.advance(micro_batch)
-    for table in tables:
-        _C.outer_step(
-            *_table(table, displaced=displaced),
-            cycle.hyper.data_ptr(),
-            cycle.factor.data_ptr(),
-            cycle.walk_length.data_ptr(),
-            cycle.displacement_sq.data_ptr(),
-            table.displacement_sq.data_ptr(),
-            displaced,
-            torch.get_num_threads(),
-        )
+        _outer_step(table, cycle, _table(table), has_ended=False)
     cycle.finish(taken)
 
 
-def displace(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch | None, share: float) -> None:
-    """Last inner step and w ← D · share. Moves 16 bytes per element (float32), 14 or 12 (below)."""
+def end_walk(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch | None, share: float) -> None:
+    """Last inner step, w ← θ and D ← Q(D · share): 16 bytes per element (float32), 14 (below)."""
     cycle.advance(micro_batch)
     for table in tables:
-        _C.displace(
-            *_table(table), cycle.factor.data_ptr(), share, table.displacement_in_weight, torch.get_num_threads()
-        )
+        _C.end_walk(*_table(table), cycle.factor.data_ptr(), share, torch.get_num_threads())
+
+
+def adamw(tables: list[Table], cycle: Cycle, moved: list[Tensor], taken: int) -> None:
+    """AdamW on θ and D after `end_walk`: 26 bytes per element (float32 and below)."""
+    cycle.advance(None)
+    for table, who in zip(tables, moved, strict=True):
+        _outer_step(table, cycle, _table(table, table.on_device_after_walk(who)[0]), has_ended=True)
+    cycle.finish(taken)
+
+
+def _outer_step(table: Table, cycle: Cycle, of_table: tuple[int, int, int, int, int], *, has_ended: bool) -> None:
+    _C.outer_step(
+        *of_table,
+        has_ended,
+        cycle.hyper.data_ptr(),
+        cycle.factor.data_ptr(),
+        cycle.walk_length.data_ptr(),
+        cycle.displacement_sq.data_ptr(),
+        table.displacement_sq.data_ptr(),
+        torch.get_num_threads(),
+    )

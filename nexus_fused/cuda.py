@@ -1,7 +1,7 @@
 """The CUDA backend: starts the kernels of csrc/cuda.cu on the current stream of the tables' device.
 
 Functions are those of reference.py, where they are defined. Nothing returns to the host. A step of one table is 2
-launches: the norm, and the inner step, displacement or outer step, which also advance the scalars.
+launches: the norm, and the inner step, end of the walk or outer step, which also advance the scalars.
 """
 
 from __future__ import annotations
@@ -13,10 +13,8 @@ from . import _C
 from .cycle import Cycle, MicroBatch
 from .table import Table
 
-_DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
-
-def why_not_on(device: torch.device, dtype: torch.dtype, *, displaced: bool = False) -> str | None:
+def why_not_on(device: torch.device, dtype: torch.dtype, displacement_dtype: torch.dtype) -> str | None:
     """None where the kernels can update tensors on `device`, else why not and what to do."""
     if not _C.CUDA_TARGETS:
         return (
@@ -44,11 +42,12 @@ def _where(device: torch.device, *, first: bool = True, last: bool = True) -> tu
     return device.index, torch.cuda.current_stream(device).cuda_stream, first, last
 
 
-def _table(table: Table, *, displaced: bool = False) -> tuple[tuple[int, ...], int]:
-    """`struct Table` and the dtype."""
-    rows, row_of_chunk, starts, touch = table.displaced_on_device() if displaced else table.on_device()
+def _table(table: Table, moved: Tensor | None = None) -> tuple[int, ...]:
+    """`struct Table`; moved: as for `Table.on_device_after_walk`."""
+    on_device = table.on_device() if moved is None else table.on_device_after_walk(moved)
+    rows, row_of_chunk, starts, touch = on_device
     pointers = rows.data_ptr(), row_of_chunk.data_ptr(), starts.data_ptr()
-    return (*pointers, starts.shape[0] - 1, table.chunks, touch, table.parts), _DTYPES[table.dtype]
+    return *pointers, starts.shape[0] - 1, table.chunks, touch, table.parts
 
 
 def _scalars(cycle: Cycle, micro_batch: MicroBatch | None) -> tuple[tuple[int, ...], list[int], tuple[int, int, int]]:
@@ -79,40 +78,52 @@ def sq_norm(table: Table) -> Tensor:
     """‖g‖² over the table's gradients: [1], float64. Reads 4 bytes per float32 element, 2 below."""
     with _on(table.device):
         partials, norm = table.partials.data_ptr(), table.sq_norm.data_ptr()
-        _C.cuda_sq_norm(*_table(table), partials, norm, table.arrivals.data_ptr(), _where(table.device))
+        _C.cuda_sq_norm(_table(table), partials, norm, table.arrivals.data_ptr(), _where(table.device))
     return table.sq_norm
 
 
 def inner_step(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch) -> None:
-    """w ← w − γ·g/n. Moves 12 bytes per element, the first time in a cycle 16 (float32) or 12 (below)."""
+    """D ← Q(D + γ·g/n), w ← θ − D. Moves 16 bytes per element (float32), 14 (below), the first time 2 less."""
     with _on(cycle.device):
-        readable = _readable(micro_batch, cycle.device)
+        readable = _readable(micro_batch, cycle.device)  # lives as long as its addresses are used
         of_cycle, norms, rest = _scalars(cycle, readable)
         for table in tables:
-            _C.cuda_inner_step(*_table(table), of_cycle, norms, rest, _where(cycle.device, last=table is tables[-1]))
+            ends = _where(cycle.device, last=table is tables[-1])
+            _C.cuda_inner_step(_table(table), table.dtypes, of_cycle, norms, rest, ends)
 
 
-def outer_step(
-    tables: list[Table], cycle: Cycle, micro_batch: MicroBatch | None, taken: int, *, displaced: bool = False
+def outer_step(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch | None, taken: int) -> None:
+    """Last inner step, end of the walk and AdamW in one pass: 30 bytes per element (float32), 28 (below)."""
+    _outer_step(tables, cycle, micro_batch, None, taken)
+
+
+def end_walk(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch | None, share: float) -> None:
+    """Last inner step, w ← θ and D ← Q(D · share): 16 bytes per element (float32), 14 (below)."""
+    with _on(cycle.device):
+        readable = _readable(micro_batch, cycle.device)  # lives as long as its addresses are used
+        of_cycle, norms, rest = _scalars(cycle, readable)
+        for table in tables:
+            ends = _where(cycle.device, last=table is tables[-1])
+            _C.cuda_end_walk(_table(table), table.dtypes, of_cycle, norms, rest, share, ends)
+
+
+def adamw(tables: list[Table], cycle: Cycle, moved: list[Tensor], taken: int) -> None:
+    """AdamW on θ and D after `end_walk`: 26 bytes per element (float32 and below)."""
+    _outer_step(tables, cycle, None, moved, taken)
+
+
+def _outer_step(
+    tables: list[Table], cycle: Cycle, micro_batch: MicroBatch | None, moved: list[Tensor] | None, taken: int
 ) -> None:
-    """Last inner step, displacement, AdamW and w ← θ in one pass: 32 bytes per element, displaced 28 (float32)."""
+    """moved: for each table who takes part; None where the walk has not ended."""
     with _on(cycle.device):
-        readable = None if displaced else _readable(micro_batch, cycle.device)
+        readable = _readable(micro_batch, cycle.device)  # lives as long as its addresses are used
         of_cycle, norms, rest = _scalars(cycle, readable)
-        for table in tables:
+        nobody: list[None] = [None] * len(tables)
+        for table, who in zip(tables, moved or nobody, strict=True):
             amsgrad = any(bucket.amsgrad for bucket in table.buckets)
             memory = table.displacement_sq.data_ptr(), table.arrivals.data_ptr()
             ends = _where(cycle.device, first=table is tables[0], last=table is tables[-1])
-            of_table = _table(table, displaced=displaced)
-            _C.cuda_outer_step(*of_table, amsgrad, of_cycle, norms, rest, taken, *memory, displaced, ends)
+            of_table = _table(table, who), table.dtypes, amsgrad
+            _C.cuda_outer_step(*of_table, of_cycle, norms, rest, moved is not None, taken, *memory, ends)
     cycle.finished = cycle.results
-
-
-def displace(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch | None, share: float) -> None:
-    """Last inner step and w ← D · share. Moves 16 bytes per element (float32), 14 or 12 (below)."""
-    with _on(cycle.device):
-        readable = _readable(micro_batch, cycle.device)
-        of_cycle, norms, rest = _scalars(cycle, readable)
-        for table in tables:
-            in_weight, ends = table.displacement_in_weight, _where(cycle.device, last=table is tables[-1])
-            _C.cuda_displace(*_table(table), of_cycle, norms, rest, share, in_weight, ends)

@@ -9,17 +9,7 @@ import torch
 from torch import Tensor
 
 from .graphs import Replayed, upload
-
-# The columns of `Cycle.hyper`, all float64. `struct Hyper` in csrc/nexus_math.h is the same list; a test compares.
-HYPER = ("inner_lr", "lr", "beta1", "beta2", "eps", "weight_decay", "sign", "normalize")
-INNER_LR, LR, BETA1, BETA2, EPS, WEIGHT_DECAY, SIGN, NORMALIZE = range(8)
-
-# Keys of a parameter group that belong to the running cycle; the same keys at every position, and lists of the same
-# length: where it changes, torch.distributed.checkpoint mixes them with those that were there.
-GROUP_KEYS = (
-    "cycle_position", "walk_length", "walk_sq_length", "touched", "grad_norms",
-    "skipped_inner_steps", "skipped_outer_steps",
-)  # fmt: skip
+from .options import HYPER, INNER_LR, LR, SIGN, WEIGHT_DECAY
 
 
 class MicroBatch(NamedTuple):
@@ -163,7 +153,7 @@ class Cycle:
     def advance(self, micro_batch: MicroBatch | None) -> None:
         """Decides about an inner step from the squared norm of all gradients, and counts its length.
 
-        Source: ALGORITHM's n_k, γ_k/n_k and Γ; nothing moves when n_k is 0, inf or nan or `found_inf` is not 0.
+        Source: arXiv 2604.09258, Algorithm 3; nothing moves when n_k is 0, inf or nan or `found_inf` is not 0.
         None: an outer step without a last gradient adds nothing to the walk.
         """
         if micro_batch is None:

@@ -94,9 +94,13 @@ def checksum(param: Any) -> str:
         return str(tuple(local.shape))
     if local.is_complex():
         local = torch.view_as_real(local.resolve_conj())
-    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[local.element_size()]
-    flat = local.resolve_neg().contiguous().view(-1)
-    return hex(int(flat.view(bits).sum(dtype=torch.int64)) % 2**64)
+    return hex(int(bits(local.resolve_neg().contiguous().view(-1)).sum(dtype=torch.int64)) % 2**64)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """A real tensor's bits as integers, in the same memory."""
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.view(kinds[tensor.element_size()])
 
 
 def shard_ranks(param: Any) -> tuple[int, ...]:

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .dtensor import as_part_of, local_part, part_like
+from .dtensor import as_part_of, local_part
 
 BUCKET_BYTES = 512 * 2**20  # bounds what construction needs beside parameters and state
 ALIGNMENT = 64  # bytes: a cache line, the widest vector register
 
-# Storage dtype of a parameter -> dtype its walk, master and moments are computed and kept in.
+# The columns of a table, all int64: addresses in bytes (0: none), `grad_dtype` a number of DTYPES, `length` in real
+# elements, `chunk` the number of the segment's first chunk. `struct Segment` in csrc/nexus_math.h is the same list; a
+# test compares the two.
+COLUMNS = (
+    "weight", "remainder", "displacement", "anchor", "grad", "grad_dtype", "exp_avg", "exp_avg_sq", "max_exp_avg_sq",
+    "step", "length", "group", "touched", "chunk",
+)  # fmt: skip
+WEIGHT, GRAD, GRAD_DTYPE, TOUCHED, CHUNK = map(COLUMNS.index, ("weight", "grad", "grad_dtype", "touched", "chunk"))
+
+# The numbers by which kernels know dtypes: `enum DType` of csrc/nexus_math.h.
+DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+
+# Dtype of a parameter -> dtype of w, of all arithmetic and of the moments.
 STATE_DTYPE = {
     torch.float64: torch.float64,
     torch.float32: torch.float32,
@@ -64,17 +75,15 @@ class Bucket:
 
     group: int
     numel: int
-    state_dtype: torch.dtype
     device: torch.device
     amsgrad: bool = False
-    buffers: dict[str, Tensor] = field(default_factory=dict)
-    flat: Tensor | None = None  # weights of the parameters that could be moved, each at its offset
+    buffers: dict[str, Tensor] = field(default_factory=dict)  # by their key in the state
 
-    def ensure(self, name: str) -> bool:
+    def ensure(self, name: str, dtype: torch.dtype) -> bool:
         """Allocates the buffer `name`, zeros, unless it exists; returns whether it had to."""
         if name in self.buffers:
             return False
-        self.buffers[name] = torch.zeros(self.numel, dtype=self.state_dtype, device=self.device)
+        self.buffers[name] = torch.zeros(self.numel, dtype=dtype, device=self.device)
         return True
 
 
@@ -91,13 +100,11 @@ class Segment:
     strides: tuple[int, ...]  # of the dense memory that kernels walk
     numel: int  # real elements
     low_precision: bool
-    state: dict[str, Any]
     staged: Tensor | None = None  # dense twin of a parameter with gaps, copied in and out
     bucket: Bucket = field(init=False)
     start: int = 0
     step: Tensor = field(init=False)
-    cycle_view: Tensor | None = None  # anchor or walk as the state shows it in mid-cycle
-    touched: bool = False  # had a gradient in this cycle, so theta and walk are both valid
+    touched: bool = False  # had a gradient in this cycle, so its displacement is valid
     row: int = -1  # in its table
 
     @property
@@ -111,22 +118,6 @@ class Segment:
         return local_part(self.param)
 
     @property
-    def version(self) -> int:
-        """Grows with every write that autograd sees: through a DTensor, or into its local part."""
-        local = self.local
-        return self.param._version + (local._version if local is not self.param else 0)
-
-    @property
-    def theta_name(self) -> str:
-        """The buffer that holds θ during a cycle: a persistent float32 master below float32, else the anchor."""
-        return "master" if self.low_precision else "anchor"
-
-    @property
-    def cycle_key(self) -> str:
-        """The state key that exists in mid-cycle only: the buffer that is dead at a boundary."""
-        return "walk" if self.low_precision else "anchor"
-
-    @property
     def weight(self) -> Tensor:
         """Flat view of the values the model runs on (of their dense twin for a parameter with gaps)."""
         return flat_view(self.local if self.staged is None else self.staged)
@@ -135,14 +126,6 @@ class Segment:
         """Flat view of this parameter's part of a bucket's buffer."""
         return self.bucket.buffers[name][self.start : self.start + self.numel]
 
-    @property
-    def theta(self) -> Tensor:
-        return self.buffer(self.theta_name)
-
-    @property
-    def walk(self) -> Tensor:
-        return self.buffer("walk") if self.low_precision else self.weight
-
     def shaped(self, name: str) -> Tensor:
         """The parameter's part of a buffer, in its shape and with a storage of just its own bytes; a DTensor for one.
 
@@ -150,61 +133,21 @@ class Segment:
         """
         return as_part_of(shaped_like(self.buffer(name), self), self.param)
 
-    def theta_versions(self) -> list[tuple[str, int]]:
-        """Of θ and the walk, where the state shows them: each grows with every write through the state's tensor."""
-        shown = [(name, self.state.get(name)) for name in (self.theta_name, self.cycle_key)]
-        return [(name, local_part(value)._version) for name, value in shown if isinstance(value, Tensor)]
-
-    def adopt(self, *, restart: bool, shown: Tensor | None = None, with_state: bool = False) -> None:
-        """Takes over values that somebody else wrote into the parameter; with_state: and into θ and the walk as well.
-
-        Full precision: they are θ already; with `restart` a walk under way starts anew from them. Below float32: an
-        element that no longer is the rounding of `shown` (by default the walk, or θ where there is none) replaces its
-        float32 value; the others keep their precision.
-        """
-        if self.staged is not None:
-            self.staged.copy_(self.local.detach())
-        if with_state:
-            return
-        if self.low_precision:
-            if shown is None:
-                shown = self.walk if self.touched else self.theta
-            written = self.weight != shown.to(self.weight.dtype)
-            values = self.weight.to(self.theta.dtype)
-            for kept in (self.theta, self.walk) if self.touched else (self.theta,):
-                kept.copy_(torch.where(written, values, kept))
-        elif self.touched and restart:
-            self.theta.copy_(self.weight)
-
-    def restore(self, entry: dict[str, Any] | None) -> None:
-        """Copies a checked state entry into place; zero state without one. A master in it wins over the parameter."""
-        for name in ("step", *self.bucket.buffers):
-            own = self.state.get(name)
-            if own is None:  # a walk's buffer, at a boundary
-                continue
-            if entry and name in entry:
-                value = entry[name]
-                if name == "step":
-                    own.copy_(value if isinstance(value, Tensor) else torch.tensor(float(value), device="cpu"))
-                else:
-                    local_part(own).copy_(part_like(value, self.param))
-            elif name == "master":
-                self.theta.copy_(self.weight)
-            else:
-                local_part(own).zero_()
-        if entry and "master" in entry and not self.low_precision:
-            self.local.detach().copy_(part_like(entry["master"], self.param))
-
 
 def shaped_like(flat: Tensor, segment: Segment) -> Tensor:
-    """`flat` (real, one-dimensional) with the shape, strides and complexness of the segment, own storage."""
+    """`flat` (real, one-dimensional) with the shape and strides of the segment, complex where it is, own storage.
+
+    There are no complex numbers of bfloat16: such displacements are shown as pairs, in one more dimension.
+    """
     own = torch.from_dlpack(flat) if flat.numel() else torch.empty_like(flat)
-    if segment.dtype.is_complex:
-        own = torch.view_as_complex(own.view(-1, 2))
-    return own.as_strided(segment.shape, segment.strides)
+    if not segment.dtype.is_complex:
+        return own.as_strided(segment.shape, segment.strides)
+    if flat.dtype == torch.bfloat16:
+        return own.as_strided((*segment.shape, 2), (*(2 * stride for stride in segment.strides), 1))
+    return torch.view_as_complex(own.view(-1, 2)).as_strided(segment.shape, segment.strides)
 
 
-def make_segment(param: Tensor, *, group: int, index: int, state: dict[str, Any]) -> Segment:
+def make_segment(param: Tensor, *, group: int, index: int) -> Segment:
     """Describes `param`; nothing is allocated for it but the dense twin of a parameter with gaps."""
     dtype, local = real_dtype(param.dtype), local_part(param)
     staged = None
@@ -220,7 +163,6 @@ def make_segment(param: Tensor, *, group: int, index: int, state: dict[str, Any]
         strides=local.stride() if staged is None else staged.stride(),
         numel=local.numel() * (2 if param.is_complex() else 1),
         low_precision=STATE_DTYPE[dtype] != dtype,
-        state=state,
         staged=staged,
     )
 

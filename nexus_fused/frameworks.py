@@ -13,10 +13,26 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def of_the_optimizer(method: Method) -> Method:
+    """Has a method that sets attributes work on the optimizer itself, also where it is called on a framework's wrapper.
+
+    Lightning's wrappers imitate the class of what they wrap, so our methods run with a wrapper as `self`. Reading its
+    attributes reaches the optimizer, but whatever they set would stay in the wrapper, unseen by the next `step()`.
+    """
+
+    @functools.wraps(method)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return method(self._itself(), *args, **kwargs)
+
+    return cast(Method, call)
 
 
 class AccumulationWatch:

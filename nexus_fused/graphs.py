@@ -95,6 +95,19 @@ def _check_hyperparameters(param_groups: list[dict[str, Any]]) -> None:
                 )
 
 
+class Capture:
+    """The capture into a CUDA graph in which the running cycle began. known: its number; ever: there was one, once."""
+
+    def __init__(self) -> None:
+        self.known: int | None = None
+        self.ever = False
+
+    def begin(self, number: int | None) -> None:
+        """Takes note of the capture, if any, that the running cycle is part of."""
+        self.known = number
+        self.ever |= number is not None
+
+
 class Replayed:
     """Memory that captured steps use at every replay; never reused, never freed while the optimizer lives.
 
@@ -137,3 +150,13 @@ def upload(values: Tensor, target: Tensor, replayed: Replayed | None = None) -> 
         target.copy_(values)
     else:  # the allocator of pinned memory keeps it until the copy is done
         target.copy_(values.pin_memory(), non_blocking=True)
+
+
+def follow(owner: Any, uploaded: Tensor, capturing: bool, prepared: int) -> None:
+    """Tells a table or a cycle whether it is captured: what replays use stays then. prepared: copies of what it uploads
+    that pinned memory must be ready for, before."""
+    owner.capturing = capturing
+    if capturing:
+        owner.hold()
+    elif prepared:
+        owner.replayed.prepare(uploaded.shape, uploaded.dtype, prepared)

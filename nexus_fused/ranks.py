@@ -23,24 +23,14 @@ class Ranks:
     """The ranks that an optimizer's result depends on, and what is exchanged with them.
 
     norm_group: ranks with other parameters of the model, whose norms are added. displacement_group: ranks with the same
-    parameters and walks of their own, whose displacements are averaged; of bfloat16 parameters in displacement_dtype.
-    Shards: found in the parameters. ValueError or TypeError for what is no group of this rank, or no such dtype.
+    parameters and walks of their own, whose displacements are averaged. Shards: found in the parameters. TypeError for
+    what is no group of this rank.
     """
 
-    def __init__(
-        self, norm_group: Any = None, displacement_group: Any = None, displacement_dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, norm_group: Any = None, displacement_group: Any = None) -> None:
         check_group(norm_group, "norm_group")
         check_group(displacement_group, "displacement_group")
-        if displacement_dtype not in (None, torch.bfloat16):
-            raise ValueError(
-                f"displacement_dtype must be None or torch.bfloat16, but is {displacement_dtype!r}: the elements of a "
-                "displacement are too small for float16, and float32 is what None means"
-            )
-        if displacement_dtype is not None and displacement_group is None:
-            raise ValueError("displacement_dtype is for the average over a displacement_group: give that too")
         self.norm_group, self.displacement_group = norm_group, displacement_group
-        self.displacement_dtype = displacement_dtype
         self.modules: list[weakref.ref[Any]] = []  # under fully_shard
         self._known: set[int] = set()  # ids of the parameters whose modules were looked for
         # Of each sum over shards: groups to sum over in turn, a device of theirs, the classes that count on this rank.

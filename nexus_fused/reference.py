@@ -1,22 +1,22 @@
 """The definition of Nexus in plain PyTorch, for any device and dtype. Every other backend is held to this one.
 
-One cycle, in the symbols of arXiv 2604.09258 (Algorithm 3):
+One cycle, in the symbols of arXiv 2604.09258 (Algorithm 3); the displacement D = θ − w is kept, not θ:
 
-    w_0 = θ
+    D = 0
     for k = 0 … K−1:
         n_k = ‖g_k‖₂                            one norm over all parameters
-        w_{k+1} = w_k − γ_k · g_k / n_k         nothing moves when n_k is 0, inf or nan
-    D = (θ − w_{K−1}) + γ_{K−1} · g_{K−1} / n_{K−1}
-    G = D / Γ,  Γ = Σ γ_k
-    θ ← AdamW(θ, G);  w ← θ
+        θ = w + D
+        D ← Q(D + γ_k · g_k / n_k)              Q rounds to D's dtype; nothing moves when n_k is 0, inf or nan
+        w ← θ − D
+    θ = w + D;  G = D / Γ,  Γ = Σ γ_k           the last step, fused with this, is rounded neither into D nor into w
+    w ← AdamW(θ, G);  D = 0
 
-Where ranks walk on their own, θ ← AdamW(θ, mean D / mean Γ): `displace` puts D/R in place of w, others sum it over the
-R ranks and average Γ, and a displaced `outer_step` goes on from there.
-
-A backend is a module with four functions: `sq_norm` of one `table.Table` (weights, gradients, state), `inner_step`,
-`outer_step` and `displace` of all tables of a device, with a `cycle.Cycle` (that device's scalars) and a
-`cycle.MicroBatch`. They update weights, state and scalars in place and return nothing but a norm. This one spends
-memory for clarity.
+A backend is a module with the functions `sq_norm` of one `table.Table` (weights, gradients, state), and `inner_step`,
+`outer_step`, `end_walk` and `adamw` of all tables of a device, with a `cycle.Cycle` (that device's scalars) and a
+`cycle.MicroBatch`. They update weights, state and scalars in place and return nothing but a norm. `outer_step` is the
+last inner step, the end of the walk and AdamW in one. Where something happens to D in between, such as a mean over
+ranks, `end_walk` leaves w = θ and D in its memory, and `adamw` goes on from there. This module spends memory for
+clarity.
 
 Rounding: scalars are computed in float64, elements in the state's dtype (float32, for float64 parameters float64),
 each operation rounded on its own, in the order written here.
@@ -27,8 +27,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .cycle import BETA1, BETA2, EPS, LR, NORMALIZE, WEIGHT_DECAY, Cycle, MicroBatch
-from .flat import Segment, flat_view
+from .cycle import Cycle, MicroBatch
+from .flat import STATE_DTYPE, Segment, flat_view
+from .options import BETA1, BETA2, EPS, LR, NORMALIZE, WEIGHT_DECAY
 from .table import Table
 
 
@@ -44,7 +45,73 @@ def scaled_gradient(g: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(factor != 0, (g.to(dtype) * power) * rest, torch.zeros((), dtype=dtype, device=g.device))
 
 
-def adamw(
+def read_weight(parameter: Tensor, remainder: Tensor | None) -> Tensor:
+    """Returns a copy of w, float32 (float64 for float64 parameters), from a parameter and its remainder, a tensor of
+    the same dtype of which only the bits count. None: w is the parameter.
+
+    bfloat16: the upper and the lower half of w; where the lower one is 0x8000 or more, it borrows one from the upper.
+    float16: |w| = |parameter| ± units of 2^-16 of the parameter's spacing; the lower 15 bits are their number, the
+    upper one says minus, and minus none means minus 0x8000. Every pair is read: ±0 with a remainder from 0x8000 on,
+    which `write_weight` never writes, and inf and NaN are w as they are.
+    """
+    if remainder is None:
+        return parameter.clone()
+    high, low = (tensor.view(torch.int16).int() for tensor in (parameter, remainder))
+    magnitude, minus = high & 0x7FFF, low < 0
+    alone = ((magnitude == 0) & minus) | ~parameter.isfinite()
+    if parameter.dtype == torch.bfloat16:
+        w = ((high - minus.int()) << 16 | (low & 0xFFFF)).view(torch.float32)
+    else:
+        number = low & 0x7FFF
+        number = torch.where(minus, -torch.where(number == 0, 0x8000, number), number)
+        rounded = parameter.float().abs()
+        w = (rounded + number.float() * _unit(rounded)).copysign(parameter.float())
+    return torch.where(alone, parameter.float(), w)
+
+
+def write_weight(w: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """The parameter, w rounded to nearest (ties away from zero), and its remainder; see `read_weight`.
+
+    Lossless for finite w that do not round to inf, in float16 from 2^-17 on; below, w is first rounded to a multiple of
+    2^-40. NaN is 0x7FC0 (0x7E00), and it and ±inf have the remainder 0.
+    """
+    if dtype == w.dtype:
+        return w, None
+    if dtype == torch.bfloat16:
+        bits = w.view(torch.int32)
+        high = torch.where(w.isnan(), 0x7FC0, (bits + 0x8000) >> 16)
+        low = torch.where((high & 0x7FFF) >= 0x7F80, 0, bits & 0xFFFF)
+    else:
+        magnitude = w.abs()
+        magnitude = torch.where(magnitude < 2**-17, (magnitude + 2**-17) - 2**-17, magnitude)
+        finite = magnitude < 65520
+        normal = (magnitude.view(torch.int32) - 0x38000000 + 0x1000) >> 13
+        half = torch.where(magnitude < 2**-14, (magnitude * 2**24 + 0.5).int(), normal)
+        half = torch.where(finite, half, 0x7C00)
+        rounded = half.to(torch.int16).view(torch.float16).float()
+        number = torch.where(finite, (magnitude - rounded) / _unit(rounded), 0).int()
+        high = torch.where(w.isnan(), 0x7E00, half | (w.signbit().int() << 15))
+        low = torch.where(number < 0, 0x8000 | (-number & 0x7FFF), number)
+    return high.to(torch.int16).view(dtype), low.to(torch.int16).view(dtype)
+
+
+def _unit(rounded: Tensor) -> Tensor:
+    """2^-16 of the spacing of float16 at a number of its, as float32; at inf, that of the largest."""
+    exponent = (rounded.view(torch.int32) >> 23).clamp(113, 142)
+    return ((exponent - 26) << 23).view(torch.float32)
+
+
+def outer_weight(w: Tensor, D: Tensor) -> Tensor:
+    """θ. An element without a displacement is not touched: −0 stays −0."""
+    return torch.where(D != 0, w + D, w)
+
+
+def walked_weight(theta: Tensor, D: Tensor) -> Tensor:
+    """w, where θ and the displacement are known."""
+    return torch.where(D != 0, theta - D, theta)
+
+
+def adamw_formula(
     theta: Tensor,
     G: Tensor,
     exp_avg: Tensor,
@@ -86,66 +153,90 @@ def sq_norm(table: Table) -> Tensor:
 
 
 def inner_step(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch) -> None:
-    """w ← w − γ·g/n for every parameter with a gradient; writes θ first where it has not moved in this cycle."""
+    """D ← Q(D + γ·g/n) and w ← θ − D for every parameter with a gradient; D counts as 0 where it has not moved before.
+
+    Where the table keeps an anchor, it becomes θ before the first move of a cycle.
+    """
     cycle.advance(micro_batch)
     for table in tables:
         for segment in table.with_gradient():
-            w = segment.walk if segment.touched else (segment.theta if segment.low_precision else segment.weight)
-            w = w.clone()
-            if not segment.touched:
-                segment.theta.copy_(w)
-            step = scaled_gradient(_gradient(table, segment), cycle.factor[segment.group], w.dtype)
-            w_next = w - step
+            w, D = weight(segment), displacement(table, segment)
+            if table.keeps_anchor and not segment.touched:
+                segment.buffer("anchor").copy_(w)
+            factor = cycle.factor[segment.group]
+            step = scaled_gradient(_gradient(table, segment), factor, w.dtype)
+            rounded = (D + step).to(table.displacement_dtype)
+            moved = walked_weight(outer_weight(w, D), rounded.to(w.dtype))
             cycle.moves += (step != 0).sum()
-            cycle.lost_moves += ((step != 0) & (w_next == w)).sum()
-            segment.walk.copy_(w_next)
-            if segment.low_precision:
-                segment.weight.copy_(w_next)
+            cycle.lost_moves += ((step != 0) & (moved == w)).sum()
+            segment.buffer("displacement").copy_(rounded)
+            set_weight(segment, moved, factor != 0)
 
 
-def outer_step(
-    tables: list[Table], cycle: Cycle, micro_batch: MicroBatch | None, taken: int, *, displaced: bool = False
-) -> None:
-    """Last inner step, displacement, AdamW and w ← θ for every parameter that had a gradient in this cycle.
+def outer_step(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch | None, taken: int) -> None:
+    """Last inner step, end of the walk and AdamW for every parameter that had a gradient in this cycle.
 
     A group with Γ = 0 keeps weights, moments and `step`. `micro_batch`: None where the cycle ends without a last
     gradient. `taken`: its inner steps. Leaves ‖D‖² per group and the other sums of the cycle in `cycle.finished`.
-
-    displaced: the last inner step is `displace`'s, and `micro_batch` is not looked at. D lies where that put it, Γ is
-    `cycle.walk_length`, and `table.moved` tells which parameters had a gradient; the others get their weights back.
     """
-    if displaced:
-        for table in tables:
-            for segment, moved in zip(table.segments, table.moved.tolist(), strict=True):
-                theta = segment.theta.clone()
-                D = table.displacement(segment).to(theta.dtype, copy=True)
-                segment.weight.copy_(theta)
-                if moved:
-                    _outer_step(segment, cycle, theta, D)
-    else:
-        cycle.advance(micro_batch)
-        for table in tables:
-            for segment in table.moving():
-                theta = segment.theta if segment.touched or segment.low_precision else segment.weight
-                _outer_step(segment, cycle, theta.clone(), _displacement(table, segment, cycle))
+    cycle.advance(micro_batch)
+    for table in tables:
+        for segment in table.moving():
+            D = displacement(table, segment)
+            _outer_step(segment, cycle, outer_weight(weight(segment), D), _last_displacement(table, segment, cycle, D))
     cycle.finish(taken)
 
 
-def displace(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch | None, share: float) -> None:
-    """Last inner step and displacement of every parameter; D · share overwrites its walk.
+def end_walk(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch | None, share: float) -> None:
+    """Last inner step and end of the walk of every parameter: w ← θ, exact where there is an anchor, D ← Q(D · share).
 
-    That is the parameter's own memory, and its anchor must be allocated; below float32 the float32 walk or, with
-    `table.reduces_low_precision`, again the parameter, and D · share is rounded to its dtype. Also for parameters that
-    did not move, whose D is 0; θ is valid for all afterwards. `micro_batch`: as for `outer_step`, which must follow,
-    with `displaced=True`. `share`: 1/R where the D of R ranks are summed. Nothing is counted: D is not rounded into w.
+    Also for parameters that did not move, whose D is 0. `micro_batch`: as for `outer_step`. `share`: 1/R where R ranks
+    add up their D. Nothing is counted: the last step is not rounded into w.
     """
     cycle.advance(micro_batch)
     for table in tables:
         for segment in table.segments:
-            D = _displacement(table, segment, cycle)
-            if not (segment.touched or segment.low_precision):
-                segment.theta.copy_(segment.weight)
-            table.displacement(segment).copy_(D * share)
+            D = displacement(table, segment)
+            if segment.touched:
+                anchor = segment.buffer("anchor") if table.keeps_anchor else outer_weight(weight(segment), D)
+                set_weight(segment, anchor)
+            segment.buffer("displacement").copy_(_last_displacement(table, segment, cycle, D) * share)
+
+
+def adamw(tables: list[Table], cycle: Cycle, moved: list[Tensor], taken: int) -> None:
+    """AdamW after `end_walk`, which has left w = θ, on D as it lies in memory, with Γ from `cycle`.
+
+    moved: for each table who takes part, != 0 for each of its segments: [segments], on the device.
+    """
+    cycle.advance(None)
+    for table, who in zip(tables, moved, strict=True):
+        for segment, takes_part in zip(table.segments, who.tolist(), strict=True):
+            if takes_part:
+                D = segment.buffer("displacement").to(STATE_DTYPE[table.dtype])
+                _outer_step(segment, cycle, weight(segment), D)
+    cycle.finish(taken)
+
+
+def weight(segment: Segment) -> Tensor:
+    """w, a copy."""
+    return read_weight(segment.weight, segment.buffer("remainder") if segment.low_precision else None)
+
+
+def set_weight(segment: Segment, w: Tensor, moved: Tensor | None = None) -> None:
+    """Stores w in the parameter and its remainder; where `moved` (0-dim bool) is False, these stay as they are."""
+    parts = write_weight(w, segment.weight.dtype)
+    memory = segment.weight, segment.buffer("remainder") if segment.low_precision else None
+    for own, part in zip(memory, parts, strict=True):
+        if own is not None and part is not None:
+            own.copy_(part if moved is None else torch.where(moved, part, own))
+
+
+def displacement(table: Table, segment: Segment) -> Tensor:
+    """D in the state's dtype, a copy; 0 where the parameter has not moved in this cycle."""
+    dtype = STATE_DTYPE[table.dtype]
+    if not segment.touched:
+        return torch.zeros(segment.numel, dtype=dtype, device=table.device)
+    return segment.buffer("displacement").to(dtype, copy=True)
 
 
 def _gradient(table: Table, segment: Segment) -> Tensor:
@@ -154,12 +245,11 @@ def _gradient(table: Table, segment: Segment) -> Tensor:
     return flat_view(gradient)
 
 
-def _displacement(table: Table, segment: Segment, cycle: Cycle) -> Tensor:
-    dtype = segment.bucket.state_dtype
-    D = segment.theta - segment.walk if segment.touched else torch.zeros_like(segment.weight, dtype=dtype)
-    if table.gradient(segment) is not None:
-        D = D + scaled_gradient(_gradient(table, segment), cycle.factor[segment.group], dtype)
-    return D
+def _last_displacement(table: Table, segment: Segment, cycle: Cycle, D: Tensor) -> Tensor:
+    """D with the last inner step, if there is one; not rounded."""
+    if table.gradient(segment) is None:
+        return D
+    return D + scaled_gradient(_gradient(table, segment), cycle.factor[segment.group], D.dtype)
 
 
 def _outer_step(segment: Segment, cycle: Cycle, theta: Tensor, D: Tensor) -> None:
@@ -171,7 +261,7 @@ def _outer_step(segment: Segment, cycle: Cycle, theta: Tensor, D: Tensor) -> Non
 
     names = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * segment.bucket.amsgrad
     old = [segment.buffer(name) for name in names]
-    new_theta, *new = adamw(
+    new_theta, *new = adamw_formula(
         theta,
         G,
         old[0],
@@ -187,7 +277,5 @@ def _outer_step(segment: Segment, cycle: Cycle, theta: Tensor, D: Tensor) -> Non
     for before, after in zip(old, new, strict=False):
         assert after is not None
         before.copy_(torch.where(walked, after, before))
-    if segment.low_precision:
-        segment.theta.copy_(torch.where(walked, new_theta, theta))
-    segment.weight.copy_(torch.where(walked, new_theta.to(segment.weight.dtype), segment.weight))
+    set_weight(segment, new_theta, walked)
     segment.step += walked

@@ -1,4 +1,4 @@
-"""Compiles every Triton kernel ahead of time, as the launchers start it, for a target; no GPU is needed.
+"""Compiles ahead of time, for a target, every Triton kernel that the backend tries out; no GPU is needed.
 
 python tests/compile_kernels.py cuda:90 [--write]: prints JSON, {kernel and constants: figures}. `--write` puts the
 register counts into tests/registers.json, which test_triton_compile.py compares with.
@@ -6,6 +6,7 @@ register counts into tests/registers.json, which test_triton_compile.py compares
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -15,21 +16,21 @@ from pathlib import Path
 import inside
 import torch
 import triton
-from torch import nn
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-import nexus_fused
-from nexus_fused import triton as backend
-from nexus_fused.cycle import MicroBatch
-from nexus_fused.triton_kernels import displace, elements, inner_step, outer_step, scalars, sq_norm
+from nexus_fused.triton_kernels import elements
 
 TABLE = Path(__file__).with_name("registers.json")
+DTYPES = [  # of parameters, of displacements
+    *itertools.product((torch.float32, torch.bfloat16, torch.float16), (torch.bfloat16, torch.float32)),
+    (torch.float64, torch.float64),
+]
 TYPES = {torch.float64: "*fp64", torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32"}
 
 
 def launches():
-    """What the launchers would start, for all dtypes and options: (kernel, arguments, constants), each once."""
+    """What the backend starts when it tries out all dtypes: (kernel, arguments, constants), each once."""
     found = {}
 
     def record(kernel, programs, *args, **constants):
@@ -38,23 +39,9 @@ def launches():
         types = [type_ or given for type_, given in zip(stated, types, strict=False)]
         found[kernel.__name__, str(types), str(constants)] = kernel, types, constants
 
-    for module in (sq_norm, inner_step, displace, outer_step, scalars):
-        module.launch = record
-    scale = torch.ones(1)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        for amsgrad in (False, True):
-            params = [nn.Parameter(torch.ones(8, dtype=dtype)), nn.Parameter(torch.ones(8, dtype=torch.float64))]
-            optimizer = nexus_fused.NexusAdamW(params, amsgrad=amsgrad, backend="reference")
-            (cycle,), tables = inside.cycles(optimizer), inside.tables(optimizer)
-            sq_norms = [backend.sq_norm(table) for table in tables]
-            backend.inner_step(tables, cycle, MicroBatch(sq_norms, 0))
-            for factors in ((None, None), (scale, scale), (None, scale)):
-                backend.outer_step(tables, cycle, MicroBatch(sq_norms, 0, *factors), 1)
-            backend.outer_step(tables, cycle, None, 1)
-            backend.displace(tables, cycle, None, 1.0)
-            for table in tables:
-                table.moved = torch.ones(len(table.segments), dtype=torch.int64)
-            backend.outer_step(tables, cycle, None, 1, displaced=True)
+    elements.launch = record
+    for dtypes in DTYPES:
+        inside.try_out(torch.device("cpu"), *dtypes)
     return found.values()
 
 

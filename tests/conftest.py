@@ -15,6 +15,7 @@ if not torch.cuda.is_available():  # read when nexus_fused imports the kernels: 
 import cuda_on_cpu
 
 from nexus_fused import NexusAdamW, backends
+from nexus_fused.reference import read_weight
 
 if not torch.cuda.is_available() and backends.why_not("cpu", torch.device("cpu")) is None:
     cuda_on_cpu.install()
@@ -92,15 +93,39 @@ def values(params):
     return [p.detach().clone() for p in params]
 
 
+def exact(optimizer, param):
+    """A parameter's weight with its remainder, float32 below float32."""
+    return read_weight(param.detach(), optimizer.state[param].get("remainder"))
+
+
 def assert_same(left, right):
     """Equality bit for bit (NaN equals NaN)."""
     for a, b in zip(left, right, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
+def assert_theta(shown, theta, *, longest):
+    """θ as it is shown in mid-cycle: within two units in the last place of the larger of θ and the largest D of a walk.
+
+    longest: no element of D is larger. Weights are float32 (or float64).
+    """
+    for now, before in zip(shown, theta, strict=True):
+        unit = torch.finfo(before.dtype).eps * 2.0 ** torch.frexp(before.abs().clamp(min=longest)).exponent / 2
+        assert ((now - before).abs() <= 2 * unit).all(), (now - before).abs().max()
+
+
+def by_bits(state):
+    """A state dict whose remainders, which may look like NaN, are integers."""
+    entries = {
+        key: {name: value.view(torch.int16) if name == "remainder" else value for name, value in entry.items()}
+        for key, entry in state["state"].items()
+    }
+    return {**state, "state": entries}
+
+
 def snapshot(optimizer):
     """Everything that an error must leave as it was."""
-    return copy.deepcopy((optimizer.state_dict(), [values(g["params"]) for g in optimizer.param_groups]))
+    return copy.deepcopy((by_bits(optimizer.state_dict()), [values(g["params"]) for g in optimizer.param_groups]))
 
 
 def assert_snapshot(optimizer, before):

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from nexus_fused import NexusAdamW
-from nexus_fused import table as _table
+from nexus_fused import observer as _observer
 from nexus_fused.cycle import Cycle
 from nexus_fused.table import Table
 
-compiled_look = _table._quick_look is not None
+compiled_look = _observer._quick_look is not None
 """Whether the extension looks at parameters and gradients, or Python does."""
 
 # Of an optimizer
@@ -23,7 +23,7 @@ compiled_look = _table._quick_look is not None
 
 def tables(optimizer: NexusAdamW) -> list[Table]:
     """One for each device and dtype."""
-    return list(optimizer._tables.values())
+    return list(optimizer._walk.tables.values())
 
 
 def only_table(optimizer: NexusAdamW) -> Table:
@@ -38,21 +38,22 @@ def segments(optimizer: NexusAdamW) -> list[Any]:
 
 def cycles(optimizer: NexusAdamW) -> list[Cycle]:
     """The scalars of the running cycle, one for each device."""
-    return list(optimizer._cycles.values())
+    return list(optimizer._walk.cycles.values())
 
 
 def work(optimizer: NexusAdamW) -> list[tuple[Cycle, list[Table]]]:
     """Each cycle with its tables."""
-    return optimizer._work
+    return optimizer._walk.work
 
 
 def split_work(optimizer: NexusAdamW) -> None:
     """Has two cycles share the two tables of one device, as those of two devices do."""
-    ((cycle, both),) = optimizer._work
+    walk = optimizer._walk
+    ((cycle, both),) = walk.work
     second = Cycle(cycle.device, cycle.inner_steps, cycle.backend)
     second.grow(len(optimizer.param_groups))
-    optimizer._work = [(cycle, both[:1]), (second, both[1:])]
-    optimizer._cycles = {(cycle.device, ()): cycle, (torch.device("meta"), ()): second}
+    walk.work = [(cycle, both[:1]), (second, both[1:])]
+    walk.cycles = {(cycle.device, ()): cycle, (torch.device("meta"), ()): second}
 
 
 def backends_of(optimizer: NexusAdamW) -> list[str]:
@@ -62,7 +63,7 @@ def backends_of(optimizer: NexusAdamW) -> list[str]:
 
 def demand_backend(optimizer: NexusAdamW, name: str) -> None:
     """Has parameters that come later use this one."""
-    optimizer._backend = name
+    optimizer._walk.backend = name
 
 
 def frozen(optimizer: NexusAdamW) -> list[Any]:
@@ -77,17 +78,18 @@ def thaw(optimizer: NexusAdamW) -> None:
 
 def set_position(optimizer: NexusAdamW, position: int) -> None:
     """Has the optimizer believe that it took so many inner steps in this cycle."""
-    optimizer._set_position(position)
+    optimizer._walk.position = position
+    optimizer._show_position()
 
 
 def look(optimizer: NexusAdamW, *, gradients: bool) -> None:
     """Does what `step()` does before it starts a kernel."""
-    optimizer._look(gradients=gradients)
+    optimizer._refresh(gradients=gradients)
 
 
 def sq_norms(optimizer: NexusAdamW) -> list[Tensor]:
     """‖g‖² of all tables, after `look`."""
-    return optimizer._sq_norms()
+    return optimizer._walk.sq_norms(None)
 
 
 # Of a table
@@ -96,31 +98,44 @@ def sq_norms(optimizer: NexusAdamW) -> list[Tensor]:
 def rebuild(table: Table) -> None:
     """Has its rows say where everything lies now."""
     table._outdated = True
-    table._refresh()
+    table.refresh()
 
 
-def look_at_all(table: Table) -> tuple[list[int], list[int]]:
-    """Rows whose gradient needs another look, and rows that may have been written by others."""
-    return table._look(table.addresses, True)
+def keep_anchors(optimizer: NexusAdamW) -> None:
+    """Has θ kept beside w, as with a `displacement_group`; before the first step or right after parameters came."""
+    for table in tables(optimizer):
+        table.keeps_anchor = True
+        if optimizer.cycle_position:
+            table.ensure_displacements()
+
+
+def look_at_all(table: Table) -> tuple[list[int], bool, bool]:
+    """Rows that need another look, whether anything changed, and whether all have a gradient."""
+    observer = table._observer
+    return _observer._quick_look(observer._params, table.rows.data_ptr(), True, observer._objects.buffer_info()[0])
+
+
+def copies(table: Table) -> dict[int, Tensor]:
+    """This micro-batch's gradients that had other strides, by row."""
+    return table._observer.copies
 
 
 def look_in_python(patch: Any) -> None:
     """Leaves the extension's look away. patch: what has pytest's `monkeypatch.setattr`."""
-    patch.setattr(_table, "_quick_look", None)
-    patch.setattr(_table, "_take_versions", None)
+    patch.setattr(_observer, "_quick_look", None)
 
 
 # Of backends and the demo
 
 
-def try_out(device: torch.device, dtype: torch.dtype, *, displaced: bool = False) -> None:
+def try_out(device: torch.device, dtype: torch.dtype, displacement_dtype: torch.dtype = torch.bfloat16) -> None:
     """Compiles and runs Triton's kernels, whether or not it was done before."""
     from nexus_fused import triton
 
-    (triton._try_out_displaced if displaced else triton._try_out).__wrapped__(device, dtype)
+    triton._try_out.__wrapped__(device, dtype, displacement_dtype)
 
 
-def replace_try_out(patch: Any, instead: Any, *, displaced: bool = False) -> None:
+def replace_try_out(patch: Any, instead: Any) -> None:
     from nexus_fused import triton
 
-    patch.setattr(triton, "_try_out_displaced" if displaced else "_try_out", instead)
+    patch.setattr(triton, "_try_out", instead)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inside
 import torch
 from conftest import assert_same
 from torch import nn
@@ -31,44 +30,65 @@ CPU = torch.device("cpu")
 
 
 def make_table(
-    dtype, sizes, *, offsets=(0, 0), touched=(), gradients="all", flatten=False, amsgrad=False, bad=None, device=CPU
+    dtype,
+    sizes,
+    *,
+    offsets=(0, 0),
+    touched=(),
+    gradients="all",
+    flatten=False,
+    amsgrad=False,
+    bad=None,
+    device=CPU,
+    displacement_dtype=None,
+    grad_dtype=None,
+    anchor=False,
 ):
-    """A table with random weights, moments, θ and gradients; unwritten memory is NaN. offsets: of both."""
+    """A table with random weights, moments, displacements and gradients, zeros and -0 among them; unwritten memory is
+    NaN. offsets: of weights and gradients. displacement_dtype: None is bfloat16 (float64 for float64). grad_dtype: None
+    is the parameters'."""
 
-    def randn(numel, offset):
+    def randn(numel, offset, dtype=dtype):
         return torch.randn(numel + offset, dtype=torch.float64).to(device, dtype)[offset:]
 
     torch.manual_seed(0)
-    table = Table(device, dtype)
+    kept_in = torch.float64 if dtype == torch.float64 else displacement_dtype or torch.bfloat16
+    table = Table(device, dtype, kept_in, keeps_anchor=anchor)
     segments = []
     for i, size in enumerate(sizes):
         param = nn.Parameter(randn(size, offsets[0]))
-        segments.append(make_segment(param, group=0, index=i, state={}))
+        param.data[::35] = -0.0
+        param.grad_dtype = None
+        segments.append(make_segment(param, group=0, index=i))
     table.extend(segments, flatten=flatten)
     table.set_amsgrad(0, amsgrad)
+    table.ensure_displacements()
     for bucket in table.buckets:  # whoever reads before writing is found out
-        bucket.ensure("walk" if bucket.state_dtype != dtype else "anchor")
-        (bucket.buffers["walk"] if bucket.state_dtype != dtype else bucket.buffers["anchor"]).fill_(float("nan"))
-    table.ensure_cycle_buffers()
-    inside.rebuild(table)
+        for name in ("displacement", "anchor"):
+            if name in bucket.buffers:
+                bucket.buffers[name].fill_(float("nan"))
     for i, segment in enumerate(table.segments):
         segment.step.fill_(i)
         for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
             if name in segment.bucket.buffers:
                 segment.buffer(name).copy_(torch.rand(segment.numel) * 1e-2)
+        if segment.low_precision:
+            bits = torch.randint(-(2**15), 2**15, [segment.numel], dtype=torch.int32).to(device, torch.int16)
+            segment.buffer("remainder").view(torch.int16).copy_(bits)
         if i in touched:
-            if segment.low_precision:
-                segment.walk.copy_(segment.theta + 0.01 * torch.randn(segment.numel).to(device))
-                segment.weight.copy_(segment.walk)
-            else:
-                segment.theta.copy_(segment.walk + 0.01 * torch.randn(segment.numel).to(device))
+            D = 0.01 * torch.randn(segment.numel)
+            D[::7] = 0
+            segment.buffer("displacement").copy_(D.to(device))
+            if anchor:
+                segment.buffer("anchor").copy_(reference.weight(segment) + D.to(device))
         if gradients == "all" or i in gradients:
-            segment.param.grad = randn(segment.numel, offsets[1])
+            grad = randn(segment.numel, offsets[1], grad_dtype or dtype)
+            grad[::5] = 0
             if bad is not None and segment.numel:
-                segment.param.grad[-1] = bad
+                grad[-1] = bad
+            segment.param.grad = grad
     table.set_touched([s for i, s in enumerate(table.segments) if i in touched], True)
     table.read_gradients(use=True)
-    table.adopt_writes(restart=True)
     return table
 
 
@@ -88,33 +108,53 @@ def contents(table, cycle):
     tensors = []
     for segment in table.segments:
         tensors += [segment.weight.clone(), segment.step.clone()]
-        tensors += [segment.buffer(name).clone() for name in sorted(segment.bucket.buffers)]
+        for name in sorted(segment.bucket.buffers):
+            values = segment.buffer(name).clone()
+            tensors.append(values.view(torch.int16) if name == "remainder" else values)
     sums = [cycle.sums, cycle.totals, *(cycle.finished or ())[:1]]
     return [*tensors, cycle.counts.clone()], [s.clone() for s in sums]
 
 
-def run_function(function, table, cycle, micro_batch):
+def run_function(function, table, cycle, micro_batch, *, moved=None):
+    """moved: rows that take part in `adamw`; None: those that took part."""
     if function == "inner_step":
         cycle.backend.inner_step([table], cycle, micro_batch)
-    else:
+    elif function == "outer_step":
         cycle.backend.outer_step([table], cycle, micro_batch, 3)
+    elif function == "end_walk":
+        cycle.backend.end_walk([table], cycle, micro_batch, 1 / 3)
+    else:
+        who = table.took_part() if moved is None else torch.tensor([3 * (s.row in moved) for s in table.segments])
+        cycle.backend.end_walk([table], cycle, micro_batch, 1 / 3)
+        cycle.backend.adamw([table], cycle, [who.double().to(table.device)], 3)
 
 
 def compare(
-    function, name, dtype, *, last_gradient=True, walk_length=0.03, hyper=None, device=CPU, tolerance=4e-16, **table
+    function,
+    name,
+    dtype,
+    *,
+    last_gradient=True,
+    walk_length=0.03,
+    hyper=None,
+    device=CPU,
+    tolerance=4e-16,
+    moved=None,
+    **table,
 ):
     """Runs a function of the reference and of `name` on equal tables and compares all they wrote.
 
-    tolerance: of outer steps in float64, for the rounding of √v and βᵗ.
+    tolerance: in float64, for the rounding of √v and βᵗ, and of the norm's root.
     """
     results = []
     for which in ("reference", name):
         made, cycle = make_table(dtype, device=device, **table), make_cycle(which, device, **(hyper or {}))
         cycle.walk_length.fill_(walk_length)
-        run_function(function, made, cycle, MicroBatch([reference.sq_norm(made)], 2) if last_gradient else None)
+        micro_batch = MicroBatch([reference.sq_norm(made)], 2) if last_gradient else None
+        run_function(function, made, cycle, micro_batch, moved=moved)
         results.append(contents(made, cycle))
     (left, left_sums), (right, right_sums) = results
-    if dtype == torch.float64 and function == "outer_step":
+    if dtype == torch.float64:
         for a, b in zip(left, right, strict=True):
             torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
     else:
@@ -128,29 +168,42 @@ def sq_norm(name, table):
 
 
 def check_conversions(name, storage, device=CPU):
-    """All 65,536 values of a low-precision dtype are read, and they and points between and around them rounded, as
-    PyTorch does it."""
+    """All 65,536 values of a low-precision dtype as parameters, with remainders of every kind, and as gradients; all of
+    them, points beside them and points between them as weights and displacements that are written."""
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     exact = bits.view(storage).float()
-    points = torch.cat([exact, torch.nextafter(exact, torch.tensor(torch.inf)), (exact + exact.roll(1)) / 2]).to(device)
-    table = make_table(storage, [len(points)], touched=(0,), device=device)
-    segment, cycle = table.segments[0], make_cycle(name, device, normalize=0, lr=0, weight_decay=0)
-    # θ is stored as it is when lr and weight decay are 0: a pure rounding into the parameter. (D of inf is NaN.)
-    segment.theta.copy_(points)
-    segment.walk.copy_(points)
-    cycle.walk_length.fill_(1)
-    run_function("outer_step", table, cycle, None)
-    finite = points.isfinite()
-    assert torch.equal(segment.weight.view(torch.int16)[finite], points.to(storage).view(torch.int16)[finite])
-    assert segment.weight[~finite].isnan().all()
-    moved = []
+    near = torch.nextafter(exact, torch.tensor(torch.inf))
+    points = torch.cat([exact, near, (exact + exact.roll(1)) / 2, near * 0.5**11]).to(device)
+    norm = torch.full((1,), 1e4, dtype=torch.float64, device=device)  # not theirs, which is not finite
+    results = []
     for which in ("reference", name):
-        table, cycle = make_table(storage, [len(exact)], device=device), make_cycle(which, device)
-        segment = table.segments[0]
-        segment.param.grad.copy_(exact)
-        # A norm of its own, as that of these gradients is not finite: what is inf or NaN moves there all the same.
-        norm = torch.full((1,), 1e4, dtype=torch.float64, device=device)
+        left = []
+        for shift in range(3):  # nothing moves: what is read is written
+            table, cycle = make_table(storage, [len(bits)], device=device), make_cycle(which, device, lr=0)
+            segment = table.segments[0]
+            segment.weight.view(torch.int16).copy_(bits)
+            remainders = torch.tensor([0, 1, 2, 0x7FFE, 0x7FFF, -0x8000, -0x7FFF, -2, -1, 0x1234, -0x1234])
+            segment.buffer("remainder").view(torch.int16).copy_(remainders.repeat(6000)[shift:][: len(bits)])
+            segment.param.grad.zero_()
+            cycle.walk_length.fill_(1)
+            run_function("outer_step", table, cycle, None)
+            left += contents(table, cycle)[0]
+        table, cycle = make_table(storage, [len(bits)], device=device), make_cycle(which, device)
+        table.segments[0].param.grad.view(torch.int16).copy_(bits)
         run_function("inner_step", table, cycle, MicroBatch([norm], 0))
-        moved.append(segment.walk.clone())
-        assert moved[-1].isnan().any()
-    assert_same(*[[walk] for walk in moved])
+        left += contents(table, cycle)[0]
+        for kept_in in (torch.float32, torch.bfloat16):
+            table = make_table(storage, [len(points)], touched=(0,), displacement_dtype=kept_in, device=device)
+            segment, cycle = table.segments[0], make_cycle(which, device)
+            segment.weight.zero_()
+            segment.buffer("remainder").zero_()
+            segment.buffer("displacement").copy_(points)
+            run_function("end_walk", table, cycle, None)  # w = 0 + D
+            left += contents(table, cycle)[0]
+        table, cycle = make_table(torch.float32, [len(points)], device=device), make_cycle(which, device)
+        table.segments[0].param.grad.copy_(points)
+        run_function("inner_step", table, cycle, MicroBatch([norm], 0))
+        left += contents(table, cycle)[0]
+        results.append([values.cpu() for values in left])
+    for one, other in zip(*results, strict=True):
+        assert_same([one], [other])

@@ -210,12 +210,13 @@ class TestGradients:
         assert_snapshot(optimizer, before)
         assert optimizer.cycle_position == taken
 
-    def test_another_dtype(self, backend, dtype):
+    @pytest.mark.parametrize("other", [torch.int32, torch.bool, torch.complex64], ids=str)
+    def test_another_kind_of_number(self, backend, dtype, other):
+        """Another floating dtype is read as it is; these are not."""
         params, optimizer = build((5,), (3,), dtype=dtype, backend=backend)
-        other = torch.float64 if dtype != torch.float64 else torch.float32
         set_grads(params, 0)
         before = snapshot(optimizer)
-        params[1].grad.data = params[1].grad.to(other)
+        params[1].grad.data = torch.ones(3, dtype=other)
         with pytest.raises(RuntimeError, match=f"gradient of parameter 1 of group 0.*{other}"):
             optimizer.step()
         assert_snapshot(optimizer, before)
@@ -270,10 +271,14 @@ def set_key(where, key, value):
     return change
 
 
-def drop_all_anchors(state):
+def drop_displacements(state):
     for entry in state["state"].values():
-        entry.pop("anchor", None)
-        entry.pop("walk", None)
+        entry.pop("displacement")
+
+
+def older_form(state):
+    entry = state["state"][1]
+    entry["anchor"] = entry.pop("displacement", entry["exp_avg"])
 
 
 CHECKPOINTS = [
@@ -287,6 +292,16 @@ CHECKPOINTS = [
         "parameter 1 of group 0 has unknown momentum_buffer",
     ),
     (set_key("entry", "exp_avg", torch.zeros(8)), r"'exp_avg' of parameter 1 of group 0 is \(8,\)"),
+    (
+        set_key("entry", "remainder", torch.zeros(7, dtype=torch.float16)),
+        "parameter 1 of group 0 .*remainder|'remainder'",
+    ),
+    (set_key("entry", "remainder", torch.zeros(8)), "parameter 1 of group 0 .*remainder|'remainder'"),
+    (set_key("entry", "displacement", torch.zeros(8)), r"'displacement' of parameter 1 of group 0 is \(8,\)"),
+    (set_key("entry", "displacement", torch.zeros(7, dtype=torch.float16)), "'displacement' of parameter 1.*float16"),
+    (set_key("entry", "master", torch.zeros(7)), "parameter 1 of group 0 is of an older form.*'remainder'"),
+    (set_key("entry", "walk", torch.zeros(7)), "parameter 1 of group 0 is of an older form"),
+    (older_form, "parameter 1 of group 0 is of an older form.*'displacement'"),
     (set_key("entry", "exp_avg_sq", None), "'exp_avg_sq' of parameter 1 of group 0 is None"),
     (set_key("entry", "step", torch.zeros(2)), "'step' of parameter 1 of group 0"),
     (set_key("entry", "step", "four"), "'step' of parameter 1 of group 0"),
@@ -308,8 +323,9 @@ CHECKPOINTS = [
     (set_key("group", "cycle_position", "1"), "cycle_position '1'"),
 ]
 MID_CYCLE = [
-    (drop_all_anchors, r"position 2.*parameter 0 of group 0 has no '(anchor|walk)'.*materialize_anchors\(\)"),
-    (lambda s: s["state"].pop(1), r"parameter 1 of group 0 has no.*materialize_anchors\(\)"),
+    (drop_displacements, r"position 2.*parameter 0 of group 0 has no 'displacement'.*materialize_displacements\(\)"),
+    (lambda s: s["state"].pop(1), r"parameter 1 of group 0 has no.*materialize_displacements\(\)"),
+    (set_key("entry", "anchor", torch.zeros(7)), "parameter 1 of group 0 has an 'anchor'.*displacement_group"),
     (set_key("group", "inner_steps", 5), "inner_steps=5, this optimizer has 4"),
     (lambda s: s["param_groups"][0].pop("walk_length"), "lacks walk_length"),
     (lambda s: s["param_groups"][0].pop("touched"), "lacks touched"),
@@ -364,7 +380,9 @@ class TestCheckpoints:
         params, optimizer = build(dtype=torch.bfloat16, backend=backend)
         run(optimizer, params, 1)
         _, other = build(dtype=torch.float32, backend=backend)
-        with pytest.raises(ValueError, match="has no 'anchor'"):
+        with pytest.raises(
+            ValueError, match=r"'remainder' of parameter 0 of group 0 is .*torch.bfloat16, the parameter"
+        ):
             other.load_state_dict(optimizer.state_dict())
 
 

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn.parallel import DistributedDataParallel
 
 from nexus_fused import NexusAdamW
+from nexus_fused.reference import read_weight
 
 OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1, "inner_lr": 0.05}
 SAVED_AT = 3, 5  # a boundary and mid-cycle
@@ -75,7 +76,7 @@ def advance(module, optimizer, start, end):
 def everything(module, optimizer):
     """Weights, state and groups, whole tensors."""
     params = list(module.parameters())
-    optimizer.state_dict()  # fills in the anchors of what has not moved
+    optimizer.state_dict()  # clears the displacements of what has not moved
     state = {f"{i}.{key}": whole(v) for i, p in enumerate(params) for key, v in optimizer.state.get(p, {}).items()}
     groups = [{key: v for key, v in g.items() if key != "params"} for g in optimizer.param_groups if g["params"]]
     for group in groups:
@@ -123,7 +124,8 @@ def _comes_from_adamw(folder, dtype, model_first):
     for p, q in zip(params, module.parameters(), strict=True):
         ours, theirs = optimizer.state[q], adamw.state[p]
         assert torch.equal(whole(q), whole(p))
-        assert torch.equal(whole(ours.get("master", q)), whole(p).to(torch.float32))
+        weight = read_weight(whole(q), whole(ours["remainder"]) if "remainder" in ours else None)
+        assert torch.equal(weight, whole(p).to(torch.float32))
         assert ours["step"] == 3
         for key in ("exp_avg", "exp_avg_sq"):
             assert torch.equal(whole(ours[key]), whole(theirs[key]).to(torch.float32))
@@ -138,12 +140,12 @@ def test_adamws_checkpoint(tmp_path, dtype, model_first):
 def is_of_mid_cycle(folder):
     """As docs/checkpoints.md says."""
     keys = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    return any(key.startswith("optim.state.") and key.endswith((".anchor", ".walk")) for key in keys)
+    return any(key.startswith("optim.state.") and key.endswith(".displacement") for key in keys)
 
 
 def load(folder, module, optimizer, *, model_first=False, **options):
     if is_of_mid_cycle(folder):
-        optimizer.materialize_anchors()
+        optimizer.materialize_displacements()
     state = app(module, optimizer, **options)
     dcp.load(state, checkpoint_id=folder)
     if model_first:
@@ -197,7 +199,7 @@ def _load_whole(folder):
         for taken in SAVED_AT:
             module, optimizer = make("fsdp", dtype, taken=taken)
             if taken == 5:
-                optimizer.materialize_anchors()
+                optimizer.materialize_displacements()
             state = {"model": {}, "optim": {}}
             if dist.get_rank() == 0:
                 state = torch.load(f"{folder}/{dtype} {taken}.pt", weights_only=True)
@@ -279,7 +281,7 @@ def _go_back(folder):
         for later, taken, model_first in ((8, 5, True), (6, 5, False), (8, 6, True)):
             advance(module, optimizer, taken if later == 6 else 6, later)
             if taken == 6:
-                optimizer.outer_step()  # that checkpoint has no anchors to load
+                optimizer.outer_step()  # that checkpoint has no displacements to load
             load(f"{folder}/{kind} {dtype} {taken}", module, optimizer, model_first=model_first, **options)
             same(everything(module, optimizer), then[taken])
             assert optimizer.cycle_position == taken % 3
@@ -352,7 +354,7 @@ def _dies(folder):
 
 def _loads_the_rest(folder):
     module, optimizer = make("fsdp", taken=5)
-    optimizer.materialize_anchors()
+    optimizer.materialize_displacements()
     before = everything(module, optimizer)
     message = _message(dcp.load, app(module, optimizer), checkpoint_id=folder)
     same(everything(module, optimizer), before)  # nothing was read yet
@@ -378,7 +380,7 @@ def _does_not_fit(folder):
     for what in ("not materialized", "frozen"):
         module, optimizer = make("fsdp", taken=5)
         if what == "frozen":
-            optimizer.materialize_anchors()
+            optimizer.materialize_displacements()
             next(module.parameters()).requires_grad_(False)
         before = everything(module, optimizer)
         state = copy.deepcopy(app(module, optimizer))
@@ -386,8 +388,8 @@ def _does_not_fit(folder):
         said[what] = _message(set_optimizer_state_dict, module, optimizer, state["optim"])
         same(everything(module, optimizer), before)
     module, optimizer = make("fsdp")
-    optimizer.materialize_anchors()
-    said["no anchors"] = _message(dcp.load, app(module, optimizer), checkpoint_id=f"{folder}/3")
+    optimizer.materialize_displacements()
+    said["no displacements"] = _message(dcp.load, app(module, optimizer), checkpoint_id=f"{folder}/3")
     # Another K: the checkpoint has fewer norms than there is room for.
     module, optimizer = make("fsdp", inner_steps=4)
     said["inner_steps"] = _message(dcp.load, app(module, optimizer), checkpoint_id=f"{folder}/3")
@@ -402,11 +404,11 @@ def _does_not_fit(folder):
 
 def test_checkpoints_that_do_not_fit_are_explained(tmp_path):
     for said in on_ranks(2, _does_not_fit, str(tmp_path)):
-        assert "parameter 0 of group 0 has no 'anchor'" in said["not materialized"]
-        assert "materialize_anchors()" in said["not materialized"]
-        assert "parameter 0 of group 0, which is frozen here, has no 'anchor'" in said["frozen"]
+        assert "parameter 0 of group 0 has no 'displacement'" in said["not materialized"]
+        assert "materialize_displacements()" in said["not materialized"]
+        assert "parameter 0 of group 0, which is frozen here, has no 'displacement'" in said["frozen"]
         assert "freeze it after loading" in said["frozen"]
-        assert "Missing key in checkpoint state_dict: optim.state.0.weight.anchor" in said["no anchors"]
+        assert "Missing key in checkpoint state_dict: optim.state.0.weight.displacement" in said["no displacements"]
         assert "grad_norms.3" in said["inner_steps"]
 
 
@@ -424,7 +426,7 @@ def test_a_parameter_that_was_unfrozen_is_saved(dtype):
         m[0].requires_grad_(True)
     fresh = copy.deepcopy(module)
     loader = NexusAdamW(fresh.parameters(), lr=1e-2, inner_lr=0.05)
-    loader.materialize_anchors()
+    loader.materialize_displacements()
     set_optimizer_state_dict(fresh, loader, copy.deepcopy(get_optimizer_state_dict(module, optimizer)))
     with optimizer.outer_weights():
         assert [int(entry["step"]) for entry in optimizer.state_dict()["state"].values()] == [0] * 4
@@ -433,7 +435,7 @@ def test_a_parameter_that_was_unfrozen_is_saved(dtype):
         assert_same(values(m.parameters()), values(module.parameters()))
 
 
-def test_a_flattened_boundary_into_materialized_anchors(dtype):
+def test_a_flattened_boundary_into_materialized_displacements(dtype):
     """What torch does not find in a flattened state it replaces with {}."""
     options = StateDictOptions(flatten_optimizer_state_dict=True)
     module = nn.Linear(4, 5).to(dtype)
@@ -441,7 +443,7 @@ def test_a_flattened_boundary_into_materialized_anchors(dtype):
     run(optimizer, list(module.parameters()), 4)
     state = copy.deepcopy(get_optimizer_state_dict(module, optimizer, options=options))
     expected = everything(module, optimizer)
-    optimizer.materialize_anchors()
+    optimizer.materialize_displacements()
     set_optimizer_state_dict(module, optimizer, state, options=options)
     same(everything(module, optimizer), expected)
     del state["state.weight.exp_avg"]
@@ -449,15 +451,12 @@ def test_a_flattened_boundary_into_materialized_anchors(dtype):
         set_optimizer_state_dict(module, optimizer, state, options=options)
 
 
-def test_what_a_failed_load_left_is_ours_again(dtype):
-    """It wrote anchors or masters and went no further: later writes into a parameter start its walk anew as ever."""
+def test_what_a_failed_load_left_is_the_state(dtype):
+    """It wrote displacements and went no further: θ = w + D, as ever."""
     params, optimizer = build(dtype=dtype)
-    run(optimizer, params, 1)
+    run(optimizer, params, 2)
+    before = values(params)
     for entry in optimizer.state_dict()["state"].values():
-        entry["walk" if "walk" in entry else "anchor"].zero_()
-    run(optimizer, params, 1, 1)
-    with torch.no_grad():
-        params[0].fill_(0.5)
-    run(optimizer, params[1:], 1, 2)
+        entry["displacement"].zero_()
     with optimizer.outer_weights():
-        assert_same(values(params[:1]), [torch.full_like(params[0], 0.5)])
+        assert_same(values(params), before)

@@ -50,78 +50,106 @@ def test_bytes_in_a_ring(kind, ranks):
     assert cost.sent(kind, ranks, 6 * ranks) == pytest.approx(ring(kind, ranks, 6))
 
 
-READS_AND_WRITES = {  # of each pass over float32 parameters, as its formula names them
+# Tensors that each pass reads and writes, as its formula names them. w: of Nexus, a float32 parameter, or one and its
+# remainder; of AdamW, a float32 parameter or master, and p the parameter that mirrors a master. A: g in float32.
+PASSES = {
     "accumulate": "grad g -> grad",
     "norm": "g ->",
     "scale": "g -> g",
     "adamw": "w g m v -> w m v",
-    "first": "w g -> w anchor",
-    "middle": "w g -> w",
-    "last": "anchor w g m v -> w m v",
-    "displace": "anchor w g -> D",
-    "displaced": "anchor D m v -> w m v",
-    "displace without a walk": "w g -> D anchor",
-    "only": "w g m v -> w m v",
-}
-BELOW_FLOAT32 = {  # p, g: the parameter and its gradient; d: D in the parameter's memory
-    "accumulate": "grad g -> grad",
-    "norm": "g ->",
-    "scale": "g -> g",
-    "adamw": "g W m v -> W m v p",
+    "adamw with master": "w g m v -> w m v p",
     "wide first": "g -> A",
     "wide accumulate": "A g -> A",
     "wide norm": "A ->",
     "wide scale": "A -> A",
-    "wide adamw": "A W m v -> W m v p",
-    "first": "W g -> X p",
-    "middle": "X g -> X p",
-    "last": "W X g m v -> W m v p",
-    "displace": "W X g -> D",
-    "displaced": "W D m v -> W m v p",
-    "displace to p": "W X g -> d",
-    "displaced from p": "W d m v -> W m v p",
-    "only": "W g m v -> W m v p",
-    "displace without a walk": "W g -> D",
-    "displace to p without a walk": "W g -> d",
+    "wide adamw": "A w m v -> w m v p",
+    "first": "w g -> w D",
+    "first, local": "w g -> w D anchor",
+    "middle": "w D g -> w D",
+    "last": "w D g m v -> w m v",
+    "end": "anchor D g -> w D",
+    "end without a walk": "g -> D",
+    "after the end": "w D m v -> w m v",
 }
 
 
-def moved(passes, dtype):
+def moved(passes, gradient, displacement=BF16):
     """Bytes of a sequence of passes: a number of times, and the pass's name."""
-    table, narrow = (READS_AND_WRITES, set()) if dtype is F32 else (BELOW_FLOAT32, {"grad", "g", "p", "d"})
+    sizes = dict.fromkeys(("grad", "g", "p"), gradient.itemsize) | {"D": displacement.itemsize}
     return sum(
-        times * sum(2 if tensor in narrow else 4 for tensor in table[name].replace("->", "").split())
-        for times, name in passes
+        times * sum(sizes.get(tensor, 4) for tensor in PASSES[name].replace("->", "").split()) for times, name in passes
     )
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize("k", [1, 2, 4, 7])
-def test_bytes_through_memory(dtype, k):
-    def bytes_of(*passes):
-        return moved(passes, dtype)
+def nexus(k):
+    """Passes of a synchronized cycle, and of one with local walks."""
+    if k == 1:
+        return [(1, "norm"), (1, "adamw")], [(1, "norm"), (1, "end without a walk"), (1, "after the end")]
+    later = (k, "norm"), (k - 2, "middle")
+    return [*later, (1, "first"), (1, "last")], [*later, (1, "first, local"), (1, "end"), (1, "after the end")]
 
-    found = cost.costs(parameters=1, ranks=1, inner_steps=k, dtype=dtype)
-    traffic = {method: c.traffic for method, c in found.items()}
-    expected = {cost.ADAMW: bytes_of((k - 1, "accumulate"), (1, "norm"), (1, "scale"), (1, "adamw"))}
-    walk = ((k, "norm"), (1, "first"), (k - 2, "middle")) if k > 1 else ((1, "norm"),)
-    without = " without a walk" if k == 1 else ""
-    expected[cost.SYNCHRONIZED] = bytes_of(*walk, (1, "last" if k > 1 else "only"))
-    expected[cost.LOCAL] = bytes_of(*walk, (1, "displace" + without), (1, "displaced"))
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("k", [1, 2, 4, 7, 33])
+def test_bytes_through_memory(dtype, k):
+    synchronized, local = nexus(k)
+    displacement = BF16 if k <= 32 else F32
+    adamw = "adamw" if dtype is F32 else "adamw with master"
+    expected = {
+        cost.ADAMW: moved([(k - 1, "accumulate"), (1, "norm"), (1, "scale"), (1, adamw)], dtype),
+        cost.SYNCHRONIZED: moved(synchronized, dtype, displacement),
+        cost.LOCAL: moved(local, dtype, displacement),
+    }
+    if displacement is BF16:
+        expected[cost.LOCAL_F32] = moved(local, dtype, F32)
     if dtype is BF16:
-        expected[cost.LOCAL_BF16] = bytes_of(*walk, (1, "displace to p" + without), (1, "displaced from p"))
-        wide = ((1, "wide first"), (k - 1, "wide accumulate"), (1, "wide norm"), (1, "wide scale"), (1, "wide adamw"))
-        expected[cost.WIDE] = bytes_of(*wide)
-    assert traffic == expected
+        wide = [(1, "wide first"), (k - 1, "wide accumulate"), (1, "wide norm"), (1, "wide scale"), (1, "wide adamw")]
+        expected[cost.WIDE] = moved(wide, dtype)
+    found = cost.costs(parameters=1, ranks=1, inner_steps=k, dtype=dtype)
+    assert {method: c.traffic for method, c in found.items()} == expected
+
+
+@pytest.mark.parametrize("gradient", [F32, BF16])
+@pytest.mark.parametrize("displacement", [BF16, F32])
+@pytest.mark.parametrize("k", [1, 2, 4, 7])
+def test_gradients_and_displacements_of_any_size(gradient, displacement, k):
+    """Whatever the parameters' dtype is."""
+    sizes = k, gradient.itemsize, displacement.itemsize
+    synchronized, local = nexus(k)
+    assert cost.nexus_traffic(*sizes) == moved(synchronized, gradient, displacement)
+    assert cost.walks_traffic(*sizes) == moved(local, gradient, displacement)
+
+
+def test_bytes_of_a_cycle():
+    """K = 4: of float32, of bfloat16 gradients with parameters of any dtype, and with D in float32, which is read or
+    written six times."""
+    assert [cost.nexus_traffic(4, 4), cost.nexus_traffic(4, 2)] == [92, 76]
+    assert [cost.nexus_traffic(4, 4, 4), cost.nexus_traffic(4, 2, 4)] == [92 + 12, 76 + 12]
 
 
 def test_bytes_through_memory_are_those_that_the_benchmark_counts():
-    from bench.contenders import K, cycles
+    from bench.contenders import K, cycles, kernels
 
     for dtype in (F32, BF16):
         ours = cycles([(64,)], dtype)[0].bytes
         assert cost.nexus_traffic(K, dtype.itemsize) == ours
+        passes = {"sq_norm": "norm", "inner_step, first": "first", "inner_step, middle": "middle"}
+        passes |= {"outer_step": "last", "end_walk": "end"}
+        assert {c.name: c.bytes for c in kernels([(64,)], dtype)} == {
+            kernel: moved([(1, name)], dtype) for kernel, name in passes.items()
+        }
     assert cost.adamw_traffic(K, 4) == cycles([(64,)], F32)[1].bytes
+
+
+@pytest.mark.parametrize("gradient", [F32, BF16])
+def test_memory(gradient):
+    """Peak bytes per parameter: a weight of 4, its gradient, two moments, D; with local walks θ too."""
+
+    def found(k, displacement, **local):
+        return cost.nexus_memory(k, gradient.itemsize, displacement.itemsize, **local) - gradient.itemsize
+
+    assert [found(4, BF16), found(4, F32), found(1, BF16)] == [4 + 8 + 2, 4 + 8 + 4, 4 + 8]
+    assert [found(4, BF16, local=True), found(1, BF16, local=True)] == [4 + 8 + 2 + 4] * 2
 
 
 def test_layouts():
@@ -140,24 +168,26 @@ def test_layouts():
     all_12, vector = 2 * 11 / 12, 8 * (9 + 5)
     assert found(1) == near(
         ADAMW=(0, all_12 * 4000, 16000),
-        SYNCHRONIZED=(0, 3 * all_12 * 4000, 20000),
-        LOCAL=(0, all_12 * (4000 + vector), 20000),
+        SYNCHRONIZED=(0, 3 * all_12 * 4000, 18000),
+        LOCAL=(0, all_12 * (2000 + vector), 22000),
+        LOCAL_F32=(0, all_12 * (4000 + vector), 24000),
     )
     # Shards of 250 parameters on 4 ranks, 3 replicas. 9 rounds of the whole: 2 gathers and a reduction in each of 3.
     in_4, of_3, scalars = 3 / 4, 2 * 2 / 3, 2 * 3 / 4 * (3 * 8 + 24)
     assert found(4) == near(
         ADAMW=(in_4 * 9 * 4000 + 2 * in_4 * 5 * 4, of_3 * 1000, 4000),
         UNSHARDED=(in_4 * 7 * 4000 + 2 * in_4 * 5 * 4, of_3 * 1000, 250 * 12 + 4000),
-        SYNCHRONIZED=(in_4 * 9 * 4000 + scalars, of_3 * 3000, 5000),
-        LOCAL=(in_4 * 9 * 4000 + scalars, of_3 * (1000 + vector), 5000),
+        SYNCHRONIZED=(in_4 * 9 * 4000 + scalars, of_3 * 3000, 4500),
+        LOCAL=(in_4 * 9 * 4000 + scalars, of_3 * (500 + vector), 5500),
+        LOCAL_F32=(in_4 * 9 * 4000 + scalars, of_3 * (1000 + vector), 6000),
     )
     assert found(4, BF16) == near(
         ADAMW=(in_4 * 9 * 2000 + 2 * in_4 * 5 * 2, of_3 * 500, 4000),
         WIDE=(in_4 * (6 * 2000 + 3 * 4000) + 2 * in_4 * 5 * 4, of_3 * 1000, 4500),
         UNSHARDED=(in_4 * 7 * 2000 + 2 * in_4 * 5 * 2, of_3 * 500, 250 * 14 + 2000),
-        SYNCHRONIZED=(in_4 * 9 * 2000 + scalars, of_3 * 1500, 5000),
-        LOCAL=(in_4 * 9 * 2000 + scalars, of_3 * (1000 + vector), 5000),
-        LOCAL_BF16=(in_4 * 9 * 2000 + scalars, of_3 * (500 + vector), 5000),
+        SYNCHRONIZED=(in_4 * 9 * 2000 + scalars, of_3 * 1500, 4000),
+        LOCAL=(in_4 * 9 * 2000 + scalars, of_3 * (500 + vector), 5000),
+        LOCAL_F32=(in_4 * 9 * 2000 + scalars, of_3 * (1000 + vector), 5500),
     )
     assert set(found(12)) == {cost.ADAMW, cost.UNSHARDED, cost.SYNCHRONIZED}  # no replicas to walk on their own
 
@@ -221,16 +251,15 @@ def assert_figures(figures):
     size, vector = cost_measured.LAYERS * cost_measured.WIDTH**2, 8 * (9 + cost_measured.LAYERS)
     found = {name: figure["value"] for name, figure in figures.items()}
     assert found == {
-        "float32: bytes of a cycle, local walks / AdamW's": 1 + vector / (4 * size),
-        "float32: bytes of a cycle, local walks / synchronized": (1 + vector / (4 * size)) / cost_measured.INNER_STEPS,
-        "bfloat16: bytes of a cycle, local walks / AdamW's": 2 + vector / (2 * size),
-        "bfloat16: bytes of a cycle, local walks in bfloat16 / AdamW's": 1 + vector / (2 * size),
-        "bfloat16: bytes of a cycle, local walks / AdamW's, float32 gradients": 1 + vector / (4 * size),
-        "float32: bytes per parameter that local walks hold beside synchronized": pytest.approx(0, abs=1e-3),
-        "bfloat16: bytes per parameter that local walks hold beside synchronized": pytest.approx(0, abs=1e-3),
-        "bfloat16: bytes per parameter that local walks in bfloat16 hold beside synchronized": pytest.approx(
-            0, abs=1e-3
-        ),
+        "float32: bytes of a cycle, local walks / AdamW's": 0.5 + vector / (4 * size),
+        "float32: bytes of a cycle, local walks / synchronized": (0.5 + vector / (4 * size))
+        / cost_measured.INNER_STEPS,
+        "float32: bytes of a cycle, local walks, D in float32 / AdamW's": 1 + vector / (4 * size),
+        "bfloat16: bytes of a cycle, local walks / AdamW's": 1 + vector / (2 * size),
+        "bfloat16: bytes of a cycle, local walks, D in float32 / AdamW's": 2 + vector / (2 * size),
+        "bfloat16: bytes of a cycle, local walks / AdamW's, float32 gradients": 0.5 + vector / (4 * size),
+        "float32: bytes per parameter that local walks hold beside synchronized": pytest.approx(4, abs=1e-3),
+        "bfloat16: bytes per parameter that local walks hold beside synchronized": pytest.approx(4, abs=1e-3),
     }
 
 
@@ -271,7 +300,7 @@ def test_formulas_of_the_page():
         for name, dtype in (("float32", F32), ("bfloat16", BF16)):
             for method, c in cost.costs(parameters=1, ranks=1, inner_steps=k, dtype=dtype).items():
                 found[name, method, k] = c.traffic
-    methods = [cost.ADAMW, cost.WIDE, cost.SYNCHRONIZED, cost.LOCAL, cost.LOCAL_BF16]
+    methods = [cost.ADAMW, cost.WIDE, cost.SYNCHRONIZED, cost.LOCAL, cost.LOCAL_F32]
     rows = PAGE.partition("| | float32 | K = 4 | bfloat16 | K = 4 |")[2].split("\n\n")[0].strip().splitlines()[1:]
     assert len(rows) == len(methods)
     for method, row in zip(methods, rows, strict=True):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import BACKENDS, assert_same, assert_snapshot, build, run, set_grads, snapshot
-from kernel_tables import make_cycle, make_table
+from conftest import BACKENDS, DTYPES, assert_same, assert_snapshot, build, run, set_grads, snapshot
+from kernel_tables import make_cycle, make_table, run_function
 from torch import nn
 
 from nexus_fused import _C, NexusAdamW, backends, cuda
@@ -18,6 +18,7 @@ if "cuda" not in BACKENDS:
 kernels = cuda._C
 why_not_on = kernels.why_not_on  # as it was before these tests let the backend run on CPU tensors
 GPU = torch.device("cuda", 0)
+DEFAULT = torch.float32, torch.bfloat16  # of parameters and displacements
 
 
 @pytest.fixture
@@ -44,7 +45,15 @@ def test_launches():
     assert kernels.launches() - before == 12
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_launches_of_a_walk_that_ends_apart():
+    """Its end, and AdamW."""
+    table, cycle = make_table(torch.float32, [50], touched=[0]), make_cycle("cuda")
+    before = kernels.launches()
+    run_function("adamw", table, cycle, MicroBatch([cuda.sq_norm(table)], 2))
+    assert kernels.launches() - before == 1 + 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_sum_does_not_depend_on_alignment(dtype):
     """Aligned gradients are read 16 bytes at a time, others one by one; a thread adds up the same elements."""
     generator = torch.Generator().manual_seed(0)
@@ -52,8 +61,8 @@ def test_a_sum_does_not_depend_on_alignment(dtype):
     norms = []
     for offset in range(5):
         shifted = torch.empty(len(memory) + offset, dtype=dtype)[offset:].copy_(memory)
-        table = make_table(dtype, [len(memory)])
-        table.params[0].grad = shifted
+        table = make_table(torch.float32, [len(memory)])
+        table.segments[0].param.grad = shifted
         table.read_gradients(use=True)
         norms.append(cuda.sq_norm(table).clone())
     assert_same(norms[1:], norms[:1] * 4)
@@ -86,18 +95,18 @@ def test_a_scalers_attributes_of_any_dtype(dtype):
 def test_without_a_cuda_compiler(monkeypatch):
     monkeypatch.setattr(_C, "CUDA_TARGETS", "")
     monkeypatch.setattr(cuda, "_C", _C)
-    assert "built without a CUDA compiler: install NVIDIA's CUDA toolkit" in why_not_on(GPU, torch.float32)
+    assert "built without a CUDA compiler: install NVIDIA's CUDA toolkit" in why_not_on(GPU, *DEFAULT)
 
 
 def test_without_a_gpu(monkeypatch):
-    assert "PyTorch sees none" in why_not_on(GPU, torch.float32)
+    assert "PyTorch sees none" in why_not_on(GPU, *DEFAULT)
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert "use backend='triton'" in why_not_on(GPU, torch.float32)
+    assert "use backend='triton'" in why_not_on(GPU, *DEFAULT)
 
 
 def test_on_a_gpu(with_gpu):
-    assert why_not_on(GPU, torch.float32) is None
-    assert "a parameter is on cpu: move the model" in why_not_on(torch.device("cpu"), torch.float32)
+    assert why_not_on(GPU, *DEFAULT) is None
+    assert "a parameter is on cpu: move the model" in why_not_on(torch.device("cpu"), *DEFAULT)
 
 
 @pytest.mark.parametrize(
@@ -110,12 +119,12 @@ def test_on_a_gpu(with_gpu):
 def test_old_driver(with_gpu, monkeypatch, driver, reason):
     """Explicit: RuntimeError with the remedy. Else Triton is taken."""
     kernels.set_versions(driver, 13000)
-    monkeypatch.setattr(cuda, "why_not_on", lambda device, dtype, **_: why_not_on(GPU, dtype))
+    monkeypatch.setattr(cuda, "why_not_on", lambda device, *dtypes: why_not_on(GPU, *dtypes))
     with pytest.raises(RuntimeError, match=f"backend='cuda' cannot run: {reason}"):
         NexusAdamW([nn.Parameter(torch.zeros(3))], backend="cuda")
     others = {"triton": None}
     monkeypatch.setattr(
-        backends, "why_not", lambda name, *a, **_: others[name] if name in others else why_not_on(GPU, torch.float32)
+        backends, "why_not", lambda name, *a, **_: others[name] if name in others else why_not_on(GPU, *DEFAULT)
     )
     assert backends.chosen(GPU) == "triton"
     assert backends.resolve(None, None, GPU).__name__ == "nexus_fused.triton"
@@ -123,13 +132,13 @@ def test_old_driver(with_gpu, monkeypatch, driver, reason):
 
 def test_driver_of_the_same_major_version(with_gpu):
     kernels.set_versions(13000, 13020)
-    assert why_not_on(GPU, torch.float32) is None
+    assert why_not_on(GPU, *DEFAULT) is None
 
 
 def test_old_gpu(with_gpu):
     kernels.set_error(1)
     expected = "the GPU has compute capability 7.5, and these kernels were built for tests: use backend='triton'"
-    assert why_not_on(GPU, torch.float32) == expected
+    assert why_not_on(GPU, *DEFAULT) == expected
 
 
 def test_the_first_that_runs_is_the_last_asked(monkeypatch):

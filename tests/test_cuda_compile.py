@@ -20,19 +20,17 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 TARGETS = ["sm_80", "sm_90", "sm_100"]
 NVCC = shutil.which("nvcc")
-NAME = re.compile(
-    r"(sq_norm|inner_step|displace|outer_step)_kernel"
-    r"(?:I\w*?(\d+BFloat16|\d+Float16|FullPrecisionI[fd]))?(?:\w*?Lb([01])ELb([01]))?"
-)
+NAME = re.compile(r"(sq_norm|inner_step|end_walk|outer_step)_kernel(?:I(\w+?)EEv)?")
+DTYPES = {"BFloat16": "bfloat16", "Float16": "float16", "FullPrecisionIf": "float32", "FullPrecisionId": "float64"}
 THREADS, REGISTERS = 256, 65536  # of a block, of a multiprocessor
 
 
 def readable(mangled):
-    kernel, dtype, amsgrad, displaced = NAME.search(mangled).groups()
-    dtypes = {"FullPrecisionIf": "float32", "FullPrecisionId": "float64"}
-    dtype = dtypes.get(dtype, (dtype or "").lstrip("0123456789").lower())
-    options = "amsgrad" if amsgrad == "1" else "", "displaced" if displaced == "1" else ""
-    return " ".join(filter(None, (kernel, dtype, *options)))
+    """Kernel, dtypes of parameters and displacements, "amsgrad"."""
+    kernel, arguments = NAME.search(mangled).groups(default="")
+    dtypes = [DTYPES[found] for found in re.findall("|".join(DTYPES), arguments)]
+    dtypes *= 2 if len(dtypes) == 1 else 1  # the same type is not written out twice
+    return " ".join([kernel, *dtypes, *["amsgrad"] * ("Lb1" in arguments)])
 
 
 def flags():
@@ -62,9 +60,9 @@ def figures(report, ptx):
         stack, stores, loads, registers = map(int, numbers)
         made[readable(name)] = {"registers": registers, "spilled": stores + loads, "stack": stack}
     for name, body in re.findall(r"\.entry (\w+)\((.*?)\n}\n", ptx, re.DOTALL):
-        # Four values of 2 bytes are stored as one of 8, as counts are, whose number float32's kernel shows.
-        wide, half = r"v4\.[buf]32|v2\.[buf]64", r"v2\.[buf]32|v4\.[buf]16"
-        for access, form in {"ld16": wide, "st16": wide, "ld8": half, "st8": rf"{half}|[bu]64"}.items():
+        # Four values of 2 bytes may be one of 8, as a row's addresses are.
+        wide, half = r"v4\.[buf]32|v2\.[buf]64", r"v2\.[buf]32|v4\.[buf]16|(?<!v2\.)[bu]64"
+        for access, form in {"ld16": wide, "st16": wide, "ld8": half, "st8": half}.items():
             made[readable(name)][access] = len(re.findall(rf"{access[:2]}\.global[.\w]*\.(?:{form})", body))
         made[readable(name)]["contracted"] = len(re.findall(r"fma\.rn\.f32", body))
     return made
@@ -104,27 +102,36 @@ class TestCompiled:
         assert all(2 * THREADS * f["registers"] <= REGISTERS for f in compiled[target].values())
 
     def test_accesses_are_wide(self, compiled, target):
-        """On the aligned path of each array at least one load and store of 16 bytes; where a thread has 16 bytes of
-        float32 state, 8 of a weight or gradient of 2 bytes (more such accesses than in the kernel for float32)."""
-        arrays = {"sq_norm": (1, 0), "inner_step": (2, 2), "displace": (3, 1)}  # loads, stores
-        arrays["outer_step"] = 5, 3
-        assert len(compiled[target]) == 4 + 4 + 4 + 12  # dtypes; with amsgrad, and displaced too
-        for key, f in compiled[target].items():
-            kernel, dtype, *options = key.split()
-            loads, stores = arrays[kernel]
-            if "16" in dtype and stores:
-                full = compiled[target][" ".join([kernel, "float32", *options])]
-                assert f["ld8"] > full["ld8"], key
-                assert f["st8"] > full["st8"], key
-                loads -= 1
-            assert f["ld16"] >= loads + ("amsgrad" in key), key
-            assert f["st16"] >= stores - (kernel == "inner_step" and "16" in dtype) + ("amsgrad" in key), key
+        """On the aligned path every array is read and written 16 bytes at a time, or 8 where four elements have no more
+        (beside those that the kernel for float64 has: addresses); so are gradients of every dtype."""
+        # w, D, the anchor or one of the moments. Twice, as gradients may be misaligned; for a batch and for the rest.
+        read = {"inner_step": "wD", "end_walk": "wDs", "outer_step": "wDss"}
+        written = {"inner_step": "wDs", "end_walk": "wD", "outer_step": "wss"}
+        of_made = compiled[target]
+        assert len(of_made) == 1 + 7 + 7 + 2 * 7  # dtypes; with amsgrad too
+        assert of_made["sq_norm"]["ld16"] == 4 * (4 + 1)  # dtypes; a batch and the rest
+        for key, f in of_made.items():
+            if "float64" in key or key == "sq_norm":
+                continue
+            kernel, dtype, of_displacement, *amsgrad = key.split()
+            wide = {"w": dtype == "float32", "D": of_displacement == "float32", "s": True}
+            copies = 6 if kernel == "inner_step" else 2
+            others = of_made[" ".join([kernel, "float64", "float64", *amsgrad])]
+            for access, names in {"ld": read[kernel], "st": written[kernel]}.items():
+                whole = sum(wide[name] for name in names) + len(amsgrad)
+                half = sum((2 if name == "w" else 1) for name in names if not wide[name])
+                # Of a gradient, once: one load of float32 and two of float64; one each of bfloat16 and float16.
+                gradients = {16: 3 * copies // 2, 8: 2 * copies // 2} if access == "ld" else {16: 0, 8: 0}
+                assert f[f"{access}16"] >= copies * whole + gradients[16], (key, access)
+                beside = others[f"{access}8"] - gradients[8] // 2
+                assert f[f"{access}8"] >= copies * half + gradients[8] + beside, (key, access)
 
     def test_no_register_is_idle(self, compiled, target):
-        """A block more on a multiprocessor: three of an outer step, five of an inner one, for which 80 and 48 do."""
+        """A block more on a multiprocessor: three of an outer step, four of an inner one or of the end of a walk, for
+        which 80 and 64 do."""
         for key, f in compiled[target].items():
-            if "float64" not in key and "displaced" not in key:
-                most = {"outer_step": 80, "inner_step": 48, "displace": 48}.get(key.split()[0], 32)
+            if "float64" not in key and ("amsgrad" not in key or "16" not in key.split()[1]):
+                most = {"outer_step": 80, "sq_norm": 32}.get(key.split()[0], 64)
                 assert f["registers"] <= most, key
 
     def test_products_and_sums_round_apart(self, compiled, target):

@@ -13,7 +13,7 @@ from conftest import BACKENDS, assert_same, assert_snapshot, build, run, set_gra
 from kernel_tables import contents, make_cycle, make_table, run_function
 from torch import nn
 
-from nexus_fused import NexusAdamW, cuda, graphs, hyperparameters
+from nexus_fused import NexusAdamW, cuda, graphs, options
 from nexus_fused import cycle as cycles
 from nexus_fused import table as tables
 from nexus_fused.cycle import MicroBatch
@@ -78,14 +78,14 @@ def test_hyperparameters_are_uploaded_only_when_they_change(monkeypatch, backend
 
 def test_hyperparameters_on_a_device(monkeypatch, backend):
     """Learning rates that lie on a device, here played by CPU tensors that are not read, give the same bits."""
-    read = hyperparameters.number
+    read = options.number
     results = []
     for on_device in (False, True):
         if on_device:  # as a tensor elsewhere: not read
             monkeypatch.setattr(
-                hyperparameters,
+                options,
                 "number",
-                lambda value, name, **limits: value if name.startswith("lr ") else read(value, name, **limits),
+                lambda value, name, allowed: value if name.startswith("lr ") else read(value, name, allowed),
             )
         params, optimizer = build((5, 3), backend=backend, lr=torch.tensor(0.02, dtype=torch.float64))
         for step in range(8):
@@ -122,10 +122,9 @@ def test_offsets_beyond_int32(backend, dtype):
         table, cycle = make_table(dtype, [1500], touched=(0,)), make_cycle(backend)
         rows = table.rows[0]
         for column, name in enumerate(COLUMNS):
-            size = dtype.itemsize if name in ("weight", "grad") else 4
-            size = dtype.itemsize if name == "walk" and dtype == torch.float32 else size
-            if name in ("weight", "grad", "theta", "walk", "exp_avg", "exp_avg_sq"):
-                rows[column] -= offset * size
+            sizes = {"weight": dtype.itemsize, "grad": dtype.itemsize, "remainder": 2, "displacement": 2}
+            if name in ("weight", "remainder", "grad", "displacement", "exp_avg", "exp_avg_sq") and rows[column]:
+                rows[column] -= offset * sizes.get(name, 4)
             elif name == "chunk":
                 rows[column] = -(offset // CHUNK_ELEMENTS)
             elif name == "length":

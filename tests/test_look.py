@@ -5,10 +5,11 @@ from __future__ import annotations
 import inside
 import pytest
 import torch
-from conftest import build, run, values
+from conftest import assert_same, build, run, values
 from torch import nn
 
 from nexus_fused import NexusAdamW
+from nexus_fused.flat import DTYPES, GRAD, GRAD_DTYPE, WEIGHT
 
 pytestmark = pytest.mark.skipif(
     not inside.compiled_look, reason="no compiled extension, or a PyTorch without DLPack's C API"
@@ -45,10 +46,11 @@ def look(monkeypatch, compiled, table):
         inside.look_in_python(monkeypatch)
     try:
         table.read_gradients(use=True)
-        address = table.addresses[0]
+        address = int(table.rows[0, GRAD])
         gradient = table.gradient(table.segments[0])
         same_memory = gradient is not None and address == (gradient.data_ptr() or -1)
-        return address == 0, same_memory, None if gradient is None else gradient.clone().resolve_neg()
+        read_as = int(table.rows[0, GRAD_DTYPE]), table.with_gradient() == table.segments
+        return (address == 0, same_memory, *read_as), None if gradient is None else gradient.clone().resolve_neg()
     except RuntimeError as error:
         return str(error)
     finally:
@@ -64,8 +66,8 @@ def assert_alike(seen):
     if isinstance(seen[1], str):
         assert seen[0] == seen[1]
     else:
-        assert seen[0][:2] == seen[1][:2]
-        torch.testing.assert_close(seen[0][2], seen[1][2], rtol=0, atol=0)
+        assert seen[0][0] == seen[1][0]
+        torch.testing.assert_close(seen[0][1], seen[1][1], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", GRADIENTS)
@@ -75,7 +77,7 @@ def test_gradients(monkeypatch, kind):
     seen = both(monkeypatch, optimizer)
     assert_alike(seen)
     if kind in ("other strides", "with gaps", "expanded", "negated"):  # copied: the address is not the gradient's own
-        torch.testing.assert_close(seen[0][2], param.grad.resolve_neg().clone(), rtol=0, atol=0)
+        torch.testing.assert_close(seen[0][1], param.grad.resolve_neg().clone(), rtol=0, atol=0)
 
 
 def test_a_negated_gradient_of_one_element(monkeypatch):
@@ -85,13 +87,13 @@ def test_a_negated_gradient_of_one_element(monkeypatch):
     for _ in range(20):  # objects come to lie where others were
         param.grad = z.imag
         seen = both(monkeypatch, optimizer)
-        assert seen[0][1]  # the same memory
+        assert seen[0][0][1]  # the same memory
         param.grad = None
         param.grad = z.conj().imag
         assert param.grad.is_neg()
         seen = both(monkeypatch, optimizer)
         assert_alike(seen)
-        assert float(seen[0][2]) == -float(z.imag)
+        assert float(seen[0][1]) == -float(z.imag)
         param.grad = None
 
 
@@ -114,6 +116,22 @@ def test_dtypes(monkeypatch, dtype):
     if dtype.is_complex:
         param.grad = torch.randn(6, 4, dtype=dtype).conj()
         assert_alike(both(monkeypatch, optimizer))
+
+
+@pytest.mark.parametrize("of_gradient", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_of_another_dtype(monkeypatch, dtype, of_gradient):
+    """Read where they lie, whatever their floating dtype is."""
+    (param,), optimizer = build((6, 4), dtype=dtype)
+    param.grad_dtype = None
+    param.grad = torch.randn(6, 4, dtype=of_gradient)
+    seen = both(monkeypatch, optimizer)
+    assert_alike(seen)
+    assert seen[0][0] == (False, True, DTYPES[of_gradient], True)
+    param.grad = torch.ones(6, 4, dtype=torch.int32)
+    seen = both(monkeypatch, optimizer)
+    assert "torch.int32 on cpu, its parameter" in seen[0]
+    assert_alike(seen)
 
 
 @pytest.mark.parametrize("grown", [torch.randn(3, 4), torch.randn(4, 6), torch.randn(6, 4, 1)])
@@ -144,11 +162,13 @@ def test_parameter_with_gaps_and_replaced_storage(monkeypatch):
         p.grad = torch.randn(6, 4)
     params[1].data = params[1].detach().clone()
     table = inside.only_table(optimizer)
-    compiled = inside.look_at_all(table)
-    inside.look_in_python(monkeypatch)
-    written = [s.row for s in table.segments if table.was_written(s)]
-    assert set(written) <= set(compiled[1])
-    assert compiled[0] == [0, 1]
+    unusual, _, complete = inside.look_at_all(table)
+    assert (unusual, complete) == ([0, 1], False)
+    table.read_gradients(use=True)
+    weights = table.rows[:, WEIGHT].tolist()
+    assert weights[0] not in (params[0].data_ptr(), 0)  # its dense twin
+    assert weights[1] == params[1].data_ptr()
+    assert_same([table.segments[0].weight], [params[0].detach().flatten()])
 
 
 def test_whole_runs_agree(monkeypatch, backend):

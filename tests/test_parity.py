@@ -24,8 +24,11 @@ from kernel_tables import (
 
 from nexus_fused import reference
 from nexus_fused.cycle import MicroBatch
-from nexus_fused.table import CHUNK_ELEMENTS, COLUMNS
+from nexus_fused.flat import COLUMNS
+from nexus_fused.flat import DTYPES as DTYPE_NUMBERS
+from nexus_fused.table import CHUNK_ELEMENTS
 
+FUNCTIONS = ["inner_step", "outer_step", "end_walk", "adamw"]
 FUSED = [name for name in BACKENDS if name != "reference"]
 
 
@@ -107,6 +110,72 @@ class TestParity:
         assert sq_norm(name, table) > 0
 
 
+@pytest.mark.interpreted
+@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize(("dtype", "kept"), [(d, k) for d in DTYPES for k in (torch.bfloat16, torch.float32)], ids=str)
+class TestDisplacements:
+    """D in both dtypes, with and without an anchor, through all functions; `adamw` after `end_walk`."""
+
+    @pytest.mark.parametrize("anchor", [False, True])
+    @pytest.mark.parametrize(("sizes", "offsets"), [([1023, 5, 0, 33], (1, 1)), ([1100], (0, 3)), ([1, 2048], (0, 0))])
+    def test_sizes_and_alignments(self, name, dtype, kept, sizes, offsets, anchor):
+        for function in FUNCTIONS:
+            for touched in ((), range(len(sizes))):
+                kwargs = {"sizes": sizes, "offsets": offsets, "touched": touched, "anchor": anchor}
+                compare(function, name, dtype, displacement_dtype=kept, **kwargs)
+
+    @pytest.mark.interpreted(dtype=[])
+    def test_several_chunks(self, name, dtype, kept):
+        for function in FUNCTIONS:
+            sizes = [2 * CHUNK_ELEMENTS + 17, 5, CHUNK_ELEMENTS]
+            compare(function, name, dtype, sizes=sizes, touched=(0,), displacement_dtype=kept)
+
+    def test_who_takes_part(self, name, dtype, kept):
+        """Touched or not, with or without a gradient, moved on another rank or on none."""
+        for touched in ((0, 1), (0, 1, 2)):  # others than those with a gradient, and just those
+            gradients = (0, 1, 2) if len(touched) == 3 else (1, 2)
+            kwargs = {"sizes": [50, 60, 1025, 0, 80], "touched": touched, "gradients": gradients}
+            for moved in (None, (1, 3, 4)):
+                compare("adamw", name, dtype, moved=moved, displacement_dtype=kept, **kwargs)
+
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+    def test_skipped_step(self, name, dtype, kept, bad):
+        for function in FUNCTIONS:
+            for touched in ((), (0,)):
+                kwargs = {"sizes": [1100, 9], "touched": touched, "bad": bad, "anchor": True}
+                compare(function, name, dtype, displacement_dtype=kept, **kwargs)
+
+    def test_no_last_gradient(self, name, dtype, kept):
+        kwargs = {"sizes": [50, 60, 70], "touched": (0, 1), "gradients": (), "last_gradient": False}
+        for function in FUNCTIONS[1:]:
+            compare(function, name, dtype, displacement_dtype=kept, **kwargs)
+
+    @pytest.mark.parametrize("hyper", [{}, {"normalize": 0}, {"sign": -1, "beta1": 0.3}])
+    def test_options(self, name, dtype, kept, hyper):
+        kwargs = {"sizes": [70, 1100], "touched": (1,), "amsgrad": not hyper, "hyper": hyper}
+        compare("adamw", name, dtype, displacement_dtype=kept, **kwargs)
+
+    def test_group_that_never_walked(self, name, dtype, kept):
+        """Its last step is skipped too: weights are θ again."""
+        kwargs = {"sizes": [1050, 0, 60], "touched": (0,), "bad": float("nan"), "walk_length": 0, "anchor": True}
+        compare("adamw", name, dtype, displacement_dtype=kept, **kwargs)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize(("dtype", "of_gradient"), [(d, g) for d in DTYPES for g in DTYPES if d != g], ids=str)
+@pytest.mark.parametrize("offset", [0, 1])
+def test_gradients_of_another_dtype(name, dtype, of_gradient, offset):
+    """Read as they are."""
+    kwargs = {"sizes": [1100, 5, 40], "offsets": (0, offset), "grad_dtype": of_gradient}
+    made = make_table(dtype, **kwargs)
+    torch.testing.assert_close(sq_norm(name, made), reference.sq_norm(made), rtol=1e-12, atol=0)
+    for function in FUNCTIONS:
+        for touched in ((), (0, 1)):
+            compare(function, name, dtype, touched=touched, **kwargs)
+    compare("inner_step", name, dtype, bad=float("nan"), **kwargs)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_instruction_sets_and_threads_agree(dtype):
     """Bit for bit, sums included: neither the width of a register nor the number of threads shows."""
@@ -124,7 +193,8 @@ def test_instruction_sets_and_threads_agree(dtype):
                 table.set_touched(table.segments, True)
                 run_function("outer_step", table, cycle, MicroBatch([norms], 1))
                 tensors, sums = contents(table, cycle)
-                results.append([norms, *tensors, *sums])
+                run_function("adamw", table, cycle, MicroBatch([norms], 0))
+                results.append([norms, *tensors, *sums, *contents(table, cycle)[0]])
     finally:
         extension.set_instruction_set(best)
         torch.set_num_threads(threads)
@@ -142,9 +212,10 @@ def test_every_conversion_is_pytorchs(name, storage):
 
 def test_layout_of_tables():
     """The structs of csrc/nexus_math.h have the columns in Python as members, in this order."""
-    from nexus_fused.cycle import HYPER
+    from nexus_fused.options import HYPER
 
     extension = pytest.importorskip("nexus_fused._C")
     assert extension.SEGMENT.split(", ") == list(COLUMNS)
     assert extension.HYPER.split(", ") == list(HYPER)
     assert extension.CHUNK_ELEMENTS == CHUNK_ELEMENTS
+    assert {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3} == DTYPE_NUMBERS

@@ -19,20 +19,20 @@ from nexus_fused import NexusAdamW
 if "triton" not in BACKENDS:
     pytest.skip("needs Triton in its interpreter", allow_module_level=True)
 
-from nexus_fused.triton_kernels import displace, elements, inner_step, outer_step, scalars, sq_norm
+from nexus_fused.triton_kernels import elements
 
 
 @pytest.fixture
 def launched(monkeypatch):
-    """Names of the kernels started, in their order."""
-    names = []
+    """Names of the kernels started, in their order, with what their variants differ in."""
+    names, launch = [], elements.launch
 
     def count(kernel, programs, *args, **constants):
-        names.append(kernel.__name__)
-        elements.launch(kernel, programs, *args, **constants)
+        flags = {name: constants[name] for name in ("AMSGRAD", "HAS_NORM", "FIRST", "LAST") if name in constants}
+        names.append((kernel.__name__, *flags.values(), *["no scale"] * args.count(None)))
+        launch(kernel, programs, *args, **constants)
 
-    for module in (sq_norm, inner_step, displace, outer_step, scalars):
-        monkeypatch.setattr(module, "launch", count)
+    monkeypatch.setattr(elements, "launch", count)
     return names
 
 
@@ -41,7 +41,8 @@ def test_launches(launched):
     params, optimizer = build((5, 3), (7,), backend="triton", inner_steps=3)
     run(optimizer, params, 3)
     inner = ["sq_norm_kernel", "advance_kernel", "inner_step_kernel"]
-    assert launched == [*inner, *inner, "sq_norm_kernel", "advance_kernel", "outer_step_kernel", "finish_kernel"]
+    outer = ["sq_norm_kernel", "advance_kernel", "outer_step_kernel", "finish_kernel"]
+    assert [name for name, *_ in launched] == [*inner, *inner, *outer]
     launched.clear()
     both = [*params, nn.Parameter(torch.randn(4, dtype=torch.bfloat16))]
     optimizer = NexusAdamW(both, backend="triton", inner_steps=3)
@@ -70,42 +71,23 @@ def test_a_triton_that_cannot_start_is_explained(monkeypatch):
     monkeypatch.setattr(triton, "INTERPRETED", False)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     inside.replace_try_out(monkeypatch, fail)
-    assert "no C compiler" in triton.why_not_on(torch.device("cuda", 0), torch.float32)
+    dtypes = torch.float32, torch.bfloat16
+    assert "no C compiler" in triton.why_not_on(torch.device("cuda", 0), *dtypes)
     inside.replace_try_out(monkeypatch, lambda *args: None)
-    inside.replace_try_out(monkeypatch, fail, displaced=True)
-    assert triton.why_not_on(torch.device("cuda", 0), torch.float32) is None
-    assert "no C compiler" in triton.why_not_on(torch.device("cuda", 0), torch.float32, displaced=True)
+    assert triton.why_not_on(torch.device("cuda", 0), *dtypes) is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_kernel_is_tried_out(monkeypatch, launched, dtype):
+def test_every_kernel_is_tried_out(launched, dtype):
     """So that nothing is compiled, or fails, in the middle of a step; here in the interpreter."""
-    variants = set()
-    for module in (outer_step, scalars):
-        counted = module.launch
-
-        def record(kernel, programs, *args, counted=counted, **constants):
-            shown = "AMSGRAD", "DISPLACED", "HAS_NORM", "FIRST", "LAST"
-            flags = [constants[name] for name in shown if name in constants]
-            variants.add((kernel.__name__, *flags, args.count(None) if kernel is scalars.advance_kernel else None))
-            counted(kernel, programs, *args, **constants)
-
-        monkeypatch.setattr(module, "launch", record)
-    inside.try_out(torch.device("cpu"), dtype)
+    inside.try_out(torch.device("cpu"), dtype, torch.float64 if dtype == torch.float64 else torch.bfloat16)
     assert set(launched) == {
-        "sq_norm_kernel", "advance_kernel", "inner_step_kernel", "outer_step_kernel",
-        "finish_kernel",
+        ("sq_norm_kernel",), ("inner_step_kernel",), ("end_walk_kernel",),
+        *(("outer_step_kernel", amsgrad) for amsgrad in (False, True)),
+        *(("finish_kernel", *ends) for ends in itertools.product((True, False), repeat=2)),
+        *(("advance_kernel", True, *["no scale"] * missing) for missing in (0, 1, 2)),
+        ("advance_kernel", False, "no scale", "no scale"),
     }  # fmt: skip
-    assert variants == {
-        *(("outer_step_kernel", amsgrad, False, None) for amsgrad in (False, True)),
-        *(("finish_kernel", *ends, None) for ends in itertools.product((True, False), repeat=2)),
-        *(("advance_kernel", True, missing) for missing in (0, 1, 2)),
-        ("advance_kernel", False, 2),
-    }
-    known = set(variants)
-    inside.try_out(torch.device("cpu"), dtype, displaced=True)
-    assert "displace_kernel" in launched
-    assert variants - known == {("outer_step_kernel", amsgrad, True, None) for amsgrad in (False, True)}
 
 
 def test_cpu_tensors_are_refused_outside_the_interpreter():

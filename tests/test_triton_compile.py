@@ -37,20 +37,22 @@ class TestCompiled:
 
     def test_accesses_are_16_bytes_wide(self, compiled, target):
         """Each array on the aligned path: at least so many loads and stores in the code. What has 2 bytes beside state
-        of 4 is 8 bytes for a thread."""
-        arrays = {
-            "sq_norm_kernel": (1, 0),
-            "inner_step_kernel": (2, 2),
-            "displace_kernel": (3, 1),
-            "outer_step_kernel": (4, 3),  # displaced; else a gradient too
+        of 4 is 8 bytes for a thread; gradients have a path for each size, and 4 times 8 bytes are two loads."""
+        arrays = {  # but for w, D and gradients
+            "inner_step_kernel": (0, 1),  # anchor
+            "end_walk_kernel": (1, 0),  # anchor
+            "outer_step_kernel": (2, 2),  # moments
         }
         walking = self.walking(compiled[target])
-        assert len(walking) == 4 + 4 + 4 + 16  # dtypes; with amsgrad, displaced and both
+        assert len(walking) == 1 + 7 * 4  # for each pair of dtypes two outer steps and each other kernel but the norm
         for key, f in walking.items():
+            if key.startswith("sq_norm"):
+                assert f["loads"] >= 4 + 4 + 2 + 2
+                continue
             loads, stores = arrays[key.split()[0]]
-            narrow = "STATE=fp32" in key and "STORAGE=fp32" not in key and stores
-            assert f["loads"] >= loads + ("DISPLACED=False" in key) - bool(narrow), key
-            assert f["stores"] >= stores - bool(narrow and "inner_step" in key), key
+            w, D = (f"{name}=fp32" in key or f"{name}=fp64" in key for name in ("STORAGE", "OF_D"))
+            assert f["loads"] >= loads + w + D + (3 if "STATE=fp32" in key else 1), key
+            assert f["stores"] >= stores + w + (D and "outer_step" not in key), key
 
     def test_no_value_changes_hands_in_a_loop(self, compiled, target):
         """Of a block that is whole and aligned, whose loop comes before the one for what is left."""
@@ -77,8 +79,10 @@ class TestCompiled:
 
     def test_registers_of_the_outer_step(self, compiled, target):
         """In float32 three programs of 256 threads fit on a multiprocessor."""
-        plain = {k: f for k, f in compiled[target].items() if "AMSGRAD=False DISPLACED=False" in k}
-        assert len(plain) == 4
+        if target.startswith("hip"):
+            pytest.skip("AMD's compiler takes no limit")
+        plain = {k: f for k, f in compiled[target].items() if "AMSGRAD=False" in k}
+        assert len(plain) == 7
         assert all(f["registers"] <= 80 for f in plain.values())
 
     def test_registers(self, compiled, target):

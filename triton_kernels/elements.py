@@ -1,4 +1,4 @@
-"""What the kernels share: columns of the table, blocks of memory, γ·g/n. No kernel of its own."""
+"""What the kernels share: columns of the table, blocks of memory, weights in two parts, γ·g/n. No kernel."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ import torch
 import triton
 import triton.language as tl
 
-from ..table import CHUNK_ELEMENTS, COLUMNS
+from ..flat import COLUMNS, DTYPES
+from ..table import CHUNK_ELEMENTS, Table
 
 N_COLUMNS = tl.constexpr(len(COLUMNS))
-WEIGHT, GRAD, THETA, WALK, EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ, STEP, LENGTH, GROUP, TOUCHED, FIRST_CHUNK = (
-    tl.constexpr(column) for column in range(len(COLUMNS))
-)
+(
+    WEIGHT, REMAINDER, DISPLACEMENT, ANCHOR, GRAD, GRAD_DTYPE, EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ, STEP, LENGTH, GROUP,
+    TOUCHED, FIRST_CHUNK,
+) = (tl.constexpr(column) for column in range(len(COLUMNS)))  # fmt: skip
+FLOAT64, FLOAT32, BFLOAT16 = (tl.constexpr(DTYPES[d]) for d in (torch.float64, torch.float32, torch.bfloat16))
 CHUNK = tl.constexpr(CHUNK_ELEMENTS)
 
 LANES = 32 if torch.version.hip is None else 64  # threads of a warp
 LIMITS_REGISTERS = torch.version.hip is None and getattr(torch.version, "xpu", None) is None  # as NVIDIA's compiler
 
-STORAGE = {
+TYPES = {
     torch.float64: tl.float64,
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
@@ -46,16 +49,16 @@ def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
         ) from error
 
 
-def constants_of(dtype: torch.dtype, *, block: int, each: int = 4) -> dict[str, Any]:
-    """STORAGE (of weight and gradient), STATE (of everything else), BLOCK (elements that a program works on at a time)
-    and num_warps of a table's kernels.
+def constants_of(table: Table, *, block: int) -> dict[str, Any]:
+    """STORAGE (of the parameter), STATE (of w and AdamW's state), OF_D, BLOCK (elements that a program works on at a
+    time) and num_warps of a table's kernels.
 
-    each: elements of a thread, in float64 half of them. With 4 it has 16 bytes of float32 state: with more, blocks of
-    2-byte weights and gradients are moved between threads through shared memory, and registers run short.
+    A thread has 16 bytes of state: with more, blocks of 2-byte values are moved between threads through shared memory,
+    and registers run short.
     """
-    wide = dtype == torch.float64
-    state, each = (tl.float64, each // 2) if wide else (tl.float32, each)
-    return {"STORAGE": STORAGE[dtype], "STATE": state, "BLOCK": block, "num_warps": block // each // LANES}
+    state, each = (tl.float64, 2) if table.dtype == torch.float64 else (tl.float32, 4)
+    types = {"STORAGE": TYPES[table.dtype], "STATE": state, "OF_D": TYPES[table.displacement_dtype]}
+    return {**types, "BLOCK": block, "num_warps": block // each // LANES}
 
 
 def at_most_registers(limit: int) -> dict[str, Any]:
@@ -83,14 +86,42 @@ def address_of(row, COLUMN: tl.constexpr, begin, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def gradient_of(row, begin):
+    """The same of the gradient, and the number of its dtype."""
+    address, dtype = tl.load(row + GRAD), tl.load(row + GRAD_DTYPE)
+    size = tl.where(dtype == FLOAT64, 8, tl.where(dtype == FLOAT32, 4, 2))
+    return tl.where(address != 0, address + begin * size, 0), dtype
+
+
+@triton.jit
+def walk_of(row, begin, touch, STORAGE: tl.constexpr, STATE: tl.constexpr, OF_D: tl.constexpr):
+    """Addresses of w (two: the parameter and its remainder), of D and of the anchor, and whether D is valid."""
+    weight, remainder = address_of(row, WEIGHT, begin, STORAGE), address_of(row, REMAINDER, begin, STORAGE)
+    displacement, anchor = address_of(row, DISPLACEMENT, begin, OF_D), address_of(row, ANCHOR, begin, STATE)
+    return weight, remainder, displacement, anchor, is_touched(tl.load(row + TOUCHED), tl.load(row + GRAD), touch)
+
+
+@triton.jit
+def last_step_of(row, begin, factor, STATE: tl.constexpr):
+    """What `load_step` needs: the gradient's address and dtype, whether the step is taken, and γ/n in two parts."""
+    g, dtype = gradient_of(row, begin)
+    factor_of_group = tl.load(factor + tl.load(row + GROUP))
+    # As a power of two near its root and the rest: see reference.scaled_gradient.
+    half = (((factor_of_group.to(tl.int64, bitcast=True) >> 52) & 0x7FF) - 1022) >> 1
+    power = ((half + 1023) << 52).to(tl.float64, bitcast=True)
+    inverse = ((1023 - half) << 52).to(tl.float64, bitcast=True)
+    return g, dtype, (g != 0) & (factor_of_group != 0), power.to(STATE), (factor_of_group * inverse).to(STATE)
+
+
+@triton.jit
 def is_touched(touched, g, touch):
-    """Whether θ and walk of rows are valid, from their columns TOUCHED and GRAD; `touch` as in `Table.on_device`."""
+    """Whether D of rows is valid, from their columns TOUCHED and GRAD; `touch` as in `Table.on_device`."""
     return tl.where(touch == 2, touched != 0, (touch == 1) & (g != 0))
 
 
 @triton.jit
 def _pointers(address, offsets, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    if DTYPE == tl.bfloat16:  # as its bits: the interpreter's own conversions do not round to nearest
+    if DTYPE.primitive_bitwidth == 16:  # as bits: the interpreter's own conversions do not round to nearest
         base = address.to(tl.pointer_type(tl.int16))
     else:
         base = address.to(tl.pointer_type(DTYPE))
@@ -100,70 +131,157 @@ def _pointers(address, offsets, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _load(address, offsets, n, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr):
-    pointers = _pointers(address, offsets, DTYPE, ALIGNED)
-    if MASKED:
-        values = tl.load(pointers, mask=offsets < n, other=0)
-    else:
-        values = tl.load(pointers)
+def load(address, offsets, n, DTYPE: tl.constexpr, WIDE: tl.constexpr, valid=True, ALIGNED: tl.constexpr = True):
+    """Elements at `offsets` for `widened`; zeros from `n` on, and all of them unless `valid`.
+
+    WIDE promises that all elements exist and, with ALIGNED, that `address` is a multiple of 16, and lets the compiler
+    load 16 bytes at a time. It could not under a mask that depends on a length: the rest of a chunk goes one by one.
+    """
+    mask = valid if WIDE else (offsets < n) & valid
+    return tl.load(_pointers(address, offsets, DTYPE, WIDE and ALIGNED), mask=mask, other=0)
+
+
+@triton.jit
+def widened(values, DTYPE: tl.constexpr):
+    """float32 (float64 for float64) of what `load` gave, later: who waits for one value starts no load of another."""
     if DTYPE == tl.bfloat16:
-        return (values.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+        return (values.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     elif DTYPE == tl.float16:
-        return values.to(tl.float32)
+        return values.to(tl.float16, bitcast=True).to(tl.float32)
     else:
         return values
 
 
 @triton.jit
-def load(address, offsets, n, DTYPE: tl.constexpr, WIDE: tl.constexpr):
-    """Elements at `offsets` as float32 (float64 for float64); zeros from `n` on.
-
-    WIDE promises that `address` is a multiple of 16 and that all elements exist, and lets the compiler load 16 bytes at
-    a time. It could not under a mask that depends on a length: the last block of a chunk goes one by one.
-    """
-    return _load(address, offsets, n, DTYPE, WIDE, not WIDE)
+def store(address, offsets, n, values, DTYPE: tl.constexpr, WIDE: tl.constexpr, valid=True):
+    """Writes `values`, floats of DTYPE or 16 bits in integers, unless `valid` says no; WIDE: see `load`."""
+    if DTYPE.primitive_bitwidth == 16:
+        values = values.to(tl.int16)
+    mask = valid if WIDE else (offsets < n) & valid
+    tl.store(_pointers(address, offsets, DTYPE, WIDE), values, mask=mask)
 
 
 @triton.jit
-def load_gradient(address, aligned, offsets, n, DTYPE: tl.constexpr, WIDE: tl.constexpr):
-    """The same of a gradient, which may lie anywhere: in a bucket of DistributedDataParallel, for example."""
+def store_rounded(address, offsets, n, values, DTYPE: tl.constexpr, WIDE: tl.constexpr):
+    """Writes `values`, rounded to nearest, ties to even; returns what was written, widened."""
+    if DTYPE == tl.bfloat16:
+        bits = values.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        values = tl.where(values == values, rounded, 0x7FC0)
+    store(address, offsets, n, values, DTYPE, WIDE)
+    return widened(values, DTYPE)
+
+
+@triton.jit
+def _load_anywhere(address, offsets, n, DTYPE: tl.constexpr, WIDE: tl.constexpr):
     if WIDE:
-        if aligned:
-            values = _load(address, offsets, n, DTYPE, True, False)
+        if address % 16 == 0:
+            values = load(address, offsets, n, DTYPE, True)
         else:
-            values = _load(address, offsets, n, DTYPE, False, False)
+            values = load(address, offsets, n, DTYPE, True, True, False)
     else:
-        values = _load(address, offsets, n, DTYPE, False, True)
+        values = load(address, offsets, n, DTYPE, False)
     return values
 
 
 @triton.jit
-def store(address, offsets, n, values, DTYPE: tl.constexpr, WIDE: tl.constexpr):
-    """Writes `values`, rounded to nearest, ties to even; see `load`."""
-    pointers = _pointers(address, offsets, DTYPE, WIDE)
-    if DTYPE == tl.bfloat16:
-        bits = values.to(tl.uint32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        rounded = tl.where(values == values, rounded, 0x7FC0)
-        values = rounded.to(tl.uint16).to(tl.int16, bitcast=True)
+def load_gradient(address, dtype, offsets, n, STATE: tl.constexpr, WIDE: tl.constexpr):
+    """A gradient of any dtype in STATE. It may lie anywhere, in a bucket of DistributedDataParallel for example."""
+    if dtype == FLOAT32:
+        values = _load_anywhere(address, offsets, n, tl.float32, WIDE).to(STATE)
+    elif dtype == FLOAT64:
+        values = _load_anywhere(address, offsets, n, tl.float64, WIDE).to(STATE)
     else:
-        values = values.to(DTYPE)
-    if WIDE:
-        tl.store(pointers, values)
+        bits = _load_anywhere(address, offsets, n, tl.int16, WIDE)
+        values = tl.where(dtype == BFLOAT16, widened(bits, tl.bfloat16), widened(bits, tl.float16)).to(STATE)
+    return values
+
+
+@triton.jit
+def load_step(step, offsets, n, STATE: tl.constexpr, WIDE: tl.constexpr):
+    """γ·g/n, 0 where the step is not taken: its gradient may hold NaN. To be loaded last, it waits."""
+    g, dtype, taken, power, rest = step
+    values = tl.zeros([offsets.shape[0]], STATE)
+    if taken:
+        values = load_gradient(g, dtype, offsets, n, STATE, WIDE)
+    return (values * power) * rest
+
+
+@triton.jit
+def _of_half(magnitude):
+    """float32 of float16's bits, 2^-16 of the spacing there (at inf, that of the largest) and its inverse."""
+    rounded = widened(magnitude.to(tl.int16), tl.float16)
+    unit = (tl.minimum(tl.maximum(rounded.to(tl.int32, bitcast=True) >> 23, 113), 142) - 26) << 23
+    return rounded, unit.to(tl.float32, bitcast=True), (0x7F000000 - unit).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def load_weight(weight, remainder, offsets, n, STORAGE: tl.constexpr, WIDE: tl.constexpr, valid=True):
+    """w for `joined`: of float32 and float64 twice the same."""
+    high = load(weight, offsets, n, STORAGE, WIDE, valid)
+    low = high
+    if STORAGE.primitive_bitwidth == 16:
+        low = load(remainder, offsets, n, STORAGE, WIDE, valid)
+    return high, low
+
+
+@triton.jit
+def joined(w, STORAGE: tl.constexpr):
+    """w in STATE, of a parameter and its remainder below float32: reference.read_weight."""
+    high, low = w
+    if STORAGE.primitive_bitwidth > 16:
+        return high
     else:
-        tl.store(pointers, values, mask=offsets < n)
+        high, low = high.to(tl.int32), low.to(tl.int32)
+        magnitude, minus = high & 0x7FFF, low < 0
+        none = (magnitude == 0) & minus
+        if STORAGE == tl.bfloat16:
+            bits = ((high - minus.to(tl.int32)) << 16) | (low & 0xFFFF)
+            return tl.where(none | (magnitude >= 0x7F80), high << 16, bits).to(tl.float32, bitcast=True)
+        else:
+            alone = none | (magnitude >= 0x7C00)
+            rounded, unit, _ = _of_half(magnitude)
+            number = low & 0x7FFF
+            number = tl.where(minus, 0 - tl.where(number == 0, 0x8000, number), number)
+            w = tl.where(alone, 0.0, rounded) + number.to(tl.float32) * unit
+            bits = tl.where(alone, rounded, w).to(tl.int32, bitcast=True) | (high & 0x8000) << 16
+            return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def store_weight(weight, remainder, offsets, n, w, STORAGE: tl.constexpr, WIDE: tl.constexpr, valid=True):
+    """Writes w, below float32 in two parts: reference.write_weight."""
+    if STORAGE.primitive_bitwidth > 16:
+        store(weight, offsets, n, w, STORAGE, WIDE, valid)
+    else:
+        bits = w.to(tl.uint32, bitcast=True)
+        if STORAGE == tl.bfloat16:
+            high = tl.where(w == w, (bits + 0x8000) >> 16, 0x7FC0)
+            low = tl.where((high & 0x7FFF) >= 0x7F80, 0, bits & 0xFFFF)
+        else:
+            magnitude = (bits & 0x7FFFFFFF).to(tl.float32, bitcast=True)
+            finite = magnitude < 65520.0
+            magnitude = tl.where(finite, magnitude, 0.0)
+            magnitude = tl.where(magnitude < 2.0**-17, (magnitude + 2.0**-17) - 2.0**-17, magnitude)
+            subnormal = magnitude < 2.0**-14
+            normal = (magnitude.to(tl.int32, bitcast=True) - 0x38000000 + 0x1000) >> 13
+            half = tl.where(subnormal, (tl.where(subnormal, magnitude, 0.0) * 2.0**24 + 0.5).to(tl.int32), normal)
+            rounded, _, inverse_unit = _of_half(half)
+            number = ((magnitude - rounded) * inverse_unit).to(tl.int32)
+            half = tl.where(finite, half, 0x7C00) | (bits >> 16 & 0x8000).to(tl.int32)
+            high = tl.where(w == w, half, 0x7E00)
+            low = tl.where(number < 0, 0x8000 | (0 - number & 0x7FFF), number)
+        store(weight, offsets, n, high, STORAGE, WIDE, valid)
+        store(remainder, offsets, n, low, STORAGE, WIDE, valid)
+
+
+@triton.jit
+def outer_weight(w, D):
+    """θ. An element without a displacement is not touched: −0 stays −0."""
+    return tl.where(D != 0, w + D, w)
 
 
 @triton.jit
 def wide_part(aligned, n, BLOCK: tl.constexpr):
     """How many of n elements, from the first on, are in blocks that can be WIDE."""
     return tl.where(aligned, n // BLOCK * BLOCK, 0)
-
-
-@triton.jit
-def power_and_rest(factor, DTYPE: tl.constexpr):
-    """factor (float64) as power · rest, power a power of two near its root: see reference.scaled_gradient."""
-    half = (((factor.to(tl.int64, bitcast=True) >> 52) & 0x7FF) - 1022) >> 1
-    power = ((half + 1023) << 52).to(tl.float64, bitcast=True)
-    inverse = ((1023 - half) << 52).to(tl.float64, bitcast=True)
-    return power.to(DTYPE), (factor * inverse).to(DTYPE)

@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..cycle import HYPER, INNER_LR, SIGN, Cycle, MicroBatch
+from ..cycle import Cycle, MicroBatch
+from ..options import HYPER, INNER_LR, SIGN
 from ..table import Table
-from .elements import GRAD, N_COLUMNS, STEP, TOUCHED, is_touched, launch
+from . import elements
 
 _INNER_LR, _SIGN, _N_HYPER = tl.constexpr(INNER_LR), tl.constexpr(SIGN), tl.constexpr(len(HYPER))
 
@@ -83,10 +84,11 @@ def finish_kernel(
                 for start in range(first_row, end_row, BLOCK):
                     index = start + tl.arange(0, BLOCK)
                     inside = index < end_row
-                    row = rows + index * N_COLUMNS
-                    g = tl.load(row + GRAD, mask=inside, other=0)
-                    moving = inside & ((g != 0) | is_touched(tl.load(row + TOUCHED, mask=inside, other=0), g, touch))
-                    step = tl.load(row + STEP, mask=moving, other=0).to(tl.pointer_type(tl.float32))
+                    row = rows + index * elements.N_COLUMNS
+                    g = tl.load(row + elements.GRAD, mask=inside, other=0)
+                    touched = elements.is_touched(tl.load(row + elements.TOUCHED, mask=inside, other=0), g, touch)
+                    moving = inside & ((g != 0) | touched)
+                    step = tl.load(row + elements.STEP, mask=moving, other=0).to(tl.pointer_type(tl.float32))
                     tl.store(step, tl.load(step, mask=moving, other=0) + 1, mask=moving)
             total = tl.zeros([BLOCK], tl.float64)
             for start in range(first_chunk, end_chunk, BLOCK):
@@ -123,7 +125,7 @@ def advance(cycle: Cycle, micro_batch: MicroBatch | None, *, ends_cycle: bool) -
     partials, position, grad_scale, found_inf = micro_batch.on(cycle.device) if micro_batch else ([], 0, None, None)
     # Tables and devices in their order: the sum must not depend on who is first.
     total = torch.cat([p.view(-1) for p in partials]) if len(partials) > 1 else (*partials, cycle.factor)[0]
-    launch(
+    elements.launch(
         advance_kernel, 1,
         total, total.numel(), cycle.hyper, cycle.factor, cycle.sums, cycle.totals, grad_scale, found_inf,
         len(cycle.factor), position, int(ends_cycle),
@@ -135,7 +137,7 @@ def finish(tables: list[Table], on_device: list[tuple[Tensor, Tensor, Tensor, in
     """Ends the cycle of all tables of a device, whose outer steps have been started with these on the device."""
     sums, counts = cycle.results
     for table, (rows, _, starts, touch) in zip(tables, on_device, strict=True):
-        launch(
+        elements.launch(
             finish_kernel, len(cycle.factor) + 1,
             rows, starts, table.displacement_sq, cycle.sums, cycle.counts, sums, counts,
             len(cycle.factor), len(starts) - 1, cycle.inner_steps, taken, touch,

@@ -14,8 +14,8 @@ What to watch for:
 * Its steps are micro-batches: training.steps, warmup, checkpoint and validation intervals, K to a cycle.
 * training.max_norm clips: harmless, and wasted.
 * A distributed checkpoint fills only what the state holds already: before loading one of mid-cycle, call
-  materialize_anchors(), see `load`. Without it loading raises an error that says so. Intervals that are multiples of K
-  need nothing.
+  materialize_displacements(), see `load`. Without it loading raises an error that says so. Intervals that are
+  multiples of K need nothing.
 * Validation in mid-cycle belongs inside outer_weights().
 """
 
@@ -119,10 +119,10 @@ def train(folder: str, *, resume: bool = False, save_after: int = SAVE_AFTER) ->
 
 
 def load(states: dict[str, Any], nexus: NexusAdamW, folder: str) -> None:
-    """Loads a checkpoint of any position; those of mid-cycle hold anchors (below float32: walks)."""
+    """Loads a checkpoint of any position; those of mid-cycle hold displacements."""
     saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    if any(key.endswith((".anchor", ".walk")) for key in saved):
-        nexus.materialize_anchors()
+    if any(key.endswith(".displacement") for key in saved):
+        nexus.materialize_displacements()
     dcp.load(states, checkpoint_id=folder)
 
 

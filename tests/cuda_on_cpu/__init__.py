@@ -57,5 +57,5 @@ def install() -> ModuleType | None:
         cuda._C = kernels
         cuda._on = lambda device: contextlib.nullcontext()
         cuda._where = lambda device, *, first=True, last=True: (0, 0, first, last)
-        cuda.why_not_on = lambda device, dtype, **_: None if device == torch.device("cpu") else "only CPU tensors here"
+        cuda.why_not_on = lambda device, *_: None if device == torch.device("cpu") else "only CPU tensors here"
     return kernels

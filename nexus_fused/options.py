@@ -1,25 +1,60 @@
-"""What a parameter group may hold: every check of a hyperparameter, and the row of numbers that kernels read."""
+"""The options of a parameter group: a table of names and ranges, every check, and the rows that kernels read."""
 
 from __future__ import annotations
 
 import math
 import numbers
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import dtensor
-from .cycle import GROUP_KEYS
 from .flat import STATE_DTYPE, real_dtype
 
 INNER_LR_FLOOR = 0.1  # of inner_lr: keeps the walk above float32's resolution at both ends of a schedule
 
 
-def number(value: Any, name: str, *, low: float, high: float = math.inf, open_low: bool = False) -> float | Tensor:
+class Range(NamedTuple):
+    """Of a number: [low, high) or, with `open_low`, (low, high)."""
+
+    low: float = 0
+    high: float = math.inf
+    open_low: bool = False
+
+
+# The columns of `Cycle.hyper`, all float64. `struct Hyper` in csrc/nexus_math.h is the same list; a test compares.
+HYPER = {
+    "inner_lr": Range(open_low=True),
+    "lr": Range(),
+    "beta1": Range(high=1),
+    "beta2": Range(high=1),
+    "eps": Range(),
+    "weight_decay": Range(),
+    "sign": None,  # of `maximize`
+    "normalize": None,  # of `normalize_displacement`
+}
+INNER_LR, LR, BETA1, BETA2, EPS, WEIGHT_DECAY, SIGN, NORMALIZE = range(len(HYPER))
+
+# The other options of a group, with the values that they may have.
+FLAGS: dict[str, tuple[bool | None, ...]] = dict.fromkeys(
+    ("amsgrad", "maximize", "capturable", "differentiable", "normalize_displacement", "inner_lr_follows_lr"),
+    (True, False),
+)
+FLAGS["fused"] = (None, True, False)
+
+# Keys of a parameter group that belong to the running cycle; the same keys at every position, and lists of the same
+# length: where it changes, torch.distributed.checkpoint mixes them with those that were there.
+GROUP_KEYS = (
+    "cycle_position", "walk_length", "walk_sq_length", "touched", "grad_norms",
+    "skipped_inner_steps", "skipped_outer_steps",
+)  # fmt: skip
+
+
+def number(value: Any, name: str, allowed: Range) -> float | Tensor:
     """`value` as a float, or as it is where it is a tensor of one element on another device than the CPU.
 
-    Raises TypeError for what is no number, ValueError for a number out of [low, high) or, with `open_low`, (low, high).
+    Raises TypeError for what is no number, ValueError for a number outside of the range.
     """
     usual = type(value) is float  # asking for the other types takes longer than all the rest, at every step
     if not usual and isinstance(value, Tensor):
@@ -34,7 +69,7 @@ def number(value: Any, name: str, *, low: float, high: float = math.inf, open_lo
         raise TypeError(
             f"{name} must be a number or a tensor of one element, but is {value!r} ({type(value).__name__})"
         )
-    result = float(value)
+    result, (low, high, open_low) = float(value), allowed
     if not (low < result if open_low else low <= result) or not result < high:
         interval = f"> {low}" if open_low else f">= {low}"
         raise ValueError(
@@ -52,6 +87,16 @@ def inner_steps(value: Any) -> int:
     return int(value)
 
 
+def displacement_dtype(value: Any, steps: int) -> torch.dtype:
+    """What D is kept in: `value`, or bfloat16 up to 32 inner steps, few enough roundings for it, and float32 beyond."""
+    if value not in (None, torch.bfloat16, torch.float32):
+        raise ValueError(
+            "displacement_dtype must be None (torch.bfloat16 up to 32 inner steps, else torch.float32), torch.bfloat16 "
+            f"or torch.float32, but is {value!r}; float64 parameters have float64 displacements whatever it is"
+        )
+    return value or (torch.bfloat16 if steps <= 32 else torch.float32)
+
+
 def group_row(group: dict[str, Any], index: int, steps: int) -> list[float | Tensor]:
     """Checks a parameter group and returns its row of `Cycle.hyper`, with γ_k scheduled.
 
@@ -59,23 +104,16 @@ def group_row(group: dict[str, Any], index: int, steps: int) -> list[float | Ten
     rate when it was added; inner_lr where base_lr is 0 or `inner_lr_follows_lr` is False.
     """
     where = f"of parameter group {index}"
-    for name in (
-        "amsgrad",
-        "maximize",
-        "capturable",
-        "differentiable",
-        "normalize_displacement",
-        "inner_lr_follows_lr",
-    ):
-        if not isinstance(group[name], bool):
+    for name, values in FLAGS.items():
+        if group[name] is not True and group[name] is not False and None not in values:
             raise TypeError(f"{name} {where} must be True or False, but is {group[name]!r}")
+        if group[name] not in values:
+            raise TypeError(f"{name} {where} must be None, True or False, but is {group[name]!r}")
     if group["differentiable"]:
         raise ValueError(
-            f"differentiable=True {where}: NexusAdamW works in place on float32 buffers that autograd does not see; "
-            "use torch.optim.AdamW where you differentiate through the optimizer"
+            f"differentiable=True {where}: NexusAdamW works in place on buffers that autograd does not see; use "
+            "torch.optim.AdamW where you differentiate through the optimizer"
         )
-    if group["fused"] not in (None, True, False):
-        raise TypeError(f"fused {where} must be None, True or False, but is {group['fused']!r}")
     if group["inner_steps"] != steps:
         raise ValueError(
             f"inner_steps {where} is {group['inner_steps']}, but it is one for the whole optimizer ({steps}): "
@@ -84,26 +122,28 @@ def group_row(group: dict[str, Any], index: int, steps: int) -> list[float | Ten
     betas = group["betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise TypeError(f"betas {where} must be two numbers, but is {betas!r}")
-    lr = number(group["lr"], f"lr {where}", low=0)
-    inner_lr = number(group["inner_lr"], f"inner_lr {where}", low=0, open_low=True)
-    row = [
-        lr,
-        number(betas[0], f"betas[0] {where}", low=0, high=1),
-        number(betas[1], f"betas[1] {where}", low=0, high=1),
-        number(group["eps"], f"eps {where}", low=0),
-        number(group["weight_decay"], f"weight_decay {where}", low=0),
-        -1.0 if group["maximize"] else 1.0,
-        float(group["normalize_displacement"]),
-    ]
+    given = {"beta1": ("betas[0]", betas[0]), "beta2": ("betas[1]", betas[1])}
+    row = []
+    for column, allowed in HYPER.items():
+        if allowed is not None:
+            name, value = given.get(column) or (column, group[column])
+            row.append(number(value, f"{name} {where}", allowed))
+    row += [-1.0 if group["maximize"] else 1.0, float(group["normalize_displacement"])]
     if group["inner_lr_follows_lr"]:
-        base_lr = number(group.get("max_lr", group["base_lr"]), f"base_lr {where}", low=0)
-        if isinstance(base_lr, Tensor):
-            ratio = torch.where(base_lr == 0, 1.0, lr / base_lr.double()).clamp(min=INNER_LR_FLOOR)
-            return [inner_lr * ratio, *row]
-        if isinstance(lr, Tensor):
-            return [inner_lr * (lr.double() / base_lr).clamp(min=INNER_LR_FLOOR) if base_lr else inner_lr, *row]
-        return [inner_lr * (max(lr / base_lr, INNER_LR_FLOOR) if base_lr else 1.0), *row]
-    return [inner_lr, *row]
+        base_lr = number(group.get("max_lr", group["base_lr"]), f"base_lr {where}", HYPER["lr"])  # type: ignore[arg-type]
+        row[INNER_LR] = row[INNER_LR] * _share_of_peak(row[LR], base_lr)
+    return row
+
+
+def _share_of_peak(lr: float | Tensor, base_lr: float | Tensor) -> float | Tensor:
+    """max(lr / base_lr, 0.1), or 1 where base_lr is 0."""
+    if isinstance(base_lr, Tensor):
+        return torch.where(base_lr == 0, 1.0, lr / base_lr.double()).clamp(min=INNER_LR_FLOOR)
+    if base_lr == 0:
+        return 1.0
+    if isinstance(lr, Tensor):
+        return (lr.double() / base_lr).clamp(min=INNER_LR_FLOOR)
+    return max(lr / base_lr, INNER_LR_FLOOR)
 
 
 def check_new_group(

@@ -1,0 +1,89 @@
+"""What ranks must agree about, and how they find out whether they do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .dtensor import checksum, is_dtensor
+from .options import HYPER, group_row, is_frozen
+from .ranks import check_group, difference
+from .walk import Walk
+
+Groups = list[dict[str, Any]]
+
+
+def compare(
+    walk: Walk,
+    groups: Groups,
+    state: Any,
+    when: str,
+    error: Exception | None = None,
+    *,
+    loads: int | None = None,
+    weights: Sequence[Tensor] = (),
+) -> None:
+    """Raises RuntimeError on all ranks that communicate if they disagree.
+
+    error: this rank's, which keeps others from waiting. loads: a position that comes. weights: parameters that must
+    have the same values on ranks that walk on their own.
+    """
+    if walk.ranks.communicates:
+        here, of_params = _agreed(walk, groups, state, loads, error, hyper=loads is None and error is None)
+        walks: dict[str, Any] = {"displacement_dtype": str(walk.displacement_dtype)}
+        if walk.is_local:
+            late = "which must be broadcast from one rank before the optimizer gets it"
+            walks |= {f"the value of parameter {i}, {late}": checksum(p) for i, p in enumerate(weights)}
+        walk.ranks.check(here, of_params, walks, when)
+
+
+def compare_for_debugging(walk: Walk, groups: Groups, state: Any, when: str, *, averages: bool) -> None:
+    """The same at each step, where torch.distributed was asked to look for mistakes. Ranks that walk on their own may
+    stand at different positions, and only come together when they average."""
+    if walk.ranks.communicates and torch.distributed.get_debug_level() != torch.distributed.DebugLevel.OFF:
+        here, of_params = _agreed(walk, groups, state, hyper=not walk.is_local)
+        walk.ranks.check(here, of_params, {"cycle_position": "any"} if averages else None, when)
+
+
+def compare_replicas(walk: Walk, groups: Groups, state: Any, group: Any) -> None:
+    """Raises RuntimeError on all ranks of a process group (None: the default one) that are no replicas."""
+    check_group(group, "group")
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        raise RuntimeError("check_ranks() compares processes: call torch.distributed.init_process_group() before it")
+    here, of_params = _agreed(walk, groups, state)
+    found = difference({**here, **of_params}, group or torch.distributed.group.WORLD, "in check_ranks()")
+    if found is not None:
+        raise RuntimeError(found)
+
+
+def _agreed(
+    walk: Walk,
+    groups: Groups,
+    state: Any,
+    position: int | None = None,
+    error: Exception | None = None,
+    *,
+    hyper: bool = True,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What all ranks must have in common, and what those that have the same parameters must, by the name that an error
+    gives it.
+
+    hyper: hyperparameters too. Those on a device count as equal: reading them would wait for it.
+    """
+    params = [
+        f"{tuple(p.shape)} {p.dtype}{' frozen' if is_frozen(p) and not state.get(p) else ' in use'} in group {index}"
+        + (f" {p.placements} on {p.device_mesh.shape}" if is_dtensor(p) else "")
+        for index, group in enumerate(groups)
+        for p in group["params"]
+    ]
+    position = walk.position if position is None else position
+    here = {"what fails": str(error), "inner_steps": walk.inner_steps, "cycle_position": position}
+    of_params: dict[str, Any] = {"the number of parameters": len(params)}
+    of_params.update((f"parameter {i}", line) for i, line in enumerate(params))
+    for index, group in enumerate(groups if hyper else []):
+        row = zip(HYPER, group_row(group, index, walk.inner_steps), strict=True)
+        of_params.update((f"{name} of group {index}", str(v)) for name, v in row if not isinstance(v, Tensor))
+    return here, of_params

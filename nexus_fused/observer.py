@@ -1,0 +1,138 @@
+"""What others did since we last looked: gradients that came, parameters that lie elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+from array import array
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .dtensor import dtensor_type, is_dtensor, local_part, same_layout
+from .flat import DTYPES, GRAD, GRAD_DTYPE, WEIGHT, Segment, real_dtype
+
+# The extension's quick look at parameters and gradients; without it Python looks at each.
+_quick_look = None
+with contextlib.suppress(ImportError):
+    from . import _C
+
+    if _C.prepare_to_look(Tensor, torch.nn.Parameter):
+        _quick_look = _C.look
+
+
+class Observer:
+    """Looks at the parameters of one table, and keeps the gradients that had to be copied.
+
+    copies: by row, this micro-batch's gradients that had other strides. complete: whether every row has a gradient.
+    """
+
+    def __init__(self, segments: list[Segment], device: torch.device) -> None:
+        self._segments, self._device = segments, device
+        self._params = [segment.param for segment in segments]
+        self._has_dtensors = any(map(is_dtensor, self._params))
+        if _quick_look is not None and self._has_dtensors:
+            _C.prepare_to_look_at_dtensors(dtensor_type())
+        self._objects = array("q", bytes(8 * len(segments)))  # of `_quick_look`
+        self.copies: dict[int, Tensor] = {}
+        self.complete = not segments
+
+    def look(self, rows: Tensor, *, use: bool) -> tuple[bool, bool]:
+        """Writes where gradients lie (0: none, -1: one without elements) and their dtypes into the rows of the table.
+
+        use: False has every parameter go without a gradient. Returns whether any of these changed, and whether a
+        parameter lies elsewhere than its row says. Raises RuntimeError for a gradient that does not fit its parameter,
+        or a parameter that was converted.
+        """
+        self.copies.clear()
+        if _quick_look is None:
+            changed, unusual = True, list(range(len(self._segments)))
+            rows[:, GRAD] = 0
+        else:
+            # Else each attribute of a DTensor is preceded by a search for its `__torch_function__`.
+            with torch._C.DisableTorchFunctionSubclass() if self._has_dtensors else contextlib.nullcontext():
+                found = _quick_look(self._params, rows.data_ptr(), use, self._objects.buffer_info()[0])
+            unusual, changed, self.complete = found
+        elsewhere = False
+        for row in unusual:
+            segment = self._segments[row]
+            elsewhere |= self._look_at_parameter(segment, int(rows[row, WEIGHT]))
+            grad = segment.param.grad if use else None
+            if grad is not None:
+                grad = self._readable(segment, grad)
+                rows[row, GRAD_DTYPE] = DTYPES[real_dtype(grad.dtype)]
+                rows[row, GRAD] = grad.data_ptr() or -1  # an empty gradient is one all the same, without memory
+        if unusual:
+            changed, self.complete = True, bool((rows[:, GRAD] != 0).all())
+        return changed, elsewhere
+
+    def gradient(self, segment: Segment) -> Tensor | None:
+        """This micro-batch's gradient of a segment, dense with its strides; None without one."""
+        copied = self.copies.get(segment.row)
+        return copied if copied is not None else local_part(segment.param.grad)
+
+    def _look_at_parameter(self, segment: Segment, address: int) -> bool:
+        """Whether a parameter lies elsewhere than at `address`; brings one that has gaps up to date."""
+        local = segment.local
+        if (
+            real_dtype(local.dtype) is not real_dtype(segment.dtype)
+            or local.device != self._device
+            or local.shape != segment.shape
+            or local.stride() != segment.param_strides
+        ):
+            raise RuntimeError(
+                f"{segment.where} was {segment.dtype} on {self._device} with strides {segment.param_strides} when the "
+                f"optimizer was built and is now {tuple(local.shape)} {local.dtype} on {local.device} with strides "
+                f"{local.stride()}: convert or move the model (model.half(), model.to(...)) first and build the "
+                "optimizer after it"
+            )
+        if segment.staged is not None:
+            segment.staged.copy_(local.detach())
+            return False
+        return local.data_ptr() != address
+
+    def _readable(self, segment: Segment, grad: Tensor) -> Tensor:
+        """The gradient as kernels can read it, this rank's part of a DTensor; a copy where it lies otherwise."""
+        kept = grad
+        if not same_layout(grad, segment.param):
+            kept = grad = _redistributed(segment, grad)
+        grad = local_part(grad)
+        fits = grad.layout is torch.strided and grad.shape == segment.shape and grad.device == self._device
+        if not fits or real_dtype(grad.dtype) not in DTYPES or grad.is_complex() != segment.dtype.is_complex:
+            raise RuntimeError(_misfit(segment, grad))
+        if grad.stride() != segment.strides or grad.is_neg() or grad.is_conj():
+            dense = torch.empty_strided(segment.shape, segment.strides, dtype=grad.dtype, device=self._device)
+            kept = grad = dense.copy_(grad.detach())
+        if kept is not segment.param.grad:
+            self.copies[segment.row] = grad
+        return grad
+
+
+def versions_of(segments: list[Segment]) -> list[int]:
+    """Numbers that grow with every write into a parameter that autograd sees: through a DTensor, or into its part."""
+    return [s.param._version + (s.local._version if is_dtensor(s.param) else 0) for s in segments]
+
+
+def _redistributed(segment: Segment, grad: Tensor) -> Tensor:
+    """This rank's part of a gradient that is spread otherwise than its parameter, or has not been reduced yet."""
+    param: Any = segment.param
+    if is_dtensor(grad) and is_dtensor(param) and grad.device_mesh == param.device_mesh:  # type: ignore[attr-defined]
+        return local_part(grad.redistribute(param.device_mesh, param.placements))  # type: ignore[attr-defined]
+    raise RuntimeError(
+        f"the gradient of {segment.where} is a {type(grad).__name__} and its parameter a {type(param).__name__}, or "
+        "they are DTensors on different meshes: set p.grad to None or to a tensor that is spread as p is"
+    )
+
+
+def _misfit(segment: Segment, grad: Tensor) -> str:
+    """Why this gradient cannot be used, and what to do."""
+    if grad.layout is not torch.strided:
+        return (
+            f"the gradient of {segment.where} is sparse ({grad.layout}), which NexusAdamW does not support: "
+            "use nn.Embedding(sparse=False) or torch.optim.SparseAdam for this parameter"
+        )
+    return (
+        f"the gradient of {segment.where} has shape {tuple(grad.shape)}, {grad.dtype} on {grad.device}, its parameter "
+        f"{tuple(segment.shape)}, {segment.param.dtype} on {segment.local.device}: "
+        "set p.grad to None or to a tensor like p (only its floating dtype may be another)"
+    )

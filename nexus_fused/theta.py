@@ -1,0 +1,64 @@
+"""Shows θ in mid-cycle, and puts the walk back."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .dtensor import bits
+from .flat import Segment
+from .table import Table
+
+
+class Kept(NamedTuple):
+    """w of one parameter, in its parts, while θ is in its place."""
+
+    table: Table
+    segment: Segment
+    parameter: Tensor
+    remainder: Tensor | None
+
+
+def show_outer_weights(tables: list[Table]) -> list[Kept]:
+    """Puts θ into the parameters that walk; returns what they held."""
+    kept = []
+    for table in tables:
+        shown = [segment for segment in table.segments if segment.touched]
+        for segment in shown:
+            remainder = segment.buffer("remainder").clone() if segment.low_precision else None
+            kept.append(Kept(table, segment, segment.weight.clone(), remainder))
+            reference.set_weight(segment, _outer_weight(kept[-1]))
+        table.wrote(shown)
+    return kept
+
+
+def show_walk(kept: list[Kept]) -> None:
+    """Puts w back, bit for bit; a value that others wrote meanwhile is θ now, and w moves along."""
+    for one in kept:
+        table, segment, parameter, remainder = one
+        if segment.staged is not None:
+            segment.staged.copy_(segment.local.detach())
+        shown, _ = reference.write_weight(_outer_weight(one), parameter.dtype)
+        written = bits(segment.weight) != bits(shown)
+        theta = reference.weight(segment)
+        w = reference.walked_weight(theta, reference.displacement(table, segment))
+        new_parameter, new_remainder = reference.write_weight(w, parameter.dtype)
+        segment.weight.copy_(torch.where(written, new_parameter, parameter))
+        if new_remainder is not None and remainder is not None:
+            segment.buffer("remainder").copy_(torch.where(written, new_remainder, remainder))
+        if table.keeps_anchor:
+            anchor = segment.buffer("anchor")
+            anchor.copy_(torch.where(written, theta, anchor))
+    for table in dict.fromkeys(one.table for one in kept):
+        table.wrote([one.segment for one in kept if one.table is table])
+
+
+def _outer_weight(kept: Kept) -> Tensor:
+    """θ of a parameter: exact where there is an anchor."""
+    if kept.table.keeps_anchor:
+        return kept.segment.buffer("anchor").clone()
+    w = reference.read_weight(kept.parameter, kept.remainder)
+    return reference.outer_weight(w, reference.displacement(kept.table, kept.segment))

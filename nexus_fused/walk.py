@@ -1,0 +1,343 @@
+"""One cycle as a state machine: where it stands, what moves next, and what ranks exchange on the way.
+
+The walk knows tables, their scalars and ranks, nothing of the keys of a state. For the arithmetic see reference.py.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from itertools import zip_longest
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends, dtensor, graphs, reference
+from .cycle import Cycle, MicroBatch
+from .dtensor import local_part
+from .flat import Segment, make_segment, real_dtype
+from .options import GROUP_KEYS, group_row
+from .ranks import Ranks
+from .table import Table
+
+Entry = tuple[int, int, Tensor]  # group, index in it, parameter
+
+
+class Walk:
+    """The running cycle of one optimizer: `position` of `inner_steps` inner steps are taken.
+
+    backend, fused, flatten: as the optimizer's. displacement_dtype: of D, but for float64 parameters. tables: by
+    device, dtype and the ranks that parameters are sharded over; cycles: by device and ranks. work: each cycle with its
+    tables.
+    """
+
+    def __init__(
+        self,
+        inner_steps: int,
+        backend: str | None,
+        fused: bool | None,
+        flatten: bool,
+        displacement_dtype: torch.dtype,
+        ranks: Ranks,
+    ) -> None:
+        self.inner_steps, self.backend, self.fused, self.flatten = inner_steps, backend, fused, flatten
+        self.displacement_dtype, self.ranks = displacement_dtype, ranks
+        self.position = 0
+        self.tables: dict[tuple[torch.device, torch.dtype, tuple[int, ...]], Table] = {}
+        self.cycles: dict[tuple[torch.device, tuple[int, ...]], Cycle] = {}
+        self.work: list[tuple[Cycle, list[Table]]] = []
+        self._rows: list[list[float | Tensor]] = []  # of hyperparameters, as the devices have them
+        self.capture = graphs.Capture()
+        self._warm = False  # a cycle was finished since parameters came
+
+    @property
+    def segments(self) -> list[Segment]:
+        """What is known of each parameter, table by table."""
+        return [segment for table in self.tables.values() for segment in table.segments]
+
+    @property
+    def size(self) -> int:
+        """How many parameters have state."""
+        return sum(len(table.segments) for table in self.tables.values())
+
+    @property
+    def is_local(self) -> bool:
+        """Whether ranks walk on their own."""
+        return self.ranks.displacement_group is not None
+
+    # Parameters
+
+    def add(self, params: list[Entry], n_groups: int, *, flatten: bool) -> list[Segment]:
+        """Gives parameters memory and a row in the table of their device and dtype; all of them or none."""
+        found: dict[torch.device, ModuleType] = {}
+        for device, dtype in {(local_part(p).device, real_dtype(p.dtype)): None for *_, p in params}:
+            backend = backends.resolve(self.backend, self.fused, device, dtype, self._displacement_dtype(dtype))
+            if found.get(device) is not reference:  # one for all dtypes of a device
+                found[device] = backend
+        self.follow_ranks(params)
+        segments = self._extend(params, flatten=flatten)
+        # The same order, and so the same sum of squares, whenever a dtype or device came, and on all ranks.
+        self.tables = dict(sorted(self.tables.items(), key=lambda item: item[1].first))
+        tables: dict[tuple[torch.device, tuple[int, ...]], list[Table]] = defaultdict(list)
+        for table in self.tables.values():
+            tables[table.device, table.ranks].append(table)
+        if not tables:  # all frozen so far
+            found[torch.device("cpu")], tables[torch.device("cpu"), ()] = reference, []
+        before = list(self.cycles.values())
+        self.cycles = {key: self.cycles.get(key) or Cycle(key[0], self.inner_steps, found[key[0]]) for key in tables}
+        self.work = [(self.cycles[key], members) for key, members in tables.items()]
+        for cycle in [*before, *self.cycles.values()]:
+            cycle.backend = found.get(cycle.device, cycle.backend)
+            cycle.grow(n_groups)
+            if before and cycle not in before:
+                cycle.follow(before[0])
+        self._rows, self._warm = [], False
+        return segments
+
+    def follow_ranks(self, coming: list[Entry]) -> None:
+        """Learns over which ranks parameters are sharded, with those that are to come."""
+        known = [(s.group, s.index, s.param) for s in self.segments]
+        self.ranks.follow([param for *_, param in sorted([*known, *coming], key=lambda entry: entry[:2])])
+
+    def _displacement_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return dtype if dtype == torch.float64 else self.displacement_dtype
+
+    def _extend(self, params: list[Entry], *, flatten: bool) -> list[Segment]:
+        fresh: dict[tuple[int, torch.device, torch.dtype, tuple[int, ...]], list[Segment]] = defaultdict(list)
+        for group, index, param in params:
+            key = group, local_part(param).device, real_dtype(param.dtype), dtensor.shard_ranks(param)
+            fresh[key].append(make_segment(param, group=group, index=index))
+        made = [segment for segments in fresh.values() for segment in segments]
+        try:
+            for (_, device, dtype, ranks), segments in fresh.items():
+                anchor = self.is_local and self.inner_steps > 1
+                new = Table(device, dtype, self._displacement_dtype(dtype), ranks, keeps_anchor=anchor)
+                table = self.tables.setdefault((device, dtype, ranks), new)
+                table.extend(segments, flatten=flatten)
+                if self.position > 0:
+                    table.ensure_displacements()
+        except BaseException:  # out of memory, for example
+            for table in self.tables.values():
+                table.forget(made)
+            self.tables = {key: table for key, table in self.tables.items() if table.segments}
+            raise
+        return made
+
+    # One micro-batch
+
+    def refresh(self, groups: list[dict[str, Any]], *, gradients: bool) -> bool:
+        """Checks everything that may be wrong, then tells tables and cycles what is new; whether maxima came.
+
+        gradients: whether those of a micro-batch are used.
+        """
+        rows = [group_row(group, i, self.inner_steps) for i, group in enumerate(groups)]
+        for table in self.tables.values():
+            table.read_gradients(use=gradients)
+        self.check_writes()
+        maxima_came = self.follow_amsgrad(groups)
+        if self.capture.ever or any(isinstance(value, Tensor) for row in rows for value in row) or rows != self._rows:
+            for cycle in self.cycles.values():
+                cycle.set_hyper(rows)
+            self._rows = rows
+        return maxima_came
+
+    def follow_amsgrad(self, groups: list[dict[str, Any]]) -> bool:
+        """Gives groups maxima, or lets them rest, as their option says now; whether some came."""
+        tables = self.tables.values()
+        return sum(table.set_amsgrad(i, group["amsgrad"]) for i, group in enumerate(groups) for table in tables) > 0
+
+    def check_writes(self) -> None:
+        """Raises RuntimeError where others wrote into a walk that is this rank's alone."""
+        for table in self.tables.values():
+            for segment in table.written():
+                if segment.touched:
+                    raise RuntimeError(
+                        f"{segment.where} was written in mid-cycle, where each rank of displacement_group has weights "
+                        "of its own, so that ranks would part for good: write at a boundary (optimizer.at_boundary) or "
+                        "inside outer_weights(), on all ranks"
+                    )
+
+    def step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Takes an inner step, with the last of a cycle also the outer one, after `refresh`."""
+        last = self.position + 1 == self.inner_steps
+        if not last:
+            self.ensure_displacements()
+        micro_batch = MicroBatch(self.sq_norms(found_inf), self.position, grad_scale, found_inf)
+        if last:
+            self.finish(micro_batch)
+            return
+        for cycle, tables in self.work:
+            cycle.backend.inner_step(tables, cycle, micro_batch)
+            for table in tables:
+                table.finish_inner_step()
+        self.position += 1
+
+    def ensure_displacements(self) -> None:
+        """Allocates displacements where there are none yet."""
+        for table in self.tables.values():
+            table.ensure_displacements()
+
+    def clear_untouched(self) -> None:
+        """Sets displacements that are not valid to zero, for those who read them."""
+        for table in self.tables.values():
+            table.clear_untouched()
+
+    def sq_norms(self, found_inf: Tensor | None) -> list[Tensor]:
+        """‖g‖² of all tables and ranks, as `MicroBatch.sq_norms`; infinite where a rank was told of an overflow, which
+        skips the step on all."""
+        sq_norms = [(table.ranks, cycle.backend.sq_norm(table)) for cycle, tables in self.work for table in tables]
+        if not self.ranks.norm_is_shared:
+            return [sq_norm for _, sq_norm in sq_norms]
+        if not sq_norms:  # all parameters are frozen
+            sq_norms = [((), torch.zeros((), dtype=torch.float64))]
+        parts = [(ranks, sq_norm.sum()) for ranks, sq_norm in sq_norms]
+        if found_inf is not None:
+            parts = [(of, torch.where(found_inf.to(part.device).view(()) == 0, part, torch.inf)) for of, part in parts]
+        return self.ranks.add(parts, "the norm")
+
+    # The end of a cycle
+
+    def finish(self, micro_batch: MicroBatch | None) -> bool:
+        """Takes the outer step, with the last inner one if there is a micro-batch; returns, of local walks without one,
+        whether every rank is in outer_step() now."""
+        taken = self.position + (micro_batch is not None)
+        everybody_is_here = True
+        if self.is_local:
+            votes, moved = self._end_walk(micro_batch)
+            if micro_batch is None:  # only here does the host wait for them
+                waiting, walking = votes.tolist()
+                everybody_is_here = bool(waiting == self.ranks.walkers)
+                if walking == 0:
+                    self.discard()
+                    return everybody_is_here
+            for (cycle, tables), who in zip(self.work, moved, strict=True):
+                cycle.backend.adamw(tables, cycle, who, taken)
+        else:
+            for cycle, tables in self.work:
+                cycle.backend.outer_step(tables, cycle, micro_batch, taken)
+        for table in self.tables.values():
+            table.finish_outer_step(everything=self.is_local)
+        self.position, self._warm = 0, True
+        self._share_results()
+        return everybody_is_here
+
+    def _end_walk(self, micro_batch: MicroBatch | None) -> tuple[Tensor, list[list[Tensor]]]:
+        """Returns to θ, and replaces D and Γ by their means over `displacement_group`.
+
+        Sends a vector of each cycle and the flat buckets as they lie. Returns how many ranks are in outer_step() and
+        how many took an inner step, [2] float64; and of each cycle and table how many had a gradient for each segment.
+        """
+        votes = [micro_batch is None, self.position > 0 or micro_batch is not None]
+        self.ensure_displacements()
+        self._rows = []  # the mean over ranks takes their place
+        moved: list[list[Tensor]] = []
+        for cycle, tables in self.work:
+            cycle.backend.end_walk(tables, cycle, micro_batch, 1 / self.ranks.walkers)
+        try:
+            for cycle, tables in self.work:
+                vector = cycle.walk_to_average(votes, [table.took_part() for table in tables])
+                self.ranks.sum_over_walkers([vector])
+                sum_of_votes, counts = cycle.take_average(vector, self.ranks.walkers)
+                moved.append(list(counts.split([len(table.segments) for table in tables])))
+            flats = [flat for _, tables in self.work for table in tables for flat in table.displacements()]
+            self.ranks.sum_over_walkers(flats)
+        except BaseException:  # a rank that has stopped, for example: D is lost, θ is not
+            self.discard()
+            raise
+        return sum_of_votes, moved
+
+    def discard(self) -> None:
+        """Forgets the cycle, where the parameters hold θ already."""
+        for cycle, tables in self.work:
+            cycle.reset()
+            for table in tables:
+                table.finish_outer_step(everything=True)
+        self.position = 0
+
+    def _share_results(self) -> None:
+        """Adds up over all ranks what `metrics()` shows and each rank knows of its own parameters only.
+
+        Here, once in a cycle, so that `metrics()` does not wait for other ranks: it may be called on one only.
+        """
+        if self.ranks.norm_is_shared:
+            parts = [(ranks, cycle.results_of_parameters()) for (_, ranks), cycle in self.cycles.items()]
+            totals = self.ranks.add(parts, "the metrics")
+            for cycle, total in zip_longest(self.cycles.values(), totals):
+                cycle.set_results_of_parameters(total)
+
+    # The cycle's own data, as parameter groups and checkpoints hold them
+
+    def group_data(self, index: int, size: int, *, at_boundary: bool) -> dict[str, Any]:
+        """GROUP_KEYS of one group of `size` parameters; at_boundary: as if no inner step had been taken."""
+        data = next(iter(self.cycles.values())).group_data(index)
+        touched = {s.index for s in self.segments if s.touched and s.group == index}
+        if at_boundary:
+            zeros = {key: torch.zeros_like(data[key]) for key in ("walk_length", "walk_sq_length")}
+            data.update(zeros, grad_norms=[torch.zeros_like(norm) for norm in data["grad_norms"]])
+        flags = [i in touched and not at_boundary for i in range(size)]
+        return {**data, "cycle_position": 0 if at_boundary else self.position, "touched": flags}
+
+    def load_group_data(self, groups: list[dict[str, Any]]) -> None:
+        """Takes over checked cycle data, and the position with them, after the state that belongs to them."""
+        self.position = groups[0].get("cycle_position", 0) if groups else 0
+        self.capture.begin(None)
+        self._rows = []
+        for cycle in self.cycles.values():
+            cycle.reset()
+            cycle.forget_finished(keep_memory=self.capture.ever)
+            for index, loaded in enumerate(groups):
+                if loaded.keys() >= set(GROUP_KEYS):
+                    cycle.load_group_data(index, loaded, running=self.position > 0)
+        for table in self.tables.values():
+            table.set_touched(table.segments, False)
+            moved = [s for s in table.segments if self.position > 0 and groups[s.group]["touched"][s.index]]
+            table.set_touched(moved, True)
+            table.forget_versions()
+
+    # CUDA graphs
+
+    def follow_capture(self, groups: list[dict[str, Any]], waits: bool) -> None:
+        """Checks a capture into a CUDA graph that begins, goes on or has ended, and prepares for its replays.
+
+        The host sees no replay: once steps were captured, others copy rows and hyperparameters again too.
+        """
+        self._check_cut()
+        current, tables = graphs.capture_id(self._devices), list(self.tables.values())
+        if current is not None:
+            amsgrad = [bucket.amsgrad == groups[bucket.group]["amsgrad"] for t in tables for bucket in t.buckets]
+            ready = self._warm and not waits and all(amsgrad)
+            graphs.check_can_be_replayed(
+                groups, communicates=self.ranks.communicates, ready=ready, inner_steps=self.inner_steps
+            )
+        self.capture.begin(current)
+        capturable = any(group["capturable"] for group in groups)
+        prepares = capturable and current is None and self._devices[0].type == "cuda"
+        count = graphs.PREPARED_CYCLES * self.inner_steps if prepares else 0
+        for table in tables:
+            if self.capture.ever:
+                table.distrust_device()
+            graphs.follow(table, table.rows, current is not None, count)
+        for cycle in self.cycles.values():
+            graphs.follow(cycle, cycle.hyper, current is not None, count)
+
+    def check_capture_has_not_ended(self) -> None:
+        """Raises where a capture ended in mid-cycle, before anybody copies the state."""
+        if self.capture.known is not None:
+            self._check_cut()
+
+    @property
+    def _devices(self) -> list[torch.device]:
+        return list(dict.fromkeys(cycle.device for cycle, _ in self.work))
+
+    def _check_cut(self) -> None:
+        """Raises RuntimeError for a capture that does not begin or end at a boundary."""
+        taken = self.position
+        if taken == 0 or graphs.capture_id(self._devices) == self.capture.known:
+            return
+        if self.capture.known is None:
+            raise graphs.cut_at_its_beginning(taken, self.inner_steps)
+        for table in self.tables.values():
+            table.set_touched(table.segments, False)
+        self.position = 0
+        raise graphs.cut_at_its_end(taken, self.inner_steps)
