@@ -84,6 +84,20 @@ double sq_norm(int64_t rows, int64_t n, int64_t chunks, int64_t partials, int th
   return sum;
 }
 
+void advance(int64_t hyper, int64_t factor, int64_t sums, int64_t totals, int64_t groups, int64_t position,
+             double sq_norm, double grad_scale, bool found_inf) {
+  const baseline::InnerStep step(sq_norm, found_inf);
+  for (int64_t group = 0; group < groups; ++group) {
+    const Hyper& h = pointer<const Hyper>(hyper)[group];
+    const double length = step.length(h);
+    pointer<double>(factor)[group] = step.factor(h);
+    pointer<double>(sums)[group] += length;
+    pointer<double>(sums)[groups + group] += length * length;
+  }
+  pointer<double>(totals)[0] += !step.taken;
+  pointer<double>(sums)[3 * groups + position] = step.unscaled(grad_scale);
+}
+
 void inner_step(int64_t rows, int64_t n, int64_t chunks, int dtype, int of_displacement, int64_t factor, int64_t moves,
                 int64_t lost_moves, int threads) {
   py::gil_scoped_release released;
@@ -126,6 +140,7 @@ void set_instruction_set(const std::string& name) {
 
 PYBIND11_MODULE(_C, m) {
   m.def("sq_norm", &sq_norm);
+  m.def("advance", &advance);
   m.def("inner_step", &inner_step);
   m.def("end_walk", &end_walk);
   m.def("outer_step", &outer_step);

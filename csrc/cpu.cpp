@@ -81,7 +81,7 @@ template <class X>
 void add_squares_plain(const X* x, int64_t i, int64_t n, double* lanes) {
   for (; i + kLanes <= n; i += kLanes)
     for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += double(x[i + lane]) * double(x[i + lane]);
-  for (int lane = 0; i < n; ++i, ++lane) lanes[lane] += double(x[i]) * double(x[i]);
+  for (int64_t lane = 0; lane < n - i; ++lane) lanes[lane] += double(x[i + lane]) * double(x[i + lane]);
 }
 
 // Σ x² in float64 over kLanes fixed lanes, added to `lanes`; n is a multiple of kLanes but for the end of a segment.

@@ -299,20 +299,13 @@ __global__ void __launch_bounds__(kThreads)
 
 // Scalars: `Cycle.advance` and `Cycle.finish` of cycle.py.
 
-struct InnerStep {
-  double norm;
-  bool taken;  // whether anything moves
-
-  __device__ explicit InnerStep(const MicroBatch& micro_batch) : norm(0) {
+__device__ InnerStep step_of(const MicroBatch& micro_batch) {
+  double sq_norm = 0;
 #pragma unroll  // an index known only at run time would put the array into local memory
-    for (int i = 0; i < kMaxNorms; ++i)
-      if (i < micro_batch.n_norms) norm += *micro_batch.norms[i];
-    norm = sqrt(norm);
-    taken = norm > 0 && norm < INFINITY && !(micro_batch.found_inf && *micro_batch.found_inf != 0);
-  }
-  __device__ double length(const Hyper& h) const { return taken ? h.inner_lr : 0; }
-  __device__ double factor(const Hyper& h) const { return taken ? h.sign * h.inner_lr / norm : 0; }
-};
+  for (int i = 0; i < kMaxNorms; ++i)
+    if (i < micro_batch.n_norms) sq_norm += *micro_batch.norms[i];
+  return InnerStep(sq_norm, micro_batch.found_inf && *micro_batch.found_inf != 0);
+}
 
 // What a block of an inner step needs of it: one thread computes it, since double precision is slow on some chips.
 template <class State>
@@ -322,7 +315,7 @@ struct Shared {
 
   __device__ void compute(const MicroBatch& micro_batch, const Hyper& hyper) {
     if (threadIdx.x == 0) {
-      const double factor = InnerStep(micro_batch).factor(hyper);
+      const double factor = step_of(micro_batch).factor(hyper);
       taken = factor != 0;
       scale = GradientScale<State>(factor);
     }
@@ -340,8 +333,8 @@ __device__ void advance(const Cycle& cycle, const MicroBatch& micro_batch, const
   }
   if (threadIdx.x == 0) {
     cycle.totals[0] += !step.taken;
-    const double unscaled = micro_batch.grad_scale ? step.norm / double(*micro_batch.grad_scale) : step.norm;
-    cycle.sums[3 * cycle.groups + micro_batch.position] = unscaled == unscaled ? unscaled : -1;
+    const double grad_scale = micro_batch.grad_scale ? double(*micro_batch.grad_scale) : 1;
+    cycle.sums[3 * cycle.groups + micro_batch.position] = step.unscaled(grad_scale);
   }
 }
 
@@ -454,7 +447,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     atomicAdd(total + 1, static_cast<unsigned long long>(counts >> 16));
   }
   // No block of an inner step reads the sums.
-  if (last_table && blockIdx.x == 0) advance(cycle, micro_batch, InnerStep(micro_batch));
+  if (last_table && blockIdx.x == 0) advance(cycle, micro_batch, step_of(micro_batch));
 }
 
 // End of a walk
@@ -510,7 +503,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   const bool aligned = work.weights.aligned() && all_aligned(work.displacement, work.anchor);
   for_each_element<width_of<State>, 1>(work, part.n, aligned, work.g.aligned());
   // No block of this kernel reads the sums.
-  if (last_table && blockIdx.x == 0) advance(cycle, micro_batch, InnerStep(micro_batch));
+  if (last_table && blockIdx.x == 0) advance(cycle, micro_batch, step_of(micro_batch));
 }
 
 // Outer step
@@ -589,7 +582,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   __shared__ bool moved, taken_last;
   if (threadIdx.x == 0) {
     const Hyper& hyper = cycle.hyper[row.group];
-    const InnerStep step(micro_batch);
+    const InnerStep step = step_of(micro_batch);
     const double walk_length = cycle.sums[row.group] + step.length(hyper), factor = step.factor(hyper);
     moved = walk_length > 0, taken_last = factor != 0;
     if (moved) compute(scalars, hyper, double(*pointer<const float>(row.step)) + 1, factor, walk_length);
@@ -617,7 +610,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   sum = block_sum(sum);
   if (threadIdx.x == 0 && chunk < table.chunks) displacement_sq[chunk] = sum;
   if (is_last_block(arrivals)) {  // nobody reads steps or sums any more
-    const InnerStep step(micro_batch);
+    const InnerStep step = step_of(micro_batch);
     if (cycle.groups < kThreads / kWarp)
       finish_table<kThreads>(table, cycle, step, displacement_sq, first_table);
     else

@@ -208,6 +208,22 @@ NEXUS_INLINE State walked_weight(State theta, State D) {
   return D != 0 ? theta - D : theta;
 }
 
+// The norm of a micro-batch's gradients and what it decides: see Cycle.advance in cycle.py.
+struct InnerStep {
+  double norm;
+  bool taken;  // whether anything moves
+
+  NEXUS_INLINE InnerStep(double sq_norm, bool found_inf)
+      : norm(sqrt(sq_norm)), taken(norm > 0 && norm < INFINITY && !found_inf) {}
+  NEXUS_INLINE double length(const Hyper& h) const { return taken ? h.inner_lr : 0; }
+  NEXUS_INLINE double factor(const Hyper& h) const { return taken ? h.sign * h.inner_lr / norm : 0; }
+  // For `metrics()`, -1 in place of NaN.
+  NEXUS_INLINE double unscaled(double grad_scale) const {
+    const double unscaled = norm / grad_scale;
+    return unscaled == unscaled ? unscaled : -1;
+  }
+};
+
 // γ·g/n as (g · 2^a) · (m · 2^b) in the state's dtype: γ/n leaves float32's range long before γ·g/n does, and the first
 // product is exact. `factor` is ±γ/n in float64.
 template <class State>

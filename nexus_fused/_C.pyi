@@ -8,6 +8,18 @@ CUDA_TARGETS: str  # empty: built without the CUDA kernels and all that follows
 CUDA_MAX_NORMS: int
 
 def sq_norm(rows: int, n: int, chunks: int, partials: int, threads: int, /) -> float: ...
+def advance(
+    hyper: int,
+    factor: int,
+    sums: int,
+    totals: int,
+    groups: int,
+    position: int,
+    sq_norm: float,
+    grad_scale: float,
+    found_inf: bool,
+    /,
+) -> None: ...
 def inner_step(
     rows: int,
     n: int,

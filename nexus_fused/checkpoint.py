@@ -165,9 +165,7 @@ def _lacks(key: str, where: str, param: Tensor) -> str:
             "parameters, so freeze it after loading"
         )
     if key == "remainder":
-        return (
-            f"{where} has no 'remainder': the checkpoint is truncated, or of a model in another dtype"
-        )
+        return f"{where} has no 'remainder': the checkpoint is truncated, or of a model in another dtype"
     return (
         f"{where} has no {key!r}: a distributed load fills only keys it finds, so call "
         "materialize_displacements() before it; otherwise the checkpoint is truncated"

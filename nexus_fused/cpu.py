@@ -29,9 +29,29 @@ def sq_norm(table: Table) -> Tensor:
     return torch.tensor(norm, dtype=torch.float64, device="cpu")
 
 
+def _advance(cycle: Cycle, micro_batch: MicroBatch | None) -> None:
+    """As `Cycle.advance`, without a call of PyTorch for each number."""
+    if micro_batch is None:
+        cycle.advance(None)
+        return
+    sq_norms, position, grad_scale, found_inf = micro_batch.on(cycle.device)
+    sq_norm = sum(float(partial if partial.dim() == 0 else partial.sum()) for partial in sq_norms)
+    _C.advance(
+        cycle.hyper.data_ptr(),
+        cycle.factor.data_ptr(),
+        cycle.sums.data_ptr(),
+        cycle.totals.data_ptr(),
+        len(cycle.factor),
+        position,
+        sq_norm,
+        1.0 if grad_scale is None else float(grad_scale),
+        found_inf is not None and bool(found_inf != 0),
+    )
+
+
 def inner_step(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch) -> None:
     """D ← Q(D + γ·g/n), w ← θ − D. Moves 16 bytes per element (float32), 14 (below), the first time 2 less."""
-    cycle.advance(micro_batch)
+    _advance(cycle, micro_batch)
     counts = cycle.moves.data_ptr(), cycle.lost_moves.data_ptr()
     for table in tables:
         _C.inner_step(*_table(table), cycle.factor.data_ptr(), *counts, torch.get_num_threads())
@@ -39,7 +59,7 @@ def inner_step(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch) -> No
 
 def outer_step(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch | None, taken: int) -> None:
     """Last inner step, end of the walk and AdamW in one pass: 30 bytes per element (float32), 28 (below)."""
-    cycle.advance(micro_batch)
+    _advance(cycle, micro_batch)
     for table in tables:
         _outer_step(table, cycle, _table(table), has_ended=False)
     cycle.finish(taken)
@@ -47,7 +67,7 @@ def outer_step(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch | None
 
 def end_walk(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch | None, share: float) -> None:
     """Last inner step, w ← θ and D ← Q(D · share): 16 bytes per element (float32), 14 (below)."""
-    cycle.advance(micro_batch)
+    _advance(cycle, micro_batch)
     for table in tables:
         _C.end_walk(*_table(table), cycle.factor.data_ptr(), share, torch.get_num_threads())
 

@@ -104,8 +104,13 @@ class Segment:
     bucket: Bucket = field(init=False)
     start: int = 0
     step: Tensor = field(init=False)
-    touched: bool = False  # had a gradient in this cycle, so its displacement is valid
     row: int = -1  # in its table
+    flags: bytearray = field(default_factory=lambda: bytearray(1))  # one for each row of the table; see `touched`
+
+    @property
+    def touched(self) -> bool:
+        """Whether it had a gradient in this cycle, so that its displacement is valid."""
+        return self.flags[self.row] != 0
 
     @property
     def where(self) -> str:

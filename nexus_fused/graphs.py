@@ -60,23 +60,6 @@ def check_can_be_replayed(
         )
 
 
-def cut_at_its_beginning(taken: int, inner_steps: int) -> RuntimeError:
-    """For a capture that begins in mid-cycle, after `taken` inner steps."""
-    return RuntimeError(
-        f"step() is being captured into a CUDA graph in mid-cycle, after {taken} of {inner_steps} inner steps: begin "
-        "the capture at a boundary (optimizer.at_boundary), if need be after outer_step()"
-    )
-
-
-def cut_at_its_end(taken: int, inner_steps: int) -> RuntimeError:
-    """For a capture that ended in mid-cycle, after `taken` inner steps, none of which has run."""
-    return RuntimeError(
-        f"a capture into a CUDA graph ended in mid-cycle, after {taken} of {inner_steps} inner steps: capture all "
-        "steps of a cycle in one graph, and do not replay this one. What was captured has not run: the optimizer is "
-        "where the cycle began"
-    )
-
-
 def _check_hyperparameters(param_groups: list[dict[str, Any]]) -> None:
     """Whether every group may be captured: RuntimeError names the one that may not, and the remedy."""
     for index, group in enumerate(param_groups):
@@ -101,6 +84,21 @@ class Capture:
     def __init__(self) -> None:
         self.known: int | None = None
         self.ever = False
+
+    def cut(self, devices: list[torch.device], taken: int, inner_steps: int) -> RuntimeError | None:
+        """The error for a capture that begins or ends in mid-cycle, after `taken` inner steps, as one has now."""
+        if taken == 0 or capture_id(devices) == self.known:
+            return None
+        if self.known is None:
+            return RuntimeError(
+                f"step() is being captured into a CUDA graph in mid-cycle, after {taken} of {inner_steps} inner steps: "
+                "begin the capture at a boundary (optimizer.at_boundary), if need be after outer_step()"
+            )
+        return RuntimeError(
+            f"a capture into a CUDA graph ended in mid-cycle, after {taken} of {inner_steps} inner steps: capture all "
+            "steps of a cycle in one graph, and do not replay this one. What was captured has not run: the optimizer "
+            "is where the cycle began"
+        )
 
     def begin(self, number: int | None) -> None:
         """Takes note of the capture, if any, that the running cycle is part of."""

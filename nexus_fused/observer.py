@@ -24,18 +24,21 @@ with contextlib.suppress(ImportError):
 class Observer:
     """Looks at the parameters of one table, and keeps the gradients that had to be copied.
 
-    copies: by row, this micro-batch's gradients that had other strides. complete: whether every row has a gradient.
+    versions: whether to look for writes of others. copies: by row, this micro-batch's gradients that had other strides.
+    complete: whether every row has a gradient.
     """
 
-    def __init__(self, segments: list[Segment], device: torch.device) -> None:
+    def __init__(self, segments: list[Segment], device: torch.device, *, versions: bool) -> None:
         self._segments, self._device = segments, device
-        self._params = [segment.param for segment in segments]
-        self._has_dtensors = any(map(is_dtensor, self._params))
+        self.params = [segment.param for segment in segments]
+        self._has_dtensors = any(map(is_dtensor, self.params))
         if _quick_look is not None and self._has_dtensors:
             _C.prepare_to_look_at_dtensors(dtensor_type())
         self._objects = array("q", bytes(8 * len(segments)))  # of `_quick_look`
         self.copies: dict[int, Tensor] = {}
         self.complete = not segments
+        self._compares_versions = versions
+        self._versions: list[int] = []  # since we wrote the parameters
 
     def look(self, rows: Tensor, *, use: bool) -> tuple[bool, bool]:
         """Writes where gradients lie (0: none, -1: one without elements) and their dtypes into the rows of the table.
@@ -51,7 +54,7 @@ class Observer:
         else:
             # Else each attribute of a DTensor is preceded by a search for its `__torch_function__`.
             with torch._C.DisableTorchFunctionSubclass() if self._has_dtensors else contextlib.nullcontext():
-                found = _quick_look(self._params, rows.data_ptr(), use, self._objects.buffer_info()[0])
+                found = _quick_look(self.params, rows.data_ptr(), use, self._objects.buffer_info()[0])
             unusual, changed, self.complete = found
         elsewhere = False
         for row in unusual:
@@ -65,6 +68,26 @@ class Observer:
         if unusual:
             changed, self.complete = True, bool((rows[:, GRAD] != 0).all())
         return changed, elsewhere
+
+    def take_versions(self) -> None:
+        """Remembers the parameters as they are, where writes of others are looked for."""
+        if self._compares_versions:
+            self._versions = self._versions_now()
+
+    def forget_versions(self) -> None:
+        """Has the writes up to the next step pass: they may be the walk that belongs to a state just loaded."""
+        self._versions = []
+
+    def written(self) -> list[Segment]:
+        """The segments that others wrote into since we did, where they are looked for."""
+        if not self._versions:
+            return []
+        versions = zip(self._segments, self._versions_now(), self._versions, strict=True)
+        return [segment for segment, now, then in versions if now != then]
+
+    def _versions_now(self) -> list[int]:
+        """Numbers that grow with every write that autograd sees: through a DTensor, or into its part."""
+        return [s.param._version + (s.local._version if is_dtensor(s.param) else 0) for s in self._segments]
 
     def gradient(self, segment: Segment) -> Tensor | None:
         """This micro-batch's gradient of a segment, dense with its strides; None without one."""
@@ -106,11 +129,6 @@ class Observer:
         if kept is not segment.param.grad:
             self.copies[segment.row] = grad
         return grad
-
-
-def versions_of(segments: list[Segment]) -> list[int]:
-    """Numbers that grow with every write into a parameter that autograd sees: through a DTensor, or into its part."""
-    return [s.param._version + (s.local._version if is_dtensor(s.param) else 0) for s in segments]
 
 
 def _redistributed(segment: Segment, grad: Tensor) -> Tensor:

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import operator
 import warnings
 import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
-from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import agreement, backends, checkpoint, options, state, theta
+from . import agreement, backends, checkpoint, options, theta
 from .cycle import combine, summarize
-from .flat import Segment
 from .frameworks import AccumulationWatch, of_the_optimizer
 from .options import GROUP_KEYS, is_frozen
 from .ranks import Ranks
-from .walk import Entry, Walk
+from .state import State, pack
+from .walk import Walk
 
 
 class NexusAdamW(Optimizer):
@@ -133,10 +131,8 @@ class NexusAdamW(Optimizer):
         backends.check_choice(*choices[1:3])
         self._choices = choices  # of the constructor, as `Walk` takes them
         self._walk = Walk(*choices, ranks)
-        self._shown = state.Shown()
-        self._frozen: list[Entry] = []  # no state yet
-        self._members: list[list[Tensor]] = []  # each group's parameters, as registered
-        self._shows_outer_weights = self._built = False
+        self._state = State(self, self._walk)
+        self._built = False
 
     # Parameters
 
@@ -163,51 +159,11 @@ class NexusAdamW(Optimizer):
             if self._built:
                 self._walk.follow_ranks([(index, i, p) for i, p in enumerate(unique) if not is_frozen(p)])
                 self._compare_ranks("in add_param_group()", weights=unique)
-            self._register([(index, i, p) for i, p in enumerate(unique)], flatten=self._walk.flatten)
+            self._state.register([(index, i, p) for i, p in enumerate(unique)], flatten=self._walk.flatten)
         except BaseException:
             self.param_groups.pop()
             self._walk.follow_ranks([])
             raise
-
-    def _register(self, params: list[Entry], *, flatten: bool) -> None:
-        """Gives parameters state and a place in a table; frozen ones wait for a gradient."""
-        waiting = [entry for entry in params if is_frozen(entry[2]) and not self.state.get(entry[2])]
-        segments = self._walk.add([e for e in params if e not in waiting], len(self.param_groups), flatten=flatten)
-        self._frozen += waiting
-        self._members = [list(group["params"]) for group in self.param_groups]
-        self._walk.follow_amsgrad(self.param_groups)
-        self._add_to_state(segments)
-
-    def _add_to_state(self, segments: list[Segment]) -> None:
-        shows = self._shown.shows_cycle or not self.at_boundary
-        self._shown.add(self.state, segments)
-        self._show(in_cycle=shows)
-
-    def _thaw(self) -> None:
-        """Gives state to parameters that were frozen and have a gradient now or may get one."""
-        ready = [entry for entry in self._frozen if not is_frozen(entry[2])]
-        for group, index, param in ready:
-            options.check_param(param, f"parameter {index} of group {group}")
-        if ready:
-            self._register(ready, flatten=False)
-            self._frozen = [entry for entry in self._frozen if entry[2] not in self.state]
-
-    def _check_members(self) -> None:
-        """Whether groups and state still hold what was registered; whatever came otherwise would never be stepped."""
-        groups = [group["params"] for group in self.param_groups]
-        pairs = zip_longest(groups, self._members, fillvalue=())
-        same = [len(now) == len(then) and all(map(operator.is_, now, then)) for now, then in pairs]
-        if not all(same):
-            index = same.index(False)
-            raise RuntimeError(
-                f"the parameters of group {index} were exchanged, added or removed behind the optimizer's back: add "
-                "groups with add_param_group(), or build a new optimizer and load this one's state into it"
-            )
-        if len(self.state) < self._walk.size:
-            raise RuntimeError(
-                "entries of optimizer.state were removed: to start a parameter's moments from zero, remove its entry "
-                "from a state_dict() and load that"
-            )
 
     # Stepping
 
@@ -231,9 +187,9 @@ class NexusAdamW(Optimizer):
         self._watch.look((p for group in self.param_groups for p in group["params"]), closure)
         last = self.cycle_position + 1 == self.inner_steps
         agreement.compare_for_debugging(self._walk, self.param_groups, self.state, "in step()", averages=last)
-        self._refresh(gradients=True)
+        self._state.refresh(gradients=True)
         self._walk.step(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
-        self._show_position()
+        self._state.show_position()
         return loss
 
     @of_the_optimizer
@@ -252,38 +208,9 @@ class NexusAdamW(Optimizer):
         while not everybody_is_here:
             here = self._walk, self.param_groups, self.state
             agreement.compare_for_debugging(*here, "in outer_step()", averages=self._walk.is_local)
-            self._refresh(gradients=False)
+            self._state.refresh(gradients=False)
             everybody_is_here = self._walk.finish(None)
-            self._show_position()
-
-    def _refresh(self, *, gradients: bool) -> None:
-        """Checks everything that may be wrong and takes over what is new, before anything is modified."""
-        self._check_members()
-        waits = any(not is_frozen(param) for *_, param in self._frozen)
-        try:
-            self._walk.follow_capture(self.param_groups, waits)
-        except RuntimeError:
-            self._show(in_cycle=not self.at_boundary)  # where a capture was cut, the cycle did not take place
-            raise
-        if waits:
-            self._thaw()
-        if self._walk.refresh(self.param_groups, gradients=gradients):
-            self._add_to_state(self._walk.segments)
-        # FSDP2 keeps the root's weights gathered after a forward pass without a backward one.
-        self._walk.ranks.reshard()
-
-    def _show_position(self) -> None:
-        """Puts the position into the groups, and displacements into the state or out of it."""
-        for group in self.param_groups:
-            group["cycle_position"] = self._walk.position
-        self._shown.follow(self.state, self._walk, in_cycle=not self.at_boundary)
-
-    def _show(self, *, in_cycle: bool) -> None:
-        """Puts the cycle's own data into groups and state, the groups' under the same keys at every position."""
-        outer = self._shows_outer_weights
-        for index, group in enumerate(self.param_groups):
-            group.update(self._walk.group_data(index, len(group["params"]), at_boundary=outer))
-        self._shown.follow(self.state, self._walk, in_cycle=in_cycle and not outer)
+            self._state.show_position()
 
     @property
     def inner_steps(self) -> int:
@@ -313,19 +240,19 @@ class NexusAdamW(Optimizer):
         """
         self._refuse_inside_outer_weights("outer_weights()")
         with torch.no_grad():
-            self._refresh(gradients=False)  # FSDP2 gathers anew: what it has gathered would hide θ here
+            self._state.refresh(gradients=False)  # FSDP2 gathers anew: what it has gathered would hide θ here
             kept = theta.show_outer_weights(list(self._walk.tables.values()))
-        shows = self._shown.shows_cycle
-        self._shows_outer_weights = True
-        self._show(in_cycle=False)
+        shows = self._state.shows_cycle
+        self._state.shows_theta = True
+        self._state.show(in_cycle=False)
         try:
             yield
         finally:
             self._walk.ranks.reshard()  # and θ would hide the walk
             with torch.no_grad():
                 theta.show_walk(kept)
-            self._shows_outer_weights = False
-            self._show(in_cycle=shows)
+            self._state.shows_theta = False
+            self._state.show(in_cycle=shows)
 
     def metrics(self) -> dict[str, Any]:
         """Figures of the last finished cycle, partial ones too; waits for the device, not for other ranks.
@@ -351,7 +278,7 @@ class NexusAdamW(Optimizer):
         return "\n".join(lines) + "\n)"
 
     def _refuse_inside_outer_weights(self, what: str) -> None:
-        if self._shows_outer_weights:
+        if self._state.shows_theta:
             raise RuntimeError(
                 f"{what} inside outer_weights(): the parameters show θ there; leave the with block first"
             )
@@ -379,34 +306,22 @@ class NexusAdamW(Optimizer):
         Saving and loading it after any micro-batch continues bit for bit, together with the model's state of the
         same moment. Tensors are the live ones, as torch.optim's.
         """
-        if self._walk.is_local and not self.at_boundary and not self._shows_outer_weights:
+        if self._walk.is_local and not self.at_boundary and not self._state.shows_theta:
             warnings.warn(
                 f"state_dict() in mid-cycle ({self.cycle_position} of {self.inner_steps} inner steps), where each rank "
                 "of displacement_group has a walk of its own: have every rank save its model and optimizer for itself, "
                 "or save inside outer_weights() or at a boundary",
                 stacklevel=4,
             )
-        self._prepare_to_save()
+        self._state.prepare_to_save()
         hooks, self._optimizer_state_dict_post_hooks = self._optimizer_state_dict_post_hooks, OrderedDict()
         try:
-            packed = state.pack(super().state_dict())
+            packed = pack(super().state_dict())
         finally:
             self._optimizer_state_dict_post_hooks = hooks
         for hook in hooks.values():
             packed = hook(self, packed) or packed
         return packed
-
-    def _prepare_to_save(self) -> None:
-        """Brings groups and state up to date for somebody who copies them."""
-        self._check_members()
-        self._walk.check_capture_has_not_ended()
-        if not self._shows_outer_weights:
-            self._walk.check_writes()
-            self._thaw()  # distributed checkpoints need the state of each parameter that trains
-            self._walk.clear_untouched()
-        if self._walk.follow_amsgrad(self.param_groups):
-            self._add_to_state(self._walk.segments)
-        self._show(in_cycle=self._shown.shows_cycle)
 
     @of_the_optimizer
     @torch.no_grad()
@@ -419,30 +334,17 @@ class NexusAdamW(Optimizer):
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
-        self._check_members()
+        self._state.check_members()
         try:
             groups, entries, foreign = checkpoint.check(state_dict, self.param_groups, self._walk)
         except Exception as error:  # whatever it is, others must not wait for this rank
             self._compare_ranks("in load_state_dict()", error)
             raise
         self._compare_ranks("in load_state_dict()", loads=groups[0].get("cycle_position", 0) if groups else 0)
-        self._restore(groups, entries)
+        self._state.restore(groups, entries)
         self.state.update(foreign)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
-
-    def _restore(self, groups: list[dict[str, Any]], entries: dict[Tensor, dict[str, Any]]) -> None:
-        """Puts checked groups and entries into place, and the position with them."""
-        late = [entry for entry in self._frozen if entries.get(entry[2])]
-        self._frozen = [entry for entry in self._frozen if not entries.get(entry[2])]
-        for *_, param in late:
-            self.state[param]["step"] = None  # has state, so it is not frozen any more
-        for group, loaded in zip(self.param_groups, groups, strict=True):
-            group.update({key: value for key, value in loaded.items() if key not in GROUP_KEYS and key != "params"})
-        self._register(late, flatten=False)
-        state.restore(self._walk, groups, entries)
-        self._shown.add(self.state, self._walk.segments)
-        self._show(in_cycle=not self.at_boundary)
 
     @of_the_optimizer
     @torch.no_grad()
@@ -452,10 +354,7 @@ class NexusAdamW(Optimizer):
         """
         self._refuse_inside_outer_weights("materialize_displacements()")
         if self.inner_steps > 1:
-            self._thaw()
-            self._walk.ensure_displacements()
-            self._walk.clear_untouched()
-            self._shown.follow(self.state, self._walk, in_cycle=True)
+            self._state.materialize_displacements()
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_inside_outer_weights("copying or pickling the optimizer")
@@ -465,7 +364,7 @@ class NexusAdamW(Optimizer):
                 "one with its own group and load that"
             )
         with torch.no_grad():
-            self._prepare_to_save()
+            self._state.prepare_to_save()
         finished = combine(list(self._walk.cycles.values()))
         return {**super().__getstate__(), "_choices": self._choices, "_finished": finished}
 
@@ -476,12 +375,10 @@ class NexusAdamW(Optimizer):
         self._build(state["_choices"], Ranks())
         super().__setstate__({"defaults": state["defaults"], "param_groups": groups, "state": defaultdict(dict)})
         loaded = [dict(group) for group in groups]
-        for param in entries:
-            if isinstance(param, Tensor):
-                self.state[param]["step"] = None
+        self._state.expect(entries)
         params = [(g, i, p) for g, group in enumerate(groups) for i, p in enumerate(group["params"])]
-        self._register(params, flatten=self._walk.flatten)
-        self._restore(loaded, {p: entry for p, entry in entries.items() if isinstance(p, Tensor)})
+        self._state.register(params, flatten=self._walk.flatten)
+        self._state.restore(loaded, {p: entry for p, entry in entries.items() if isinstance(p, Tensor)})
         self._built = True
         self.state.update({key: value for key, value in entries.items() if not isinstance(key, Tensor)})
         next(iter(self._walk.cycles.values())).finished = state["_finished"]

@@ -1,8 +1,13 @@
-"""The life of a state: what `optimizer.state` shows, what is saved and loaded. The only writer of its keys."""
+"""The life of a state: whose it is, what is shown, saved and loaded of it. The only writer of its keys."""
 
 from __future__ import annotations
 
+import operator
+import weakref
+from collections import deque
+from collections.abc import Iterable
 from copy import deepcopy
+from itertools import repeat, zip_longest
 from typing import Any
 
 import torch
@@ -10,49 +15,205 @@ from torch import Tensor
 
 from .dtensor import local_part, part_like
 from .flat import Segment
-from .options import GROUP_KEYS
-from .walk import Walk
+from .options import GROUP_KEYS, check_param, is_frozen
+from .walk import Entry, Walk
 
 _IN_CYCLE = ("displacement", "anchor")  # the keys that exist in mid-cycle only
 
 
-class Shown:
-    """Keeps the keys of `optimizer.state` in step with the memory of a walk."""
+class State:
+    """The parameters of an optimizer and what its `state` and `param_groups` show of them, in step with a walk.
 
-    def __init__(self) -> None:
-        self._in_cycle: list[tuple[dict[str, Any], str, Tensor]] = []  # entries with what they show in mid-cycle
-        self.shows_cycle = False
+    optimizer: only its `state` and `param_groups` are read, at each call, since torch.optim replaces them.
+    """
 
-    def add(self, state: dict[Any, Any], segments: list[Segment]) -> None:
-        """Gives parameters that came an entry, and entries the maxima that came; what is shown in mid-cycle goes."""
-        for entry, name, _ in self._in_cycle if self.shows_cycle else ():
-            entry.pop(name, None)
-        self._in_cycle, self.shows_cycle = [], False
+    def __init__(self, optimizer: Any, walk: Walk) -> None:
+        self._optimizer, self._walk = weakref.ref(optimizer), walk
+        self._frozen: list[Entry] = []  # no state yet
+        self._members: list[list[Tensor]] = []  # each group's parameters, as registered
+        self._entries: list[dict[str, Any]] = []  # of parameters, with what each shows in mid-cycle
+        self._in_cycle: list[dict[str, Tensor]] = []
+        self.shows_cycle = False  # entries have displacements
+        self.shows_theta = False  # inside outer_weights(): the groups describe the boundary
+
+    @property
+    def _groups(self) -> list[dict[str, Any]]:
+        groups: list[dict[str, Any]] = self._optimizer().param_groups  # type: ignore[union-attr]
+        return groups
+
+    @property
+    def _state(self) -> dict[Any, dict[str, Any]]:
+        state: dict[Any, dict[str, Any]] = self._optimizer().state  # type: ignore[union-attr]
+        return state
+
+    # Parameters
+
+    def register(self, params: list[Entry], *, flatten: bool) -> None:
+        """Gives parameters state and a place in a table; frozen ones wait for a gradient."""
+        live: list[Entry] = []
+        waiting: list[Entry] = []
+        for entry in params:
+            frozen = is_frozen(entry[2]) and not self._state.get(entry[2])
+            (waiting if frozen else live).append(entry)
+        segments = self._walk.add(live, len(self._groups), flatten=flatten)
+        self._frozen += waiting
+        self._members = [list(group["params"]) for group in self._groups]
+        self._walk.follow_amsgrad(self._groups)
+        self._add(segments)
+
+    def _add(self, segments: list[Segment]) -> None:
+        """Gives parameters that came an entry, and entries the maxima that came."""
+        shows = self.shows_cycle or self._walk.position > 0
+        self._hide()
         for segment in segments:
-            entry = state[segment.param]
+            entry = self._state[segment.param]
             if not isinstance(entry.get("step"), Tensor):
                 entry["step"] = segment.step
             for name in segment.bucket.buffers:
                 if name not in _IN_CYCLE and not isinstance(entry.get(name), Tensor):
                     entry[name] = segment.shaped(name)
+        self._entries = []
+        self.show(in_cycle=shows)
 
-    def follow(self, state: dict[Any, Any], walk: Walk, *, in_cycle: bool) -> None:
+    def _thaw(self) -> None:
+        """Gives state to parameters that were frozen and have a gradient now or may get one."""
+        ready = [entry for entry in self._frozen if not is_frozen(entry[2])]
+        for group, index, param in ready:
+            check_param(param, f"parameter {index} of group {group}")
+        if ready:
+            self.register(ready, flatten=False)
+            self._frozen = [entry for entry in self._frozen if entry[2] not in self._state]
+
+    def check_members(self) -> None:
+        """Raises RuntimeError unless groups and state hold what was registered; the rest would never be stepped."""
+        groups = [group["params"] for group in self._groups]
+        pairs = zip_longest(groups, self._members, fillvalue=())
+        same = [len(now) == len(then) and all(map(operator.is_, now, then)) for now, then in pairs]
+        if not all(same):
+            index = same.index(False)
+            raise RuntimeError(
+                f"the parameters of group {index} were exchanged, added or removed behind the optimizer's back: add "
+                "groups with add_param_group(), or build a new optimizer and load this one's state into it"
+            )
+        if len(self._state) < self._walk.size:
+            raise RuntimeError(
+                "entries of optimizer.state were removed: to start a parameter's moments from zero, remove its entry "
+                "from a state_dict() and load that"
+            )
+
+    def refresh(self, *, gradients: bool) -> None:
+        """Checks everything that may be wrong and takes over what is new, before anything is modified.
+
+        gradients: whether those of a micro-batch are used.
+        """
+        self.check_members()
+        waits = any(not is_frozen(param) for *_, param in self._frozen)
+        try:
+            self._walk.follow_capture(self._groups, waits)
+        except RuntimeError:
+            self.show(in_cycle=self._walk.position > 0)  # where a capture was cut, the cycle did not take place
+            raise
+        if waits:
+            self._thaw()
+        if self._walk.refresh(self._groups, gradients=gradients):
+            self._add(self._walk.segments)
+        # FSDP2 keeps the root's weights gathered after a forward pass without a backward one.
+        self._walk.ranks.reshard()
+
+    # What is shown
+
+    def show_position(self) -> None:
+        """Puts the position into the groups, and displacements into the entries or out of them."""
+        for group in self._groups:
+            group["cycle_position"] = self._walk.position
+        self._follow(in_cycle=self._walk.position > 0)
+
+    def show(self, *, in_cycle: bool) -> None:
+        """Puts the cycle's own data into groups and entries, the groups' under the same keys at every position."""
+        sizes = [len(group["params"]) for group in self._groups]
+        cycle = next(iter(self._walk.cycles.values()))
+        touched = [[False] * size for size in sizes]
+        for segment in [] if self.shows_theta else self._walk.segments:
+            touched[segment.group][segment.index] = segment.touched
+        for index, group in enumerate(self._groups):
+            data = cycle.group_data(index)
+            if self.shows_theta:
+                zeros = {key: torch.zeros_like(data[key]) for key in ("walk_length", "walk_sq_length")}
+                data.update(zeros, grad_norms=[torch.zeros_like(norm) for norm in data["grad_norms"]])
+            position = 0 if self.shows_theta else self._walk.position
+            group.update(data, cycle_position=position, touched=touched[index])
+        self._follow(in_cycle=in_cycle and not self.shows_theta)
+
+    def _follow(self, *, in_cycle: bool) -> None:
         """Shows displacements and anchors in mid-cycle, and nothing of them at a boundary; their memory stays ours."""
-        if in_cycle and not self._in_cycle:
-            self._in_cycle = [
-                (state[s.param], name, s.shaped(name))
-                for s in walk.segments
-                for name in _IN_CYCLE
-                if name in s.bucket.buffers
-            ]
-        elif in_cycle == self.shows_cycle:
-            return
-        for entry, name, value in self._in_cycle:
-            if in_cycle:
-                entry[name] = value
-            else:
-                entry.pop(name, None)
-        self.shows_cycle = in_cycle
+        if not in_cycle:
+            self._hide()
+        elif not self.shows_cycle:
+            if not self._entries:
+                segments = self._walk.segments
+                self._entries = [self._state[segment.param] for segment in segments]
+                self._in_cycle = [{n: s.shaped(n) for n in _IN_CYCLE if n in s.bucket.buffers} for s in segments]
+            deque(map(dict.update, self._entries, self._in_cycle), maxlen=0)  # the quickest loop there is
+            self.shows_cycle = True
+
+    def _hide(self) -> None:
+        if self.shows_cycle:
+            for name in _IN_CYCLE:
+                deque(map(dict.pop, self._entries, repeat(name), repeat(None)), maxlen=0)
+            self.shows_cycle = False
+
+    # Saving and loading
+
+    def prepare_to_save(self) -> None:
+        """Brings groups and entries up to date for somebody who copies them."""
+        self.check_members()
+        self._walk.check_capture_has_not_ended()
+        if not self.shows_theta:
+            self._walk.check_writes()
+            self._thaw()  # distributed checkpoints need the state of each parameter that trains
+            self._walk.clear_untouched()
+        if self._walk.follow_amsgrad(self._groups):
+            self._add(self._walk.segments)
+        self.show(in_cycle=self.shows_cycle)
+
+    def materialize_displacements(self) -> None:
+        """Shows zero displacements at a boundary, until the end of the next cycle."""
+        self._thaw()
+        self._walk.ensure_displacements()
+        self._walk.clear_untouched()
+        self._follow(in_cycle=True)
+
+    def expect(self, params: Iterable[Any]) -> None:
+        """Has parameters count as having state, before it comes."""
+        for param in params:
+            if isinstance(param, Tensor):
+                self._state[param]["step"] = None
+
+    def restore(self, loaded: list[dict[str, Any]], entries: dict[Tensor, dict[str, Any]]) -> None:
+        """Copies checked groups and entries into place, zeros where there are none, and the position with them."""
+        late = [entry for entry in self._frozen if entries.get(entry[2])]
+        self._frozen = [entry for entry in self._frozen if not entries.get(entry[2])]
+        self.expect(param for *_, param in late)  # not frozen any more
+        for group, other in zip(self._groups, loaded, strict=True):
+            group.update({key: value for key, value in other.items() if key not in GROUP_KEYS and key != "params"})
+        self.register(late, flatten=False)
+        walk, position = self._walk, loaded[0].get("cycle_position", 0) if loaded else 0
+        if position > 0:
+            walk.ensure_displacements()
+        kept = {s.group for s in walk.segments if "max_exp_avg_sq" in (entries.get(s.param) or ())}
+        walk.follow_amsgrad([{"amsgrad": group["amsgrad"] or i in kept} for i, group in enumerate(loaded)])
+        for segment in walk.segments:
+            _restore_entry(segment, entries.get(segment.param) or {})
+        walk.follow_amsgrad(loaded)
+        walk.start_from(position)
+        for cycle in walk.cycles.values():
+            for index, group in enumerate(loaded):
+                if group.keys() >= set(GROUP_KEYS):
+                    cycle.load_group_data(index, group, running=position > 0)
+        for table in walk.tables.values():
+            table.set_touched([s for s in table.segments if position > 0 and loaded[s.group]["touched"][s.index]], True)
+        self._add(walk.segments)
+        self.show(in_cycle=position > 0)
 
 
 def pack(packed: dict[str, Any]) -> dict[str, Any]:
@@ -66,19 +227,6 @@ def pack(packed: dict[str, Any]) -> dict[str, Any]:
                     packed["state"][key]["step"] = packed["state"][key]["step"].cpu()
         group.update({key: deepcopy(group[key]) for key in GROUP_KEYS})
     return packed
-
-
-def restore(walk: Walk, groups: list[dict[str, Any]], entries: dict[Tensor, dict[str, Any]]) -> None:
-    """Copies checked entries into place, zeros where there are none; then the cycle's data of checked groups."""
-    in_cycle = bool(groups) and groups[0].get("cycle_position", 0) > 0
-    if in_cycle:
-        walk.ensure_displacements()
-    kept = {s.group for s in walk.segments if "max_exp_avg_sq" in (entries.get(s.param) or ())}
-    walk.follow_amsgrad([{"amsgrad": group["amsgrad"] or i in kept} for i, group in enumerate(groups)])
-    for segment in walk.segments:
-        _restore_entry(segment, entries.get(segment.param) or {})
-    walk.follow_amsgrad(groups)
-    walk.load_group_data(groups)
 
 
 def _restore_entry(segment: Segment, entry: dict[str, Any]) -> None:

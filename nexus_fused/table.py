@@ -27,7 +27,7 @@ from .flat import (
     shaped_like,
 )
 from .graphs import Replayed, upload
-from .observer import Observer, versions_of
+from .observer import Observer
 
 CHUNK_ELEMENTS = 16384  # one partial sum each: fixes the order of summation, whatever the number of threads
 PARTS = 4  # of a chunk, for kernels on a GPU that sum nothing over it: memory likes small blocks (docs/gpu.md)
@@ -61,11 +61,9 @@ class Table:
         self.displacement_sq: Tensor  # ΣD² of each chunk
         self.sq_norm: Tensor  # Σg² of all chunks, [1], where a kernel adds them up
         self.arrivals: Tensor  # blocks of a grid that have finished, [1] int32; 0 between launches
-        self._observer = Observer([], device)
-        self._params: list[Tensor] = []
+        self.observer = Observer([], device, versions=False)
         self._staged: list[Segment] = []  # those whose parameters have gaps
-        self._versions: list[int] = []  # of the parameters since we wrote them, where they keep an anchor
-        self._touched = 0  # how many segments are
+        self._touched, self._flags = 0, bytearray()  # how many segments are, and which
         self._outdated = True  # `rows` lacks a segment, a buffer or where a parameter lies now
         self._stale = self._stale_touched = True  # `rows` has addresses, or who is touched, that the device has not
         self._on_device: tuple[Tensor, ...] = ()
@@ -119,13 +117,13 @@ class Table:
         self._outdated = True
         # In the groups' order, whenever a parameter came: the norm is summed in that order, also after a resume.
         self.segments, self.buckets = sorted(segments, key=lambda s: (s.group, s.index)), buckets
-        self._params = [s.param for s in self.segments]
         self._staged = [s for s in self.segments if s.staged is not None]
+        self._flags = bytearray(segment.touched for segment in self.segments)
         for row, segment in enumerate(self.segments):
-            segment.row = row
-        self._observer = Observer(self.segments, self.device)
+            segment.row, segment.flags = row, self._flags
+        self.observer = Observer(self.segments, self.device, versions=self.keeps_anchor)
         self.refresh()
-        self.take_versions()
+        self.observer.take_versions()
 
     def _flatten(self, members: list[Segment], numel: int) -> None:
         """Moves weights into memory of `numel` elements, which lives as long as one of them lies there."""
@@ -173,13 +171,12 @@ class Table:
                 f"the memory of parameters on {self.device} was exchanged just before or while step() was captured "
                 "into a CUDA graph: run one whole cycle before the capture"
             )
-        gradients = self.rows[:, GRAD : GRAD + 2].tolist() if len(self.rows) == len(self.segments) else []
+        known = len(self.rows) == len(self.segments)
+        gradients = self.rows[:, GRAD : GRAD + 2].tolist() if known else [[0, DTYPES[self.dtype]]] * len(self.segments)
         rows: list[list[int]] = []
         counts = [-(-s.numel // CHUNK_ELEMENTS) for s in self.segments]
         chunks = 0
-        for s, gradient, count in zip(
-            self.segments, gradients or [[0, DTYPES[self.dtype]]] * len(counts), counts, strict=True
-        ):
+        for s, gradient, count in zip(self.segments, gradients, counts, strict=True):
 
             def address(name: str, s: Segment = s) -> int:
                 return s.buffer(name).data_ptr() if name in s.bucket.buffers else 0
@@ -206,7 +203,7 @@ class Table:
         self.displacement_sq = torch.empty_like(self.partials)  # of its own: other devices may still read the norm's
         self.sq_norm = torch.zeros(1, dtype=torch.float64, device=self.device)
         self.arrivals = torch.zeros(1, dtype=torch.int32, device=self.device)
-        self._touched = sum(s.touched for s in self.segments)
+        self._touched = sum(self._flags)
         self._stale, self._outdated = True, False
 
     # On the device
@@ -220,7 +217,7 @@ class Table:
         """
         if not self._touched:
             touch = 0
-        elif (self._touched == len(self.segments) and self._observer.complete) or torch.equal(
+        elif (self._touched == len(self.segments) and self.observer.complete) or torch.equal(
             self.rows[:, TOUCHED], (self.rows[:, GRAD] != 0).long()
         ):
             touch = 1
@@ -258,24 +255,24 @@ class Table:
         """
         self.refresh()
         stale, self._stale = self._stale, True  # until the look is through
-        changed, elsewhere = self._observer.look(self.rows, use=use)
+        changed, elsewhere = self.observer.look(self.rows, use=use)
         self._stale = stale or changed
         self._outdated |= elsewhere
         self.refresh()
 
     def gradient(self, segment: Segment) -> Tensor | None:
         """This micro-batch's gradient of a segment, dense with its strides; None without one."""
-        return self._observer.gradient(segment) if self.rows[segment.row, GRAD] else None
+        return self.observer.gradient(segment) if self.rows[segment.row, GRAD] else None
 
     def with_gradient(self) -> list[Segment]:
         """The segments that have a gradient in this micro-batch."""
-        if self._observer.complete:
+        if self.observer.complete:
             return self.segments
         return [s for s, address in zip(self.segments, self.rows[:, GRAD].tolist(), strict=True) if address]
 
     def moving(self) -> list[Segment]:
         """The segments that take part in the outer step: those with a gradient at any time in this cycle."""
-        if self._touched == len(self.segments) or self._observer.complete:
+        if self._touched == len(self.segments) or self.observer.complete:
             return self.segments
         return [
             s for s, address in zip(self.segments, self.rows[:, GRAD].tolist(), strict=True) if address or s.touched
@@ -286,25 +283,9 @@ class Table:
         for segment in self._staged:
             if segment in segments:
                 segment.local.detach().copy_(segment.staged)  # type: ignore[arg-type]
-        params = self._params if segments is self.segments else [s.param for s in segments]
+        params = self.observer.params if segments is self.segments else [s.param for s in segments]
         torch.autograd.graph.increment_version(params)
-        self.take_versions()
-
-    def take_versions(self) -> None:
-        """Remembers the parameters as they are, where writes of others are looked for."""
-        if self.keeps_anchor:
-            self._versions = versions_of(self.segments)
-
-    def forget_versions(self) -> None:
-        """Has the writes up to the next step pass: they may be the walk that belongs to a state just loaded."""
-        self._versions = []
-
-    def written(self) -> list[Segment]:
-        """The segments that others wrote into since we did, where they are looked for."""
-        if not self._versions:
-            return []
-        versions = zip(self.segments, versions_of(self.segments), self._versions, strict=True)
-        return [segment for segment, now, then in versions if now != then]
+        self.observer.take_versions()
 
     # One cycle
 
@@ -328,22 +309,23 @@ class Table:
         self.wrote(moved)
         if self._touched < len(self.segments):
             self.set_touched([s for s in moved if not s.touched] if self._touched else moved, True)
-        self._observer.copies.clear()
+        self.observer.copies.clear()
 
     def finish_outer_step(self, *, everything: bool = False) -> None:
         """Ends the cycle after a backend's outer step, which wrote the weights of who took part, or of all."""
         self.wrote(self.segments if everything else self.moving())
         self.set_touched(self.segments, False)
-        self._observer.copies.clear()
+        self.observer.copies.clear()
 
     def set_touched(self, segments: list[Segment], touched: bool) -> None:
         """Records whether the segments' displacements are valid."""
-        for segment in segments:
-            segment.touched = touched
         if len(segments) == len(self.segments):
+            self._flags[:] = bytes([touched]) * len(segments)
             self.rows[:, TOUCHED] = touched
             self._touched = touched * len(segments)
         elif segments:
+            for segment in segments:
+                self._flags[segment.row] = touched
             self.rows[[s.row for s in segments], TOUCHED] = int(touched)
-            self._touched = int(self.rows[:, TOUCHED].sum())
+            self._touched = sum(self._flags)
         self._stale_touched |= bool(segments)

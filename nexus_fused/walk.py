@@ -17,7 +17,7 @@ from . import backends, dtensor, graphs, reference
 from .cycle import Cycle, MicroBatch
 from .dtensor import local_part
 from .flat import Segment, make_segment, real_dtype
-from .options import GROUP_KEYS, group_row
+from .options import group_row
 from .ranks import Ranks
 from .table import Table
 
@@ -150,7 +150,7 @@ class Walk:
     def check_writes(self) -> None:
         """Raises RuntimeError where others wrote into a walk that is this rank's alone."""
         for table in self.tables.values():
-            for segment in table.written():
+            for segment in table.observer.written():
                 if segment.touched:
                     raise RuntimeError(
                         f"{segment.where} was written in mid-cycle, where each rank of displacement_group has weights "
@@ -266,34 +266,16 @@ class Walk:
             for cycle, total in zip_longest(self.cycles.values(), totals):
                 cycle.set_results_of_parameters(total)
 
-    # The cycle's own data, as parameter groups and checkpoints hold them
-
-    def group_data(self, index: int, size: int, *, at_boundary: bool) -> dict[str, Any]:
-        """GROUP_KEYS of one group of `size` parameters; at_boundary: as if no inner step had been taken."""
-        data = next(iter(self.cycles.values())).group_data(index)
-        touched = {s.index for s in self.segments if s.touched and s.group == index}
-        if at_boundary:
-            zeros = {key: torch.zeros_like(data[key]) for key in ("walk_length", "walk_sq_length")}
-            data.update(zeros, grad_norms=[torch.zeros_like(norm) for norm in data["grad_norms"]])
-        flags = [i in touched and not at_boundary for i in range(size)]
-        return {**data, "cycle_position": 0 if at_boundary else self.position, "touched": flags}
-
-    def load_group_data(self, groups: list[dict[str, Any]]) -> None:
-        """Takes over checked cycle data, and the position with them, after the state that belongs to them."""
-        self.position = groups[0].get("cycle_position", 0) if groups else 0
+    def start_from(self, position: int) -> None:
+        """Puts the cycle where a state that is being loaded has it, with all sums zero and no parameter touched."""
+        self.position, self._rows = position, []
         self.capture.begin(None)
-        self._rows = []
         for cycle in self.cycles.values():
             cycle.reset()
             cycle.forget_finished(keep_memory=self.capture.ever)
-            for index, loaded in enumerate(groups):
-                if loaded.keys() >= set(GROUP_KEYS):
-                    cycle.load_group_data(index, loaded, running=self.position > 0)
         for table in self.tables.values():
             table.set_touched(table.segments, False)
-            moved = [s for s in table.segments if self.position > 0 and groups[s.group]["touched"][s.index]]
-            table.set_touched(moved, True)
-            table.forget_versions()
+            table.observer.forget_versions()
 
     # CUDA graphs
 
@@ -332,12 +314,10 @@ class Walk:
 
     def _check_cut(self) -> None:
         """Raises RuntimeError for a capture that does not begin or end at a boundary."""
-        taken = self.position
-        if taken == 0 or graphs.capture_id(self._devices) == self.capture.known:
+        error = self.capture.cut(self._devices, self.position, self.inner_steps)
+        if error is None:
             return
-        if self.capture.known is None:
-            raise graphs.cut_at_its_beginning(taken, self.inner_steps)
-        for table in self.tables.values():
+        for table in self.tables.values() if self.capture.known is not None else ():
             table.set_touched(table.segments, False)
-        self.position = 0
-        raise graphs.cut_at_its_end(taken, self.inner_steps)
+            self.position = 0
+        raise error

@@ -68,23 +68,23 @@ def demand_backend(optimizer: NexusAdamW, name: str) -> None:
 
 def frozen(optimizer: NexusAdamW) -> list[Any]:
     """Parameters that wait for their first gradient."""
-    return optimizer._frozen
+    return optimizer._state._frozen
 
 
 def thaw(optimizer: NexusAdamW) -> None:
     """Gives frozen parameters that have a gradient by now state and a place in a table."""
-    optimizer._thaw()
+    optimizer._state._thaw()
 
 
 def set_position(optimizer: NexusAdamW, position: int) -> None:
     """Has the optimizer believe that it took so many inner steps in this cycle."""
     optimizer._walk.position = position
-    optimizer._show_position()
+    optimizer._state.show_position()
 
 
 def look(optimizer: NexusAdamW, *, gradients: bool) -> None:
     """Does what `step()` does before it starts a kernel."""
-    optimizer._refresh(gradients=gradients)
+    optimizer._state.refresh(gradients=gradients)
 
 
 def sq_norms(optimizer: NexusAdamW) -> list[Tensor]:
@@ -111,13 +111,13 @@ def keep_anchors(optimizer: NexusAdamW) -> None:
 
 def look_at_all(table: Table) -> tuple[list[int], bool, bool]:
     """Rows that need another look, whether anything changed, and whether all have a gradient."""
-    observer = table._observer
-    return _observer._quick_look(observer._params, table.rows.data_ptr(), True, observer._objects.buffer_info()[0])
+    observer = table.observer
+    return _observer._quick_look(observer.params, table.rows.data_ptr(), True, observer._objects.buffer_info()[0])
 
 
 def copies(table: Table) -> dict[int, Tensor]:
     """This micro-batch's gradients that had other strides, by row."""
-    return table._observer.copies
+    return table.observer.copies
 
 
 def look_in_python(patch: Any) -> None:
