@@ -221,11 +221,13 @@ void chunk_inner_step(const Segment& segment, int64_t begin, int64_t end, double
     State buffer[kBlock];
     if (!touched && segment.anchor)
       stream(pointer<State>(segment.anchor) + i, read_weights<T>(segment, i, n, buffer), n * sizeof(State));
-    typename D::Storage rounded[kBlock] = {};
+    typename D::Storage fresh[kBlock];  // written past the cache: that memory was not read before
     if (factor == 0) {  // skipped; D is valid from now on
-      if (!touched) stream(displacement, rounded, n * sizeof *rounded);
+      std::fill_n(fresh, int64_t(n), D::store(0));
+      if (!touched) stream(displacement, fresh, n * sizeof *fresh);
       return;
     }
+    auto* rounded = touched ? displacement : fresh;
     const typename G::Storage* g;
     if constexpr (std::is_same_v<typename G::Storage, State>)
       g = load_gradient(segment, i, n, buffer);
@@ -244,10 +246,7 @@ void chunk_inner_step(const Segment& segment, int64_t begin, int64_t end, double
     }
     moves += block_moves;
     lost_moves += block_lost;
-    if (touched)
-      memcpy(displacement, rounded, n * sizeof *rounded);
-    else
-      stream(displacement, rounded, n * sizeof *rounded);  // not read before
+    if (!touched) stream(displacement, fresh, n * sizeof *fresh);
   });
 }
 

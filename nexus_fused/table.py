@@ -243,8 +243,7 @@ class Table:
 
     def hold(self) -> None:
         """Keeps alive what captured steps read and write beside weights and state."""
-        sums = self.partials, self.displacement_sq, self.sq_norm, self.arrivals
-        self.replayed.hold(*self._on_device, *sums)
+        self.replayed.hold(*self._on_device, self.partials, self.displacement_sq, self.sq_norm, self.arrivals)
 
     # One micro-batch
 

@@ -87,3 +87,18 @@ def test_triton_kernels_are_ours_alone():
     assert importlib.util.find_spec("nexus_fused.triton_kernels") is not None
     site_packages = [Path(p) for p in sys.path if p.endswith("site-packages")]
     assert not any((p / "triton_kernels" / "__init__.py").exists() for p in site_packages)
+
+
+def test_no_module_imports_in_a_circle():
+    """Nor upwards: docs/design.md names the order."""
+    folder = ROOT / "nexus_fused"
+    modules = {path.stem: path.read_text() for path in folder.glob("*.py")}
+    imports = {}
+    for name, text in modules.items():
+        found = re.findall(r"^\s*from \. import (.+)$", text, re.MULTILINE)
+        named = {word.split()[0] for line in found for word in line.split(",")}
+        imports[name] = (named | set(re.findall(r"^\s*from \.(\w+) import", text, re.MULTILINE))) & modules.keys()
+    while imports:
+        free = [name for name, needed in imports.items() if not needed & imports.keys()]
+        assert free, f"a circle among {', '.join(imports)}"
+        imports = {name: needed for name, needed in imports.items() if name not in free}
