@@ -277,7 +277,7 @@ void table_inner_step(const Segment* segments, int64_t n, int64_t chunks, const 
 }
 
 // D ← Q((D + γ·g/n) · share);  w ← θ. Bytes per element, float32 with D in bfloat16: reads θ (the anchor, or w) D g, writes
-// w D (16); bfloat16: 16 with an anchor, else 14. What did not walk has w = θ: reads g, writes D.
+// w D (16); bfloat16: 14. What did not walk has w = θ: reads g, writes D.
 template <class T, class D>
 void chunk_end_walk(const Segment& segment, int64_t begin, int64_t end, double factor, double share) {
   using State = typename T::State;

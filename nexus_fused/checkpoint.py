@@ -176,6 +176,8 @@ def _check_entry(entry: Any, param: Tensor, where: str, *, amsgrad: bool, positi
     """One parameter's state: complete, of the parameter's shape, nothing unknown in it."""
     if not isinstance(entry, dict):
         raise TypeError(f"the loaded state of {where} must be a dict, but is a {type(entry).__name__}")
+    if real_dtype(param.dtype) not in STATE_DTYPE:
+        raise ValueError(f"the loaded state has an entry for {where}, which is {param.dtype} and has none: remove it")
     if "master" in entry or "walk" in entry or ("anchor" in entry and "displacement" not in entry):
         raise ValueError(
             f"the loaded state of {where} is of an older form, with 'anchor', 'master' or 'walk': this version keeps a "
@@ -224,6 +226,9 @@ def _fits(key: str, value: Tensor, param: Tensor) -> bool:
     """Whether a tensor of the state has the parameter's shape, and a dtype that may be copied into ours."""
     if key == "remainder" and value.dtype != param.dtype:  # its bits
         return False
+    own = STATE_DTYPE[real_dtype(param.dtype)]
+    if key not in ("remainder", "displacement") and own != torch.float64 and real_dtype(value.dtype) == torch.float64:
+        return False  # nothing is narrowed
     shape, is_complex = param.shape, param.is_complex()
     if key == "displacement":
         wide = real_dtype(param.dtype) == torch.float64

@@ -39,8 +39,10 @@ def local_part(tensor: Any) -> Tensor:
 def as_part_of(local: Tensor, like: Any) -> Tensor:
     """A DTensor whose part on this rank is `local`, laid out as `like` is; `local` itself where that is no DTensor."""
     if is_dtensor(like):
-        layout = like.device_mesh, like.placements
-        local = dtensor_type().from_local(local, *layout, run_check=False, shape=like.shape, stride=like.stride())
+        layout, shape, stride = (like.device_mesh, like.placements), like.shape, like.stride()
+        if local.dim() > like.dim():  # pairs in place of complex numbers: see flat.shaped_like
+            shape, stride = torch.Size((*shape, 2)), (*(2 * step for step in stride), 1)
+        local = dtensor_type().from_local(local, *layout, run_check=False, shape=shape, stride=stride)
     return local
 
 

@@ -19,7 +19,7 @@ from .frameworks import AccumulationWatch, of_the_optimizer
 from .options import GROUP_KEYS, is_frozen
 from .ranks import Ranks
 from .state import State, pack
-from .walk import Walk
+from .walk import Choices, Walk
 
 
 class NexusAdamW(Optimizer):
@@ -125,12 +125,12 @@ class NexusAdamW(Optimizer):
         self._built = True
         self._compare_ranks("at construction", weights=[p for group in self.param_groups for p in group["params"]])
 
-    def _build(self, choices: tuple[int, str | None, bool | None, bool, torch.dtype], ranks: Ranks) -> None:
+    def _build(self, choices: Choices, ranks: Ranks) -> None:
         self._itself = weakref.ref(self)
         self._watch = AccumulationWatch()
         backends.check_choice(*choices[1:3])
         self._choices = choices  # of the constructor, as `Walk` takes them
-        self._walk = Walk(*choices, ranks)
+        self._walk = Walk(choices, ranks)
         self._state = State(self, self._walk)
         self._built = False
 
@@ -141,6 +141,7 @@ class NexusAdamW(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a parameter group as torch.optim does; in mid-cycle it joins the walk from here, with a Γ of its own."""
         self._refuse_inside_outer_weights("add_param_group()")
+        self._walk.check_writes()
         index = len(self.param_groups)
         known = {p for group in self.param_groups for p in group["params"]}
         unique = options.check_new_group(param_group, self.defaults, index, self.inner_steps, known)
@@ -188,8 +189,10 @@ class NexusAdamW(Optimizer):
         last = self.cycle_position + 1 == self.inner_steps
         agreement.compare_for_debugging(self._walk, self.param_groups, self.state, "in step()", averages=last)
         self._state.refresh(gradients=True)
-        self._walk.step(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
-        self._state.show_position()
+        try:
+            self._walk.step(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        finally:
+            self._state.show_position()
         return loss
 
     @of_the_optimizer
@@ -209,8 +212,10 @@ class NexusAdamW(Optimizer):
             here = self._walk, self.param_groups, self.state
             agreement.compare_for_debugging(*here, "in outer_step()", averages=self._walk.is_local)
             self._state.refresh(gradients=False)
-            everybody_is_here = self._walk.finish(None)
-            self._state.show_position()
+            try:
+                everybody_is_here = self._walk.finish(None)
+            finally:
+                self._state.show_position()
 
     @property
     def inner_steps(self) -> int:
@@ -249,18 +254,21 @@ class NexusAdamW(Optimizer):
             yield
         finally:
             self._walk.ranks.reshard()  # and θ would hide the walk
-            with torch.no_grad():
-                theta.show_walk(kept)
-            self._state.shows_theta = False
-            self._state.show(in_cycle=shows)
+            try:
+                with torch.no_grad():
+                    theta.show_walk(kept)
+            finally:
+                self._state.shows_theta = False
+                self._state.show(in_cycle=shows)
 
     def metrics(self) -> dict[str, Any]:
         """Figures of the last finished cycle, partial ones too; waits for the device, not for other ranks.
 
         alignment: mean pairwise cosine similarity of the cycle's unit gradients, each at its own point of the walk;
         NaN where fewer than two were taken. grad_norms: ‖g_k‖ of each micro-batch, unscaled. lost_fraction: the share
-        of element moves in the walk that left the weight where it was; where it is not small, inner_lr is too small for
-        the model. skipped_inner_steps, skipped_outer_steps: totals of steps and cycles in which nothing moved.
+        of element moves in the walk, since a load in it, that left the weight where it was; where it is not small,
+        inner_lr is too small for the model. skipped_inner_steps, skipped_outer_steps: totals of steps and cycles in
+        which nothing moved.
         """
         cycles = list(self._walk.cycles.values())
         return {

@@ -6,7 +6,6 @@ import operator
 import weakref
 from collections import deque
 from collections.abc import Iterable
-from copy import deepcopy
 from itertools import repeat, zip_longest
 from typing import Any
 
@@ -55,15 +54,16 @@ class State:
         for entry in params:
             frozen = is_frozen(entry[2]) and not self._state.get(entry[2])
             (waiting if frozen else live).append(entry)
-        segments = self._walk.add(live, len(self._groups), flatten=flatten)
+        segments = self._walk.add(live, self._groups, flatten=flatten)
         self._frozen += waiting
         self._members = [list(group["params"]) for group in self._groups]
-        self._walk.follow_amsgrad(self._groups)
         self._add(segments)
 
     def _add(self, segments: list[Segment]) -> None:
         """Gives parameters that came an entry, and entries the maxima that came."""
         shows = self.shows_cycle or self._walk.position > 0
+        if shows:
+            self._walk.ensure_displacements()
         self._hide()
         for segment in segments:
             entry = self._state[segment.param]
@@ -95,7 +95,7 @@ class State:
                 f"the parameters of group {index} were exchanged, added or removed behind the optimizer's back: add "
                 "groups with add_param_group(), or build a new optimizer and load this one's state into it"
             )
-        if len(self._state) < self._walk.size:
+        if len(self._state) < sum(len(table.segments) for table in self._walk.tables.values()):
             raise RuntimeError(
                 "entries of optimizer.state were removed: to start a parameter's moments from zero, remove its entry "
                 "from a state_dict() and load that"
@@ -113,6 +113,7 @@ class State:
         except RuntimeError:
             self.show(in_cycle=self._walk.position > 0)  # where a capture was cut, the cycle did not take place
             raise
+        self._walk.check_writes()  # before anything has parameters taken as they are
         if waits:
             self._thaw()
         if self._walk.refresh(self._groups, gradients=gradients):
@@ -145,7 +146,10 @@ class State:
         self._follow(in_cycle=in_cycle and not self.shows_theta)
 
     def _follow(self, *, in_cycle: bool) -> None:
-        """Shows displacements and anchors in mid-cycle, and nothing of them at a boundary; their memory stays ours."""
+        """Shows displacements and anchors in mid-cycle, and nothing of them at a boundary; their memory stays ours.
+
+        Those of parameters that have not moved hold anything, until `prepare_to_save`.
+        """
         if not in_cycle:
             self._hide()
         elif not self.shows_cycle:
@@ -192,11 +196,16 @@ class State:
     def restore(self, loaded: list[dict[str, Any]], entries: dict[Tensor, dict[str, Any]]) -> None:
         """Copies checked groups and entries into place, zeros where there are none, and the position with them."""
         late = [entry for entry in self._frozen if entries.get(entry[2])]
-        self._frozen = [entry for entry in self._frozen if not entries.get(entry[2])]
         self.expect(param for *_, param in late)  # not frozen any more
+        try:
+            self.register(late, flatten=False)
+        except BaseException:
+            for *_, param in late:
+                del self._state[param]
+            raise
+        self._frozen = [entry for entry in self._frozen if not self._state.get(entry[2])]
         for group, other in zip(self._groups, loaded, strict=True):
             group.update({key: value for key, value in other.items() if key not in GROUP_KEYS and key != "params"})
-        self.register(late, flatten=False)
         walk, position = self._walk, loaded[0].get("cycle_position", 0) if loaded else 0
         if position > 0:
             walk.ensure_displacements()
@@ -225,8 +234,15 @@ def pack(packed: dict[str, Any]) -> dict[str, Any]:
             for key in group["params"]:
                 if "step" in packed["state"].get(key, {}):
                     packed["state"][key]["step"] = packed["state"][key]["step"].cpu()
-        group.update({key: deepcopy(group[key]) for key in GROUP_KEYS})
+        group.update({key: _copied(group[key]) for key in GROUP_KEYS})
     return packed
+
+
+def _copied(value: Any) -> Any:
+    """A copy with memory of its own: what groups show are views of one tensor."""
+    if isinstance(value, list):
+        return [_copied(item) for item in value]
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _restore_entry(segment: Segment, entry: dict[str, Any]) -> None:

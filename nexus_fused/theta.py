@@ -26,32 +26,63 @@ def show_outer_weights(tables: list[Table]) -> list[Kept]:
     """Puts θ into the parameters that walk; returns what they held."""
     kept = []
     for table in tables:
-        shown = [segment for segment in table.segments if segment.touched]
-        for segment in shown:
-            remainder = segment.buffer("remainder").clone() if segment.low_precision else None
-            kept.append(Kept(table, segment, segment.weight.clone(), remainder))
-            reference.set_weight(segment, _outer_weight(kept[-1]))
-        table.wrote(shown)
+        for segment in table.segments:
+            if segment.touched:
+                remainder = segment.buffer("remainder").clone() if segment.low_precision else None
+                kept.append(Kept(table, segment, segment.weight.clone(), remainder))
+    try:
+        for one in kept:
+            reference.set_weight(one.segment, _outer_weight(one))
+    except BaseException:  # out of memory, for example
+        _put_back(kept)
+        raise
+    finally:
+        _tell(kept)
     return kept
 
 
 def show_walk(kept: list[Kept]) -> None:
     """Puts w back, bit for bit; a value that others wrote meanwhile is θ now, and w moves along."""
-    for one in kept:
-        table, segment, parameter, remainder = one
-        if segment.staged is not None:
-            segment.staged.copy_(segment.local.detach())
-        shown, _ = reference.write_weight(_outer_weight(one), parameter.dtype)
-        written = bits(segment.weight) != bits(shown)
-        theta = reference.weight(segment)
-        w = reference.walked_weight(theta, reference.displacement(table, segment))
-        new_parameter, new_remainder = reference.write_weight(w, parameter.dtype)
-        segment.weight.copy_(torch.where(written, new_parameter, parameter))
-        if new_remainder is not None and remainder is not None:
-            segment.buffer("remainder").copy_(torch.where(written, new_remainder, remainder))
-        if table.keeps_anchor:
-            anchor = segment.buffer("anchor")
-            anchor.copy_(torch.where(written, theta, anchor))
+    done = 0
+    try:
+        for one in kept:
+            _take_over(one)
+            done += 1
+    except BaseException:
+        _put_back(kept[done:])
+        raise
+    finally:
+        _tell(kept)
+
+
+def _take_over(kept: Kept) -> None:
+    """Of one parameter: w as it was where θ still is, else w for the θ that was written."""
+    table, segment, parameter, remainder = kept
+    if segment.staged is not None:
+        segment.staged.copy_(segment.local.detach())
+    shown, _ = reference.write_weight(_outer_weight(kept), parameter.dtype)
+    written = bits(segment.weight) != bits(shown)
+    theta = reference.weight(segment)
+    w = reference.walked_weight(theta, reference.displacement(table, segment))
+    new_parameter, new_remainder = reference.write_weight(w, parameter.dtype)
+    new_parameter = torch.where(written, new_parameter, parameter)
+    if table.keeps_anchor:
+        anchor = segment.buffer("anchor")
+        anchor.copy_(torch.where(written, theta, anchor))
+    if new_remainder is not None and remainder is not None:
+        segment.buffer("remainder").copy_(torch.where(written, new_remainder, remainder))
+    segment.weight.copy_(new_parameter)
+
+
+def _put_back(kept: list[Kept]) -> None:
+    """Without any memory but what there is."""
+    for _, segment, parameter, remainder in kept:
+        segment.weight.copy_(parameter)
+        if remainder is not None:
+            segment.buffer("remainder").copy_(remainder)
+
+
+def _tell(kept: list[Kept]) -> None:
     for table in dict.fromkeys(one.table for one in kept):
         table.wrote([one.segment for one in kept if one.table is table])
 

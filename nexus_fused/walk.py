@@ -22,6 +22,7 @@ from .ranks import Ranks
 from .table import Table
 
 Entry = tuple[int, int, Tensor]  # group, index in it, parameter
+Choices = tuple[int, "str | None", "bool | None", bool, torch.dtype]  # inner_steps, backend, fused, flatten, D's dtype
 
 
 class Walk:
@@ -32,17 +33,9 @@ class Walk:
     tables.
     """
 
-    def __init__(
-        self,
-        inner_steps: int,
-        backend: str | None,
-        fused: bool | None,
-        flatten: bool,
-        displacement_dtype: torch.dtype,
-        ranks: Ranks,
-    ) -> None:
-        self.inner_steps, self.backend, self.fused, self.flatten = inner_steps, backend, fused, flatten
-        self.displacement_dtype, self.ranks = displacement_dtype, ranks
+    def __init__(self, choices: Choices, ranks: Ranks) -> None:
+        self.inner_steps, self.backend, self.fused, self.flatten, self.displacement_dtype = choices
+        self.ranks = ranks
         self.position = 0
         self.tables: dict[tuple[torch.device, torch.dtype, tuple[int, ...]], Table] = {}
         self.cycles: dict[tuple[torch.device, tuple[int, ...]], Cycle] = {}
@@ -57,26 +50,37 @@ class Walk:
         return [segment for table in self.tables.values() for segment in table.segments]
 
     @property
-    def size(self) -> int:
-        """How many parameters have state."""
-        return sum(len(table.segments) for table in self.tables.values())
-
-    @property
     def is_local(self) -> bool:
         """Whether ranks walk on their own."""
         return self.ranks.displacement_group is not None
 
     # Parameters
 
-    def add(self, params: list[Entry], n_groups: int, *, flatten: bool) -> list[Segment]:
-        """Gives parameters memory and a row in the table of their device and dtype; all of them or none."""
+    def add(self, params: list[Entry], groups: list[dict[str, Any]], *, flatten: bool) -> list[Segment]:
+        """Gives parameters memory and a row in the table of their device and dtype; all of them or none.
+
+        Returns what now has other memory: them, or all that there are where others got maxima too.
+        """
         found: dict[torch.device, ModuleType] = {}
         for device, dtype in {(local_part(p).device, real_dtype(p.dtype)): None for *_, p in params}:
             backend = backends.resolve(self.backend, self.fused, device, dtype, self._displacement_dtype(dtype))
             if found.get(device) is not reference:  # one for all dtypes of a device
                 found[device] = backend
         self.follow_ranks(params)
-        segments = self._extend(params, flatten=flatten)
+        segments: list[Segment] = []
+        try:
+            came = self._extend(params, segments, groups, flatten=flatten)
+            self._give_scalars(found, len(groups))
+        except BaseException:  # out of memory, for example
+            for table in self.tables.values():
+                table.forget(segments)
+            self.tables = {key: table for key, table in self.tables.items() if table.segments}
+            raise
+        self._rows, self._warm = [], False
+        return self.segments if came else segments
+
+    def _give_scalars(self, found: dict[torch.device, ModuleType], n_groups: int) -> None:
+        """Gives each device of a table a cycle, with room for all groups. found: backends of devices."""
         # The same order, and so the same sum of squares, whenever a dtype or device came, and on all ranks.
         self.tables = dict(sorted(self.tables.items(), key=lambda item: item[1].first))
         tables: dict[tuple[torch.device, tuple[int, ...]], list[Table]] = defaultdict(list)
@@ -92,8 +96,6 @@ class Walk:
             cycle.grow(n_groups)
             if before and cycle not in before:
                 cycle.follow(before[0])
-        self._rows, self._warm = [], False
-        return segments
 
     def follow_ranks(self, coming: list[Entry]) -> None:
         """Learns over which ranks parameters are sharded, with those that are to come."""
@@ -103,26 +105,23 @@ class Walk:
     def _displacement_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return dtype if dtype == torch.float64 else self.displacement_dtype
 
-    def _extend(self, params: list[Entry], *, flatten: bool) -> list[Segment]:
+    def _extend(self, params: list[Entry], made: list[Segment], groups: list[dict[str, Any]], *, flatten: bool) -> bool:
+        """Appends the segments of parameters to `made`, and gives them rows and memory; whether maxima came."""
         fresh: dict[tuple[int, torch.device, torch.dtype, tuple[int, ...]], list[Segment]] = defaultdict(list)
         for group, index, param in params:
             key = group, local_part(param).device, real_dtype(param.dtype), dtensor.shard_ranks(param)
-            fresh[key].append(make_segment(param, group=group, index=index))
-        made = [segment for segments in fresh.values() for segment in segments]
-        try:
-            for (_, device, dtype, ranks), segments in fresh.items():
-                anchor = self.is_local and self.inner_steps > 1
-                new = Table(device, dtype, self._displacement_dtype(dtype), ranks, keeps_anchor=anchor)
-                table = self.tables.setdefault((device, dtype, ranks), new)
-                table.extend(segments, flatten=flatten)
-                if self.position > 0:
-                    table.ensure_displacements()
-        except BaseException:  # out of memory, for example
-            for table in self.tables.values():
-                table.forget(made)
-            self.tables = {key: table for key, table in self.tables.items() if table.segments}
-            raise
-        return made
+            made.append(make_segment(param, group=group, index=index))
+            fresh[key].append(made[-1])
+        came = False
+        for (group, device, dtype, ranks), segments in fresh.items():
+            anchor = self.is_local and self.inner_steps > 1
+            new = Table(device, dtype, self._displacement_dtype(dtype), ranks, keeps_anchor=anchor)
+            table = self.tables.setdefault((device, dtype, ranks), new)
+            table.extend(segments, flatten=flatten)
+            came |= table.set_amsgrad(group, groups[group]["amsgrad"])
+            if self.position > 0:
+                table.ensure_displacements()
+        return came
 
     # One micro-batch
 
@@ -134,7 +133,6 @@ class Walk:
         rows = [group_row(group, i, self.inner_steps) for i, group in enumerate(groups)]
         for table in self.tables.values():
             table.read_gradients(use=gradients)
-        self.check_writes()
         maxima_came = self.follow_amsgrad(groups)
         if self.capture.ever or any(isinstance(value, Tensor) for row in rows for value in row) or rows != self._rows:
             for cycle in self.cycles.values():
@@ -144,8 +142,11 @@ class Walk:
 
     def follow_amsgrad(self, groups: list[dict[str, Any]]) -> bool:
         """Gives groups maxima, or lets them rest, as their option says now; whether some came."""
-        tables = self.tables.values()
-        return sum(table.set_amsgrad(i, group["amsgrad"]) for i, group in enumerate(groups) for table in tables) > 0
+        wanted, came = [group["amsgrad"] for group in groups], False
+        for table in self.tables.values():
+            for group in {bucket.group for bucket in table.buckets if bucket.amsgrad != wanted[bucket.group]}:
+                came |= table.set_amsgrad(group, wanted[group])
+        return came
 
     def check_writes(self) -> None:
         """Raises RuntimeError where others wrote into a walk that is this rank's alone."""

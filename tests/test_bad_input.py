@@ -302,6 +302,10 @@ CHECKPOINTS = [
     (set_key("entry", "master", torch.zeros(7)), "parameter 1 of group 0 is of an older form.*'remainder'"),
     (set_key("entry", "walk", torch.zeros(7)), "parameter 1 of group 0 is of an older form"),
     (older_form, "parameter 1 of group 0 is of an older form.*'displacement'"),
+    (
+        set_key("entry", "exp_avg", torch.zeros(7, dtype=torch.float64)),
+        "'exp_avg' of parameter 1 of group 0 is .*float64",
+    ),
     (set_key("entry", "exp_avg_sq", None), "'exp_avg_sq' of parameter 1 of group 0 is None"),
     (set_key("entry", "step", torch.zeros(2)), "'step' of parameter 1 of group 0"),
     (set_key("entry", "step", "four"), "'step' of parameter 1 of group 0"),

@@ -11,7 +11,7 @@ import torch
 from conftest import BACKENDS, assert_same, build, make_params, run, set_grads, values
 from torch import nn
 
-from nexus_fused import NexusAdamW, backends, flat
+from nexus_fused import NexusAdamW, backends, flat, reference
 from nexus_fused import table as tables
 
 
@@ -189,3 +189,54 @@ def test_a_device_that_comes_late_joins_the_cycle(backend):
     assert len(metrics["grad_norms"]) == 4
     assert metrics["skipped_inner_steps"] == 1
     assert str(pickle.loads(pickle.dumps(optimizer)).metrics()) == str(metrics)  # NaN differs from itself
+
+
+def test_no_memory_while_theta_is_shown(monkeypatch, backend, dtype):
+    """Of the second parameter: the first one's walk is put back."""
+    params, optimizer = build(dtype=dtype, backend=backend)
+    run(optimizer, params, 2)
+    before = values(params)
+    with monkeypatch.context() as patch:
+        patch.setattr(reference, "set_weight", Once(reference.set_weight, at=1))
+        with pytest.raises(torch.OutOfMemoryError), optimizer.outer_weights():
+            pass
+    assert_same(values(params), before)
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError), optimizer.outer_weights():
+        patch.setattr(reference, "walked_weight", Once(reference.walked_weight, at=1))
+    assert_same(values(params), before)
+    run(optimizer, params, 2)
+    assert optimizer.at_boundary
+
+
+@pytest.mark.parametrize("how", ["a group", "unfrozen", "loaded"])
+def test_no_memory_for_what_comes(monkeypatch, backend, how):
+    """Its maxima cannot be allocated: it has not come, and may come again."""
+    (a,), (b,) = make_params((3,)), make_params((4,))
+    b.requires_grad_(how == "a group")
+    optimizer = NexusAdamW([a] if how == "a group" else [a, b], backend=backend, amsgrad=True)
+    run(optimizer, [a], 4)
+    if how == "loaded":
+        others = make_params((3,), (4,))
+        other = NexusAdamW(others, amsgrad=True)
+        run(other, others, 4)
+        state = other.state_dict()
+
+    def come():
+        if how == "a group":
+            optimizer.add_param_group({"params": [b]})
+        elif how == "loaded":
+            optimizer.load_state_dict(state)
+        else:
+            b.requires_grad_()
+            optimizer.state_dict()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tables.Table, "set_amsgrad", Once(tables.Table.set_amsgrad))
+        with pytest.raises(torch.OutOfMemoryError):
+            come()
+    optimizer.state_dict()
+    run(optimizer, [a], 4)
+    come()
+    b.requires_grad_()
+    run(optimizer, [a, b], 4)
+    assert optimizer.state[b]["max_exp_avg_sq"].any()

@@ -448,7 +448,8 @@ def test_sums_that_have_begun_are_waited_for():
 
 def _writes(where):
     params = [nn.Parameter(start) for start in starts(torch.float32)]
-    optimizer = NexusAdamW(params, **OPTIONS, displacement_group=dist.group.WORLD)
+    late = nn.Parameter(torch.ones(3), requires_grad=False)
+    optimizer = NexusAdamW([*params, late], **OPTIONS, displacement_group=dist.group.WORLD)
 
     def step(k):
         for index, param in enumerate(params):
@@ -465,6 +466,7 @@ def _writes(where):
                     params[0].clamp_(-0.1, 0.1)
             if where == "in mid-cycle" and k == 1:
                 params[0].clamp_(-0.1, 0.1)
+                late.requires_grad_()  # which has the optimizer look at all of them anew
                 errors = []
                 for call in (optimizer.step, optimizer.outer_step, optimizer.state_dict):
                     with pytest.raises(RuntimeError) as raised:
@@ -530,6 +532,8 @@ def _is_left_alone(dtype):
     assert optimizer.at_boundary
     assert_equal([p.detach() for p in params], starts(dtype))
     assert all(optimizer.state[p]["step"] == 0 for p in params)
+    assert not any("displacement" in optimizer.state[p] for p in params)
+    assert optimizer.param_groups[0]["cycle_position"] == 0
     os._exit(0)
 
 

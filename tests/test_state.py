@@ -392,3 +392,36 @@ def test_outer_weights_leaves_materialized_displacements(backend):
     with optimizer.outer_weights():
         assert "displacement" not in optimizer.state_dict()["state"][0]
     assert "displacement" in optimizer.state[params[0]]
+
+
+def test_maxima_that_came_with_another_group_are_in_the_state(backend):
+    """amsgrad is switched on and a group added before the next step."""
+    params, optimizer = build(backend=backend)
+    run(optimizer, params, 4)
+    optimizer.param_groups[0]["amsgrad"] = True
+    optimizer.add_param_group({"params": make_params((3,))})
+    run(optimizer, params, 4)
+    assert all(optimizer.state[p]["max_exp_avg_sq"].any() for p in params)
+    optimizer.load_state_dict(reload(optimizer.state_dict()))
+
+
+@pytest.mark.parametrize("how", ["unfrozen", "a group"])
+def test_parameters_that_come_to_materialized_displacements_have_them(backend, how):
+    (a,), (b,) = make_params((3,)), make_params((4,))
+    b.requires_grad_(how == "a group")
+    optimizer = NexusAdamW([a] if how == "a group" else [a, b], backend=backend)
+    optimizer.materialize_displacements()
+    if how == "a group":
+        optimizer.add_param_group({"params": [b]})
+    b.requires_grad_()
+    run(optimizer, [a, b], 1)
+    assert optimizer.state[b]["displacement"].any()
+    optimizer.load_state_dict(reload(optimizer.state_dict()))
+
+
+def test_what_is_saved_has_memory_of_its_own(backend):
+    """Not the tensor that all groups' sums are views of."""
+    optimizer = NexusAdamW([{"params": make_params((3,), seed=i)} for i in range(5)], backend=backend)
+    group = optimizer.state_dict()["param_groups"][2]
+    for value in (group["walk_length"], *group["grad_norms"], group["skipped_inner_steps"]):
+        assert value.untyped_storage().nbytes() == 8
