@@ -113,6 +113,11 @@ class Segment:
         return self.flags[self.row] != 0
 
     @property
+    def place(self) -> tuple[int, int]:
+        """Group and index: the order of parameters."""
+        return self.group, self.index
+
+    @property
     def where(self) -> str:
         """How an error names this parameter."""
         return f"parameter {self.index} of group {self.group} (shape {tuple(self.param.shape)})"

@@ -8,6 +8,7 @@ kernel is started once for a table, not once for a parameter.
 from __future__ import annotations
 
 import contextlib
+from collections import defaultdict
 
 import torch
 from torch import Tensor
@@ -53,6 +54,7 @@ class Table:
     ) -> None:
         self.device, self.dtype, self.displacement_dtype, self.ranks = device, dtype, displacement_dtype, ranks
         self.keeps_anchor = keeps_anchor
+        self._dtype_of = defaultdict(lambda: STATE_DTYPE[dtype], remainder=dtype, displacement=displacement_dtype)
         self.segments: list[Segment] = []
         self.buckets: list[Bucket] = []
         self.rows = torch.empty(0, len(COLUMNS), dtype=torch.int64, device="cpu")
@@ -79,11 +81,6 @@ class Table:
         """Whether weights have a remainder."""
         return self.dtype != STATE_DTYPE[self.dtype]
 
-    @property
-    def first(self) -> tuple[int, int]:
-        """Group and index of the first parameter."""
-        return min((s.group, s.index) for s in self.segments)
-
     # Memory
 
     def extend(self, segments: list[Segment], *, flatten: bool) -> None:
@@ -93,7 +90,7 @@ class Table:
             bucket = Bucket(members[0].group, numel, self.device)
             buckets.append(bucket)
             for name in ("exp_avg", "exp_avg_sq", *(["remainder"] if self.low_precision else [])):
-                bucket.ensure(name, self._dtype_of(name))
+                bucket.ensure(name, self._dtype_of[name])
             steps = torch.zeros(len(members), dtype=torch.float32, device=self.device)
             for i, segment in enumerate(members):
                 segment.bucket, segment.step = bucket, torch.from_dlpack(steps[i : i + 1]).view(())
@@ -108,15 +105,11 @@ class Table:
         with contextlib.suppress(Exception):  # repeated by the next step
             self._enlist(kept, [bucket for bucket in self.buckets if bucket in used])
 
-    def _dtype_of(self, name: str) -> torch.dtype:
-        """Of a buffer."""
-        return {"remainder": self.dtype, "displacement": self.displacement_dtype}.get(name, STATE_DTYPE[self.dtype])
-
     def _enlist(self, segments: list[Segment], buckets: list[Bucket]) -> None:
         """Makes these all that the table has."""
         self._outdated = True
         # In the groups' order, whenever a parameter came: the norm is summed in that order, also after a resume.
-        self.segments, self.buckets = sorted(segments, key=lambda s: (s.group, s.index)), buckets
+        self.segments, self.buckets = sorted(segments, key=lambda s: s.place), buckets
         self._staged = [s for s in self.segments if s.staged is not None]
         self._flags = bytearray(segment.touched for segment in self.segments)
         for row, segment in enumerate(self.segments):
@@ -142,7 +135,7 @@ class Table:
     def ensure_displacements(self) -> bool:
         """Allocates displacements (and anchors) where they are missing; returns whether it had to."""
         names = ("displacement", "anchor") if self.keeps_anchor else ("displacement",)
-        made = [bucket.ensure(name, self._dtype_of(name)) for bucket in self.buckets for name in names]
+        made = [bucket.ensure(name, self._dtype_of[name]) for bucket in self.buckets for name in names]
         self._outdated |= any(made)
         self.refresh()
         return any(made)
@@ -153,7 +146,7 @@ class Table:
         for bucket in self.buckets:
             if bucket.group == group and bucket.amsgrad != amsgrad:
                 self._outdated = True
-                made |= amsgrad and bucket.ensure("max_exp_avg_sq", self._dtype_of("max_exp_avg_sq"))
+                made |= amsgrad and bucket.ensure("max_exp_avg_sq", self._dtype_of["max_exp_avg_sq"])
                 bucket.amsgrad = amsgrad
         self.refresh()
         return made

@@ -82,7 +82,7 @@ class Walk:
     def _give_scalars(self, found: dict[torch.device, ModuleType], n_groups: int) -> None:
         """Gives each device of a table a cycle, with room for all groups. found: backends of devices."""
         # The same order, and so the same sum of squares, whenever a dtype or device came, and on all ranks.
-        self.tables = dict(sorted(self.tables.items(), key=lambda item: item[1].first))
+        self.tables = dict(sorted(self.tables.items(), key=lambda item: item[1].segments[0].place))
         tables: dict[tuple[torch.device, tuple[int, ...]], list[Table]] = defaultdict(list)
         for table in self.tables.values():
             tables[table.device, table.ranks].append(table)
