@@ -312,7 +312,7 @@ void table_end_walk(const Segment* segments, int64_t n, int64_t chunks, const do
 }
 
 // θ = w + D, or w where the walk has ended;  D ← D + γ·g/n;  w ← AdamW(θ, D/Γ). Returns ‖D‖² of the chunk. Bytes per
-// element, float32 with D in bfloat16: reads w D g m v, writes w m v (30); bfloat16: 28. `g` null: there is none.
+// element, float32 with D in bfloat16: reads w D g m v, writes w m v (30); bfloat16: 28.
 template <class T, class D, bool amsgrad>
 double chunk_outer_step(const Segment& segment, int64_t begin, int64_t end, bool has_ended, double factor,
                         double inv_walk_length, const AdamW<typename T::State>& adamw) {

@@ -221,8 +221,8 @@ class State:
                     cycle.load_group_data(index, group, running=position > 0)
         for table in walk.tables.values():
             table.set_touched([s for s in table.segments if position > 0 and loaded[s.group]["touched"][s.index]], True)
+        self._hide()  # what is shown from here on is the loaded position's
         self._add(walk.segments)
-        self.show(in_cycle=position > 0)
 
 
 def pack(packed: dict[str, Any]) -> dict[str, Any]:

@@ -132,13 +132,12 @@ class Table:
             target.copy_(segment.weight)
             segment.param.data = shaped_like(target, segment)
 
-    def ensure_displacements(self) -> bool:
-        """Allocates displacements (and anchors) where they are missing; returns whether it had to."""
+    def ensure_displacements(self) -> None:
+        """Allocates displacements (and anchors) where they are missing."""
         names = ("displacement", "anchor") if self.keeps_anchor else ("displacement",)
         made = [bucket.ensure(name, self._dtype_of[name]) for bucket in self.buckets for name in names]
         self._outdated |= any(made)
         self.refresh()
-        return any(made)
 
     def set_amsgrad(self, group: int, amsgrad: bool) -> bool:
         """Switches a group's maxima on, zeros if it never had them, or off; returns whether it allocated some."""

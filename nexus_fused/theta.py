@@ -56,7 +56,7 @@ def show_walk(kept: list[Kept]) -> None:
 
 
 def _take_over(kept: Kept) -> None:
-    """Of one parameter: w as it was where θ still is, else w for the θ that was written."""
+    """Puts one parameter's w back where θ still stands. Where others wrote, their value is θ, and w moves along."""
     table, segment, parameter, remainder = kept
     if segment.staged is not None:
         segment.staged.copy_(segment.local.detach())
@@ -75,7 +75,7 @@ def _take_over(kept: Kept) -> None:
 
 
 def _put_back(kept: list[Kept]) -> None:
-    """Without any memory but what there is."""
+    """Restores what the parameters held; allocates nothing, since memory may have run out."""
     for _, segment, parameter, remainder in kept:
         segment.weight.copy_(parameter)
         if remainder is not None:
@@ -83,6 +83,7 @@ def _put_back(kept: list[Kept]) -> None:
 
 
 def _tell(kept: list[Kept]) -> None:
+    """Tells the tables of these parameters that their weights were written."""
     for table in dict.fromkeys(one.table for one in kept):
         table.wrote([one.segment for one in kept if one.table is table])
 
