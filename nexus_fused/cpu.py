@@ -1,9 +1,11 @@
 """The CPU backend: hands the addresses of a table and a cycle to the compiled kernels of `nexus_fused._C`.
 
-Functions are those of reference.py, where they are defined. Threads: `torch.get_num_threads()`.
+Functions are those of reference.py, where they are defined. For threads see `_threads`.
 """
 
 from __future__ import annotations
+
+import os
 
 import torch
 from torch import Tensor
@@ -11,6 +13,12 @@ from torch import Tensor
 from . import _C
 from .cycle import Cycle, MicroBatch
 from .table import Table
+
+ONE_THREAD = 100_000  # elements up to here: to wake others takes longer than they save, on busy cores 16 ms
+
+_forked: list[bool] = []  # not empty in a child of the process that loaded this: it has none of the threads
+if hasattr(os, "register_at_fork"):  # not on Windows, which cannot fork
+    os.register_at_fork(after_in_child=lambda: _forked.append(True))
 
 
 def why_not_on(device: torch.device, dtype: torch.dtype, displacement_dtype: torch.dtype) -> str | None:
@@ -23,9 +31,14 @@ def _table(table: Table, rows: Tensor | None = None) -> tuple[int, int, int, int
     return rows.data_ptr(), len(rows), table.chunks, *table.dtypes
 
 
+def _threads(table: Table) -> int:
+    """`torch.get_num_threads()`, for a table that is worth it, in a process that can have them."""
+    return 1 if table.elements <= ONE_THREAD or _forked else torch.get_num_threads()
+
+
 def sq_norm(table: Table) -> Tensor:
     """‖g‖² over the table's gradients: 0-dim float64. Reads each gradient once."""
-    norm = _C.sq_norm(*_table(table)[:3], table.partials.data_ptr(), torch.get_num_threads())
+    norm = _C.sq_norm(*_table(table)[:3], table.partials.data_ptr(), _threads(table))
     return torch.tensor(norm, dtype=torch.float64, device="cpu")
 
 
@@ -54,7 +67,7 @@ def inner_step(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch) -> No
     _advance(cycle, micro_batch)
     counts = cycle.moves.data_ptr(), cycle.lost_moves.data_ptr()
     for table in tables:
-        _C.inner_step(*_table(table), cycle.factor.data_ptr(), *counts, torch.get_num_threads())
+        _C.inner_step(*_table(table), cycle.factor.data_ptr(), *counts, _threads(table))
 
 
 def outer_step(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch | None, taken: int) -> None:
@@ -69,7 +82,7 @@ def end_walk(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch | None, 
     """Last inner step, w ← θ and D ← Q(D · share): 16 bytes per element (float32), 14 (below)."""
     _advance(cycle, micro_batch)
     for table in tables:
-        _C.end_walk(*_table(table), cycle.factor.data_ptr(), share, torch.get_num_threads())
+        _C.end_walk(*_table(table), cycle.factor.data_ptr(), share, _threads(table))
 
 
 def adamw(tables: list[Table], cycle: Cycle, moved: list[Tensor], taken: int) -> None:
@@ -89,5 +102,5 @@ def _outer_step(table: Table, cycle: Cycle, of_table: tuple[int, int, int, int, 
         cycle.walk_length.data_ptr(),
         cycle.displacement_sq.data_ptr(),
         table.displacement_sq.data_ptr(),
-        torch.get_num_threads(),
+        _threads(table),
     )

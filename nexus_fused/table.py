@@ -39,8 +39,8 @@ class Table:
 
     displacement_dtype: of D. ranks: those that the parameters, all of them DTensors then, are sharded over; () where
     this rank has all of each. keeps_anchor: θ is kept beside w, for ranks that walk on their own.
-    chunks: how many; parts: into how many a GPU's blocks divide each where they may, 1 where most of them are small.
-    `segments` stand in the order of `rows`.
+    elements, chunks: how many; parts: into how many a GPU's blocks divide each chunk where they may, 1 where most of
+    them are small. `segments` stand in the order of `rows`.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Table:
         self.segments: list[Segment] = []
         self.buckets: list[Bucket] = []
         self.rows = torch.empty(0, len(COLUMNS), dtype=torch.int64, device="cpu")
-        self.chunks, self.parts = 0, 1
+        self.elements, self.chunks, self.parts = 0, 0, 1
         self.partials: Tensor  # Σg² of each chunk, float64
         self.displacement_sq: Tensor  # ΣD² of each chunk
         self.sq_norm: Tensor  # Σg² of all chunks, [1], where a kernel adds them up
@@ -189,8 +189,8 @@ class Table:
         self._on_device = tuple(torch.empty_like(t, device=self.device) for t in (self.rows, row_of_chunk, starts))
         upload(row_of_chunk, self._on_device[1])
         upload(starts, self._on_device[2])
-        self.chunks = chunks
-        self.parts = PARTS if 2 * sum(s.numel for s in self.segments) > chunks * CHUNK_ELEMENTS else 1
+        self.elements, self.chunks = sum(s.numel for s in self.segments), chunks
+        self.parts = PARTS if 2 * self.elements > chunks * CHUNK_ELEMENTS else 1
         self.partials = torch.empty(chunks, dtype=torch.float64, device=self.device)
         self.displacement_sq = torch.empty_like(self.partials)  # of its own: other devices may still read the norm's
         self.sq_norm = torch.zeros(1, dtype=torch.float64, device=self.device)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -231,6 +233,44 @@ def test_threads(backend):
         results = [[p.round(decimals=5) for p in params] for params in results]
     assert_same(results[0], results[1])
     assert_same(results[0], results[2])
+
+
+@pytest.mark.parametrize("elements", [4, 300_000])
+def test_a_forked_child_steps(elements):
+    """It has none of the threads that its parent's kernels started: it must not wait for them."""
+    code = f"""
+import multiprocessing, torch
+from nexus_fused import NexusAdamW
+torch.set_num_threads(2)
+p = torch.nn.Parameter(torch.zeros({elements}))
+p.grad = torch.ones_like(p)  # here: torch's own kernels would start threads in the child
+optimizer = NexusAdamW([p])
+def cycle():
+    for _ in range(4):
+        optimizer.step()
+cycle()
+child = multiprocessing.get_context("fork").Process(target=cycle)
+child.start()
+child.join(30)
+code = child.exitcode
+child.kill()
+raise SystemExit("it hangs" if code is None else code)
+"""
+    pytest.importorskip("nexus_fused._C")
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stderr
+
+
+def test_few_elements_start_no_threads(monkeypatch):
+    """On busy cores it takes longer to wake them than to do the work."""
+    extension = pytest.importorskip("nexus_fused._C")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    seen, sq_norm = [], extension.sq_norm
+    monkeypatch.setattr(extension, "sq_norm", lambda *args: seen.append(args[-1]) or sq_norm(*args))
+    for size in (50_000, 50_001):
+        params, optimizer = build((size,), (50_000,), backend="cpu")
+        run(optimizer, params, 1)
+    assert seen == [1, 3]
 
 
 def test_first_group_all_frozen(backend):
