@@ -178,13 +178,16 @@ def make_segment(param: Tensor, *, group: int, index: int) -> Segment:
 
 
 def bucketed(segments: list[Segment], itemsize: int) -> Iterator[tuple[list[Segment], int]]:
-    """Splits segments, in their order, into buckets of at most BUCKET_BYTES (or one larger parameter); sets `start`."""
+    """Splits segments, in their order, into buckets of one group and at most BUCKET_BYTES (or one larger parameter).
+
+    Sets `start`.
+    """
     aligned = ALIGNMENT // itemsize
     members: list[Segment] = []
     numel = 0
     for segment in segments:
         padded = -(-segment.numel // aligned) * aligned
-        if members and (numel + padded) * itemsize > BUCKET_BYTES:
+        if members and ((numel + padded) * itemsize > BUCKET_BYTES or segment.group != members[0].group):
             yield members, numel
             members, numel = [], 0
         segment.start = numel

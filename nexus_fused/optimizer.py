@@ -122,8 +122,8 @@ class NexusAdamW(Optimizer):
         }
         options.group_row({"base_lr": lr, **defaults}, 0, steps)
         super().__init__(params, defaults)
+        self._take_groups(0, "at construction")
         self._built = True
-        self._compare_ranks("at construction", weights=[p for group in self.param_groups for p in group["params"]])
 
     def _build(self, choices: Choices, ranks: Ranks) -> None:
         self._itself = weakref.ref(self)
@@ -133,6 +133,7 @@ class NexusAdamW(Optimizer):
         self._walk = Walk(choices, ranks)
         self._state = State(self, self._walk)
         self._built = False
+        self._known: set[Tensor] = set()  # the parameters of all groups
 
     # Parameters
 
@@ -143,8 +144,7 @@ class NexusAdamW(Optimizer):
         self._refuse_inside_outer_weights("add_param_group()")
         self._walk.check_writes()
         index = len(self.param_groups)
-        known = {p for group in self.param_groups for p in group["params"]}
-        unique = options.check_new_group(param_group, self.defaults, index, self.inner_steps, known)
+        unique = options.check_new_group(param_group, self.defaults, index, self.inner_steps, self._known)
         super().add_param_group(param_group)
         group = self.param_groups[index]
         if len(unique) < len(group["params"]):  # the base class has warned
@@ -156,15 +156,24 @@ class NexusAdamW(Optimizer):
             if isinstance(group[key], Tensor):  # schedulers write into it: each group needs its own
                 group[key] = group[key].detach().clone()
         group["base_lr"] = float(group["lr"])
-        try:
-            if self._built:
-                self._walk.follow_ranks([(index, i, p) for i, p in enumerate(unique) if not is_frozen(p)])
-                self._compare_ranks("in add_param_group()", weights=unique)
-            self._state.register([(index, i, p) for i, p in enumerate(unique)], flatten=self._walk.flatten)
-        except BaseException:
-            self.param_groups.pop()
-            self._walk.follow_ranks([])
-            raise
+        self._known.update(unique)
+        if self._built:  # the constructor takes all groups at once
+            try:
+                self._take_groups(index, "in add_param_group()")
+            except BaseException:
+                self.param_groups.pop()
+                self._known.difference_update(unique)
+                self._walk.follow_ranks([])
+                raise
+
+    def _take_groups(self, first: int, when: str) -> None:
+        """Gives the parameters of the groups from the first on state, if all ranks do."""
+        entries = [
+            (g, i, p) for g, group in enumerate(self.param_groups[first:], first) for i, p in enumerate(group["params"])
+        ]
+        self._walk.follow_ranks([entry for entry in entries if not is_frozen(entry[2])])
+        self._compare_ranks(when, weights=[p for *_, p in entries])
+        self._state.register(entries, flatten=self._walk.flatten)
 
     # Stepping
 
@@ -385,6 +394,7 @@ class NexusAdamW(Optimizer):
         loaded = [dict(group) for group in groups]
         self._state.expect(entries)
         params = [(g, i, p) for g, group in enumerate(groups) for i, p in enumerate(group["params"])]
+        self._known.update(p for *_, p in params)
         self._state.register(params, flatten=self._walk.flatten)
         self._state.restore(loaded, {p: entry for p, entry in entries.items() if isinstance(p, Tensor)})
         self._built = True

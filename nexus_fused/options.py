@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +43,8 @@ FLAGS: dict[str, tuple[bool | None, ...]] = dict.fromkeys(
     (True, False),
 )
 FLAGS["fused"] = (None, True, False)
+
+_VALUES = itemgetter(*FLAGS, "inner_steps", "lr", "inner_lr", "eps", "weight_decay", "base_lr")
 
 # Keys of a parameter group that belong to the running cycle; the same keys at every position, and lists of the same
 # length: where it changes, torch.distributed.checkpoint mixes them with those that were there.
@@ -133,6 +136,12 @@ def group_row(group: dict[str, Any], index: int, steps: int) -> list[float | Ten
         base_lr = number(group.get("max_lr", group["base_lr"]), f"base_lr {where}", HYPER["lr"])  # type: ignore[arg-type]
         row[INNER_LR] = row[INNER_LR] * _share_of_peak(row[LR], base_lr)
     return row
+
+
+def values_of_row(group: dict[str, Any]) -> tuple[Any, ...]:
+    """The objects that a group's row is made of; () where one of them may change and stay the same object."""
+    betas = group["betas"]
+    return (*_VALUES(group), *betas, group.get("max_lr")) if type(betas) in (tuple, list) else ()
 
 
 def _share_of_peak(lr: float | Tensor, base_lr: float | Tensor) -> float | Tensor:

@@ -84,7 +84,7 @@ class Table:
     # Memory
 
     def extend(self, segments: list[Segment], *, flatten: bool) -> None:
-        """Gives the segments (all of one group) zero moments, and moves their weights into flat memory if allowed."""
+        """Gives the segments zero moments, and moves their weights into flat memory if allowed."""
         buckets: list[Bucket] = []
         for members, numel in bucketed(segments, STATE_DTYPE[self.dtype].itemsize):
             bucket = Bucket(members[0].group, numel, self.device)
@@ -139,11 +139,12 @@ class Table:
         self._outdated |= any(made)
         self.refresh()
 
-    def set_amsgrad(self, group: int, amsgrad: bool) -> bool:
-        """Switches a group's maxima on, zeros if it never had them, or off; returns whether it allocated some."""
+    def follow_amsgrad(self, wanted: list[bool]) -> bool:
+        """Switches each group's maxima on, zeros if it never had them, or off; returns whether it allocated some."""
         made = False
         for bucket in self.buckets:
-            if bucket.group == group and bucket.amsgrad != amsgrad:
+            amsgrad = wanted[bucket.group]
+            if bucket.amsgrad != amsgrad:
                 self._outdated = True
                 made |= amsgrad and bucket.ensure("max_exp_avg_sq", self._dtype_of["max_exp_avg_sq"])
                 bucket.amsgrad = amsgrad

@@ -64,7 +64,7 @@ def _try_out(device: torch.device, dtype: torch.dtype, displacement_dtype: torch
     one = torch.ones((), device=device)
     for amsgrad, grad_scale, found_inf in (False, None, None), (True, one, one), (False, one, None), (False, None, one):
         for table in tables:
-            table.set_amsgrad(0, amsgrad)
+            table.follow_amsgrad([amsgrad])
             table.read_gradients(use=True)
         sq_norms = [sq_norm(table) for table in tables]
         inner_step(tables, cycle, MicroBatch(sq_norms, 0))

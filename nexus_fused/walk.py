@@ -5,6 +5,7 @@ The walk knows tables, their scalars and ranks, nothing of the keys of a state. 
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from itertools import zip_longest
 from types import ModuleType
@@ -17,7 +18,7 @@ from . import backends, dtensor, graphs, reference
 from .cycle import Cycle, MicroBatch
 from .dtensor import local_part
 from .flat import Segment, make_segment, real_dtype
-from .options import group_row
+from .options import group_row, values_of_row
 from .ranks import Ranks
 from .table import Table
 
@@ -41,6 +42,7 @@ class Walk:
         self.cycles: dict[tuple[torch.device, tuple[int, ...]], Cycle] = {}
         self.work: list[tuple[Cycle, list[Table]]] = []
         self._rows: list[list[float | Tensor]] = []  # of hyperparameters, as the devices have them
+        self._kept: list[tuple[tuple[Any, ...], list[float | Tensor]]] = []  # what each row was made of, and the row
         self.capture = graphs.Capture()
         self._warm = False  # a cycle was finished since parameters came
 
@@ -107,21 +109,19 @@ class Walk:
 
     def _extend(self, params: list[Entry], made: list[Segment], groups: list[dict[str, Any]], *, flatten: bool) -> bool:
         """Appends the segments of parameters to `made`, and gives them rows and memory; whether maxima came."""
-        fresh: dict[tuple[int, torch.device, torch.dtype, tuple[int, ...]], list[Segment]] = defaultdict(list)
+        fresh: dict[tuple[torch.device, torch.dtype, tuple[int, ...]], list[Segment]] = defaultdict(list)
         for group, index, param in params:
-            key = group, local_part(param).device, real_dtype(param.dtype), dtensor.shard_ranks(param)
+            key = local_part(param).device, real_dtype(param.dtype), dtensor.shard_ranks(param)
             made.append(make_segment(param, group=group, index=index))
             fresh[key].append(made[-1])
-        came = False
-        for (group, device, dtype, ranks), segments in fresh.items():
+        for (device, dtype, ranks), segments in fresh.items():
             anchor = self.is_local and self.inner_steps > 1
             new = Table(device, dtype, self._displacement_dtype(dtype), ranks, keeps_anchor=anchor)
             table = self.tables.setdefault((device, dtype, ranks), new)
             table.extend(segments, flatten=flatten)
-            came |= table.set_amsgrad(group, groups[group]["amsgrad"])
             if self.position > 0:
                 table.ensure_displacements()
-        return came
+        return self.follow_amsgrad(groups)
 
     # One micro-batch
 
@@ -130,7 +130,7 @@ class Walk:
 
         gradients: whether those of a micro-batch are used.
         """
-        rows = [group_row(group, i, self.inner_steps) for i, group in enumerate(groups)]
+        rows = self._hyper_rows(groups)
         for table in self.tables.values():
             table.read_gradients(use=gradients)
         maxima_came = self.follow_amsgrad(groups)
@@ -140,12 +140,24 @@ class Walk:
             self._rows = rows
         return maxima_came
 
+    def _hyper_rows(self, groups: list[dict[str, Any]]) -> list[list[float | Tensor]]:
+        """The row of each group: the one before, unless a value is another object now, or a tensor, which others may
+        have written into."""
+        kept, self._kept = self._kept, []
+        for index, group in enumerate(groups):
+            values = values_of_row(group)
+            known, row = kept[index] if index < len(kept) else ((), [])
+            if not values or len(values) != len(known) or not all(map(operator.is_, values, known)):
+                row = group_row(group, index, self.inner_steps)
+                values = () if any(isinstance(value, Tensor) for value in (*values, *row)) else values
+            self._kept.append((values, row))
+        return [row for _, row in self._kept]
+
     def follow_amsgrad(self, groups: list[dict[str, Any]]) -> bool:
         """Gives groups maxima, or lets them rest, as their option says now; whether some came."""
         wanted, came = [group["amsgrad"] for group in groups], False
         for table in self.tables.values():
-            for group in {bucket.group for bucket in table.buckets if bucket.amsgrad != wanted[bucket.group]}:
-                came |= table.set_amsgrad(group, wanted[group])
+            came |= table.follow_amsgrad(wanted)
         return came
 
     def check_writes(self) -> None:

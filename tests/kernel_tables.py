@@ -61,7 +61,7 @@ def make_table(
         param.grad_dtype = None
         segments.append(make_segment(param, group=0, index=i))
     table.extend(segments, flatten=flatten)
-    table.set_amsgrad(0, amsgrad)
+    table.follow_amsgrad([amsgrad])
     table.ensure_displacements()
     for bucket in table.buckets:  # whoever reads before writing is found out
         for name in ("displacement", "anchor"):

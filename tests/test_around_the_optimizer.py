@@ -13,6 +13,7 @@ from conftest import assert_same, build, make_params, run, set_grads, values
 from torch import nn
 
 from nexus_fused import NexusAdamW
+from nexus_fused.table import Table
 
 
 class TestGradScaler:
@@ -271,6 +272,40 @@ def test_few_elements_start_no_threads(monkeypatch):
         params, optimizer = build((size,), (50_000,), backend="cpu")
         run(optimizer, params, 1)
     assert seen == [1, 3]
+
+
+def test_a_group_for_each_parameter(backend, monkeypatch):
+    """What layer-wise decay makes: all of them get their memory and their table at once, and walk as in one group."""
+    shapes = [(1 + i % 7,) for i in range(60)]
+    params, optimizer = build(*shapes, backend=backend)
+    others = make_params(*shapes)
+    built, extend = [], Table.extend
+    monkeypatch.setattr(Table, "extend", lambda *args, **kwargs: built.append(1) or extend(*args, **kwargs))
+    many = NexusAdamW([{"params": [p]} for p in others], lr=1e-2, inner_lr=0.05, backend=backend)
+    assert len(built) == 1
+    for group in many.param_groups:
+        group.update({key: optimizer.param_groups[0][key] for key in ("lr", "inner_lr", "base_lr", "weight_decay")})
+    run(optimizer, params, 9)
+    run(many, others, 9)
+    assert_same(values(params), values(others))
+
+
+def test_a_value_written_into_a_group_is_seen(backend):
+    """Rows are kept while a group holds the same objects: lists and tensors may change and stay the same object."""
+    betas, lr = [0.9, 0.99], torch.tensor(1e-2)
+    a, optimizer = build((3,), backend=backend, betas=betas, lr=lr)
+    b, other = build((3,), backend=backend, betas=[0.9, 0.99], lr=float(lr))
+    run(optimizer, a, 4)
+    run(other, b, 4)
+    optimizer.param_groups[0]["betas"][0] = other.param_groups[0]["betas"][0] = 0.5
+    optimizer.param_groups[0]["lr"].fill_(5e-3)
+    other.param_groups[0]["lr"] = float(torch.tensor(5e-3))
+    run(optimizer, a, 4)
+    run(other, b, 4)
+    assert_same(values(a), values(b))
+    optimizer.param_groups[0]["betas"][1] = 1.0
+    with pytest.raises(ValueError, match=r"betas\[1\] of parameter group 0 must be"):
+        run(optimizer, a, 1)
 
 
 def test_first_group_all_frozen(backend):

@@ -231,7 +231,7 @@ def test_no_memory_for_what_comes(monkeypatch, backend, how):
             optimizer.state_dict()
 
     with monkeypatch.context() as patch:
-        patch.setattr(tables.Table, "set_amsgrad", Once(tables.Table.set_amsgrad))
+        patch.setattr(tables.Table, "follow_amsgrad", Once(tables.Table.follow_amsgrad))
         with pytest.raises(torch.OutOfMemoryError):
             come()
     optimizer.state_dict()
