@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .flat import STATE_DTYPE, real_dtype
-from .options import GROUP_KEYS, group_row
+from .options import GROUP_KEYS, group_row, keys_of_group
 from .walk import Walk
 
 _KEYS = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "remainder", "displacement", "anchor"}
@@ -63,7 +63,8 @@ def check(
         group_row(group, index, inner_steps)
         _check_totals(group, index)
         if position > 0 and groups[index]["params"]:
-            _check_cycle_data(group, index, inner_steps, len(groups[index]["params"]))
+            needed = keys_of_group(groups, index)
+            _check_cycle_data(group, index, needed, inner_steps, len(groups[index]["params"]))
         group["cycle_position"] = position
 
     foreign = {}
@@ -136,14 +137,16 @@ def _check_totals(group: dict[str, Any], index: int) -> None:
             raise TypeError(f"the loaded {key} of group {index} must be a number, but is {group[key]!r}")
 
 
-def _check_cycle_data(group: dict[str, Any], index: int, inner_steps: int, n_params: int) -> None:
-    missing = [key for key in GROUP_KEYS if key not in group]
+def _check_cycle_data(
+    group: dict[str, Any], index: int, needed: tuple[str, ...], inner_steps: int, n_params: int
+) -> None:
+    missing = [key for key in needed if key not in group]
     if missing:
         raise ValueError(
             f"the loaded state is of mid-cycle, but group {index} lacks {', '.join(missing)}: the checkpoint "
             "is truncated; load one that was saved at a boundary"
         )
-    touched, norms = group["touched"], group["grad_norms"]
+    touched, norms = group["touched"], group.get("grad_norms", [0.0] * inner_steps)
     if (
         not isinstance(norms, (list, tuple))
         or len(norms) != inner_steps

@@ -89,24 +89,27 @@ class Cycle:
         self.totals.copy_(other.totals)
 
     def group_data(self, group: int) -> dict[str, Any]:
-        """The tensors of this cycle as a parameter group shows them, views of the live values."""
+        """Γ and Σγ² as a parameter group shows them, views of the live values."""
+        return {"walk_length": self.walk_length[group], "walk_sq_length": self.walk_sq_length[group]}
+
+    def optimizer_data(self) -> dict[str, Any]:
+        """What is one for all groups, as one of them shows it, views of the live values."""
         return {
-            "walk_length": self.walk_length[group],
-            "walk_sq_length": self.walk_sq_length[group],
             "grad_norms": list(self.grad_norms),
             "skipped_inner_steps": self.skipped_inner_steps,
             "skipped_outer_steps": self.skipped_outer_steps,
         }
 
     def load_group_data(self, group: int, data: dict[str, Any], *, running: bool) -> None:
-        """Copies what `group_data` gave, perhaps in another process: the totals and, of a running cycle, its sums."""
-        self.skipped_inner_steps.copy_(torch.as_tensor(data["skipped_inner_steps"], device=self.device))
-        self.skipped_outer_steps.copy_(torch.as_tensor(data["skipped_outer_steps"], device=self.device))
+        """Copies what a group showed, perhaps in another process: the totals and, of a running cycle, its sums."""
+        if "skipped_inner_steps" in data:
+            self.skipped_inner_steps.copy_(torch.as_tensor(data["skipped_inner_steps"], device=self.device))
+            self.skipped_outer_steps.copy_(torch.as_tensor(data["skipped_outer_steps"], device=self.device))
         if running:
             self.walk_length[group] = data["walk_length"]
             self.walk_sq_length[group] = data["walk_sq_length"]
-            for live, norm in zip(self.grad_norms, data["grad_norms"], strict=True):
-                live.copy_(torch.as_tensor(norm, device=self.device))
+            if "grad_norms" in data:
+                self.grad_norms.copy_(torch.stack([torch.as_tensor(norm).double() for norm in data["grad_norms"]]))
 
     def set_hyper(self, rows: list[list[float | Tensor]]) -> None:
         """Brings the groups' hyperparameters, one row of HYPER each, to the device without waiting for it."""

@@ -47,11 +47,10 @@ FLAGS["fused"] = (None, True, False)
 _VALUES = itemgetter(*FLAGS, "inner_steps", "lr", "inner_lr", "eps", "weight_decay", "base_lr")
 
 # Keys of a parameter group that belong to the running cycle; the same keys at every position, and lists of the same
-# length: where it changes, torch.distributed.checkpoint mixes them with those that were there.
-GROUP_KEYS = (
-    "cycle_position", "walk_length", "walk_sq_length", "touched", "grad_norms",
-    "skipped_inner_steps", "skipped_outer_steps",
-)  # fmt: skip
+# length: where it changes, torch.distributed.checkpoint mixes them with those that were there. What is one for the
+# optimizer stands in the first group that has parameters: in each, checkpoints would grow with groups times K.
+OPTIMIZER_KEYS = ("grad_norms", "skipped_inner_steps", "skipped_outer_steps")
+GROUP_KEYS = ("cycle_position", "walk_length", "walk_sq_length", "touched", *OPTIMIZER_KEYS)
 
 
 def number(value: Any, name: str, allowed: Range) -> float | Tensor:
@@ -136,6 +135,12 @@ def group_row(group: dict[str, Any], index: int, steps: int) -> list[float | Ten
         base_lr = number(group.get("max_lr", group["base_lr"]), f"base_lr {where}", HYPER["lr"])  # type: ignore[arg-type]
         row[INNER_LR] = row[INNER_LR] * _share_of_peak(row[LR], base_lr)
     return row
+
+
+def keys_of_group(groups: list[dict[str, Any]], index: int) -> tuple[str, ...]:
+    """The cycle's keys that a group has."""
+    first = next((i for i, group in enumerate(groups) if group["params"]), 0)
+    return GROUP_KEYS if index == first else GROUP_KEYS[: -len(OPTIMIZER_KEYS)]
 
 
 def values_of_row(group: dict[str, Any]) -> tuple[Any, ...]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .dtensor import local_part, part_like
 from .flat import Segment
-from .options import GROUP_KEYS, check_param, is_frozen
+from .options import GROUP_KEYS, OPTIMIZER_KEYS, check_param, is_frozen
 from .walk import Entry, Walk
 
 _IN_CYCLE = ("displacement", "anchor")  # the keys that exist in mid-cycle only
@@ -136,12 +136,16 @@ class State:
         touched = [[False] * size for size in sizes]
         for segment in [] if self.shows_theta else self._walk.segments:
             touched[segment.group][segment.index] = segment.touched
-        for index, group in enumerate(self._groups):
-            data = cycle.group_data(index)
+        groups, position = self._groups, 0 if self.shows_theta else self._walk.position
+        first = next((group for group in groups if group["params"]), groups[0])
+        for index, group in enumerate(groups):
+            for key in OPTIMIZER_KEYS:
+                group.pop(key, None)
+            data = cycle.group_data(index) | (cycle.optimizer_data() if group is first else {})
             if self.shows_theta:
-                zeros = {key: torch.zeros_like(data[key]) for key in ("walk_length", "walk_sq_length")}
-                data.update(zeros, grad_norms=[torch.zeros_like(norm) for norm in data["grad_norms"]])
-            position = 0 if self.shows_theta else self._walk.position
+                data.update({key: torch.zeros_like(data[key]) for key in ("walk_length", "walk_sq_length")})
+                if group is first:
+                    data["grad_norms"] = list(torch.zeros_like(cycle.grad_norms))
             group.update(data, cycle_position=position, touched=touched[index])
         self._follow(in_cycle=in_cycle and not self.shows_theta)
 
@@ -217,8 +221,7 @@ class State:
         walk.start_from(position)
         for cycle in walk.cycles.values():
             for index, group in enumerate(loaded):
-                if group.keys() >= set(GROUP_KEYS):
-                    cycle.load_group_data(index, group, running=position > 0)
+                cycle.load_group_data(index, group, running=position > 0 and "walk_length" in group)
         for table in walk.tables.values():
             table.set_touched([s for s in table.segments if position > 0 and loaded[s.group]["touched"][s.index]], True)
         self._hide()  # what is shown from here on is the loaded position's
@@ -228,21 +231,28 @@ class State:
 def pack(packed: dict[str, Any]) -> dict[str, Any]:
     """Makes a state dict of its own from torch.optim's: our entries lose their displacements at the end of the cycle,
     and its scalars go on. Steps are on the CPU unless fused or capturable, as torch's."""
+    copies: dict[int, torch.UntypedStorage] = {}
     packed["state"] = {key: dict(value) if isinstance(value, dict) else value for key, value in packed["state"].items()}
     for group in packed["param_groups"]:
         if not (group["fused"] or group["capturable"]):
             for key in group["params"]:
                 if "step" in packed["state"].get(key, {}):
                     packed["state"][key]["step"] = packed["state"][key]["step"].cpu()
-        group.update({key: _copied(group[key]) for key in GROUP_KEYS})
+        group.update({key: _copied(group[key], copies) for key in GROUP_KEYS if key in group})
     return packed
 
 
-def _copied(value: Any) -> Any:
-    """A copy with memory of its own: what groups show are views of one tensor."""
+def _copied(value: Any, copies: dict[int, torch.UntypedStorage]) -> Any:
+    """A copy: what all groups show are views of one tensor, and so are their copies; `copies` has it by its address."""
     if isinstance(value, list):
-        return [_copied(item) for item in value]
-    return value.clone() if isinstance(value, Tensor) else value
+        return [_copied(item, copies) for item in value]
+    if not isinstance(value, Tensor):
+        return value
+    storage = value.untyped_storage()
+    if storage.data_ptr() not in copies:
+        copies[storage.data_ptr()] = storage.clone()
+    own = torch.empty(0, dtype=value.dtype, device=value.device)
+    return own.set_(copies[storage.data_ptr()], value.storage_offset(), value.shape, value.stride())
 
 
 def _restore_entry(segment: Segment, entry: dict[str, Any]) -> None:

@@ -419,9 +419,24 @@ def test_parameters_that_come_to_materialized_displacements_have_them(backend, h
     optimizer.load_state_dict(reload(optimizer.state_dict()))
 
 
-def test_what_is_saved_has_memory_of_its_own(backend):
-    """Not the tensor that all groups' sums are views of."""
-    optimizer = NexusAdamW([{"params": make_params((3,), seed=i)} for i in range(5)], backend=backend)
-    group = optimizer.state_dict()["param_groups"][2]
-    for value in (group["walk_length"], *group["grad_norms"], group["skipped_inner_steps"]):
-        assert value.untyped_storage().nbytes() == 8
+@pytest.mark.parametrize("empty", [False, True])
+def test_bookkeeping_does_not_grow_with_groups_times_inner_steps(backend, empty):
+    """Two views in each group, and once what belongs to the optimizer; all in one copy of what goes on changing."""
+    params = make_params(*[(3,)] * 5)
+    optimizer = NexusAdamW([{"params": []}] * empty + [{"params": p} for p in params], backend=backend, inner_steps=8)
+    run(optimizer, params, 3)
+    state = optimizer.state_dict()
+    first = int(empty)
+    tensors = []
+    for index, group in enumerate(state["param_groups"]):
+        assert ("grad_norms" in group) == ("skipped_inner_steps" in group) == (index == first)
+        tensors += [group["walk_length"], group["walk_sq_length"], *group.get("grad_norms", [])]
+    assert len({t.untyped_storage().data_ptr() for t in tensors}) == 1
+    before = [t.clone() for t in tensors]
+    run(optimizer, params, 2)
+    assert_same(tensors, before)
+    others = make_params(*[(3,)] * 5)
+    other = NexusAdamW([{"params": []}] * empty + [{"params": p} for p in others], backend=backend, inner_steps=8)
+    other.load_state_dict(reload(state))
+    assert_same(other.param_groups[first]["grad_norms"], state["param_groups"][first]["grad_norms"])
+    assert [float(g["walk_length"]) for g in other.param_groups[first:]] == pytest.approx([0.03] * 5)
