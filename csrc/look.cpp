@@ -1,4 +1,4 @@
-// Looks at parameters and their gradients: addresses, and whether a gradient lies as its parameter does.
+// Looks at parameters, their gradients and state: addresses, and whether a gradient lies as its parameter does.
 //
 // From Python that is ten attribute reads per parameter and step. Here tensors are read through the table of C functions
 // that DLPack has every framework publish (`__dlpack_c_exchange_api__`), whose layout is fixed, and attributes through
@@ -177,10 +177,26 @@ py::tuple look(const py::list& params, int64_t rows, bool use, int64_t objects) 
   return py::make_tuple(unusual, changed, complete);
 }
 
+// Whether each entry has the tensor under its key that we put there, at the address where it was. A list of dicts, of
+// str and of tensors, and the addresses.
+bool unchanged(const py::list& entries, const py::list& keys, const py::list& tensors, int64_t addresses) {
+  const auto* known = pointer<int64_t>(addresses);
+  const Py_ssize_t n = PyList_GET_SIZE(tensors.ptr());
+  for (Py_ssize_t i = 0; i < n; ++i) {
+    PyObject* ours = PyList_GET_ITEM(tensors.ptr(), i);
+    PyObject* value = PyDict_GetItemWithError(PyList_GET_ITEM(entries.ptr(), i), PyList_GET_ITEM(keys.ptr(), i));
+    if (!value && PyErr_Occurred()) throw py::error_already_set();
+    DLTensor found;
+    if (value != ours || !read(part_of(ours), found) || address(found) != known[i]) return false;
+  }
+  return true;
+}
+
 }  // namespace
 
 void define_look(py::module_& m) {
   m.def("prepare_to_look", &prepare_to_look);
   m.def("prepare_to_look_at_dtensors", &prepare_to_look_at_dtensors);
   m.def("look", &look);
+  m.def("unchanged", &unchanged);
 }

@@ -207,22 +207,27 @@ def _check_entry(entry: Any, param: Tensor, where: str, *, amsgrad: bool, positi
                 "Build the optimizer with one, or load a checkpoint that was saved at a boundary"
             )
     for key, value in entry.items():
-        if key == "step":
-            if isinstance(value, Tensor) and value.numel() != 1:
-                raise ValueError(f"the loaded 'step' of {where} must be one number, but has shape {tuple(value.shape)}")
-            if not _is_number(value):
-                raise TypeError(f"the loaded 'step' of {where} must be a number, but is {value!r}")
-        elif not isinstance(value, Tensor) or not _fits(key, value, param):
-            got = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else repr(value)
-            raise ValueError(
-                f"the loaded {key!r} of {where} is {got}, the parameter {tuple(param.shape)} {param.dtype}: "
-                "the checkpoint is of another model, or of one in another dtype"
-            )
-        elif not _has_values(value):
-            raise ValueError(
-                f"the loaded {key!r} of {where} is a {value.layout} tensor on {value.device}, whose values cannot be "
-                "copied: load the checkpoint with dense tensors on a device, torch.load(..., map_location='cpu')"
-            )
+        check_value(key, value, param, f"the loaded {key!r} of {where}")
+
+
+def check_value(key: str, value: Any, param: Tensor, what: str) -> None:
+    """Whether a value may be copied into a parameter's state under this key. what: how an error names it."""
+    if key == "step":
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise ValueError(f"{what} must be one number, but has shape {tuple(value.shape)}")
+        if not _is_number(value):
+            raise TypeError(f"{what} must be a number, but is {value!r}")
+    elif not isinstance(value, Tensor) or not _fits(key, value, param):
+        got = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else repr(value)
+        raise ValueError(
+            f"{what} is {got}, the parameter {tuple(param.shape)} {param.dtype}: it belongs to another model, or to "
+            "one in another dtype"
+        )
+    elif not _has_values(value):
+        raise ValueError(
+            f"{what} is a {value.layout} tensor on {value.device}, whose values cannot be copied: give dense tensors "
+            "on a device, torch.load(..., map_location='cpu')"
+        )
 
 
 def _fits(key: str, value: Tensor, param: Tensor) -> bool:

@@ -34,6 +34,9 @@ STATE_DTYPE = {
 }
 
 
+IN_CYCLE = ("displacement", "anchor")  # the keys of the state that exist in mid-cycle only
+
+
 def real_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the real pairs for a complex dtype, the dtype itself otherwise."""
     return dtype.to_real() if dtype.is_complex else dtype
@@ -103,7 +106,8 @@ class Segment:
     staged: Tensor | None = None  # dense twin of a parameter with gaps, copied in and out
     bucket: Bucket = field(init=False)
     start: int = 0
-    step: Tensor = field(init=False)
+    step: Tensor = field(init=False)  # 0-dim float32, in memory of ours as the buffers are
+    shown: dict[str, Tensor] = field(default_factory=dict)  # see `show`
     row: int = -1  # in its table
     flags: bytearray = field(default_factory=lambda: bytearray(1))  # one for each row of the table; see `touched`
 
@@ -135,6 +139,19 @@ class Segment:
     def buffer(self, name: str) -> Tensor:
         """Flat view of this parameter's part of a bucket's buffer."""
         return self.bucket.buffers[name][self.start : self.start + self.numel]
+
+    def names(self, *, in_cycle: bool = False) -> list[str]:
+        """The keys of its state, at a boundary or in mid-cycle."""
+        return ["step", *(name for name in self.bucket.buffers if in_cycle or name not in IN_CYCLE)]
+
+    def show(self, name: str) -> Tensor:
+        """What the state shows under a key: the same tensor every time, unless somebody gave it other memory."""
+        own = self.step.view(1) if name == "step" else self.buffer(name)
+        shown = self.shown.get(name)
+        if shown is None or (self.numel and local_part(shown).data_ptr() != own.data_ptr()):
+            shown = torch.from_dlpack(own).view(()) if name == "step" else self.shaped(name)
+            self.shown[name] = shown
+        return shown
 
     def shaped(self, name: str) -> Tensor:
         """The parameter's part of a buffer, in its shape and with a storage of just its own bytes; a DTensor for one.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from array import array
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,25 @@ with contextlib.suppress(ImportError):
 
     if _C.prepare_to_look(Tensor, torch.nn.Parameter):
         _quick_look = _C.look
+
+
+class Shown:
+    """Tensors of ours that entries of a state show, to find out whether they still do, and in our memory.
+
+    items: an entry, its key and the tensor.
+    """
+
+    def __init__(self, items: Sequence[tuple[dict[str, Any], str, Tensor]]) -> None:
+        self._entries, self._keys, self._tensors = map(list, zip(*items, strict=True)) if items else ([], [], [])
+        self._addresses = array("q", (local_part(tensor).data_ptr() for tensor in self._tensors))
+
+    def unchanged(self) -> bool:
+        """Whether nobody put others in their place, or moved their memory."""
+        if _quick_look is not None:
+            return _C.unchanged(self._entries, self._keys, self._tensors, self._addresses.buffer_info()[0])
+        found = (entry.get(key) for entry, key in zip(self._entries, self._keys, strict=True))
+        pairs = zip(found, self._tensors, self._addresses, strict=True)
+        return all(value is own and local_part(own).data_ptr() == address for value, own, address in pairs)
 
 
 class Observer:

@@ -197,7 +197,7 @@ class NexusAdamW(Optimizer):
         self._watch.look((p for group in self.param_groups for p in group["params"]), closure)
         last = self.cycle_position + 1 == self.inner_steps
         agreement.compare_for_debugging(self._walk, self.param_groups, self.state, "in step()", averages=last)
-        self._state.refresh(gradients=True)
+        self._state.refresh(gradients=True, moments=last)
         try:
             self._walk.step(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         finally:
@@ -220,7 +220,7 @@ class NexusAdamW(Optimizer):
         while not everybody_is_here:
             here = self._walk, self.param_groups, self.state
             agreement.compare_for_debugging(*here, "in outer_step()", averages=self._walk.is_local)
-            self._state.refresh(gradients=False)
+            self._state.refresh(gradients=False, moments=True)
             try:
                 everybody_is_here = self._walk.finish(None)
             finally:
@@ -254,7 +254,9 @@ class NexusAdamW(Optimizer):
         """
         self._refuse_inside_outer_weights("outer_weights()")
         with torch.no_grad():
-            self._state.refresh(gradients=False)  # FSDP2 gathers anew: what it has gathered would hide θ here
+            self._state.refresh(
+                gradients=False, moments=True
+            )  # FSDP2 gathers anew: what it has gathered would hide θ here
             kept = theta.show_outer_weights(list(self._walk.tables.values()))
         shows = self._state.shows_cycle
         self._state.shows_theta = True
@@ -383,7 +385,9 @@ class NexusAdamW(Optimizer):
         with torch.no_grad():
             self._state.prepare_to_save()
         finished = combine(list(self._walk.cycles.values()))
-        return {**super().__getstate__(), "_choices": self._choices, "_finished": finished}
+        # As lists: other processes are sent where a tensor lies, and these would be gone when they look.
+        kept = None if finished is None else [sums.tolist() for sums in finished]
+        return {**super().__getstate__(), "_choices": self._choices, "_finished": kept}
 
     @torch.no_grad()
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -399,4 +403,8 @@ class NexusAdamW(Optimizer):
         self._state.restore(loaded, {p: entry for p, entry in entries.items() if isinstance(p, Tensor)})
         self._built = True
         self.state.update({key: value for key, value in entries.items() if not isinstance(key, Tensor)})
-        next(iter(self._walk.cycles.values())).finished = state["_finished"]
+        finished = state["_finished"]
+        if finished is not None:
+            sums, counts = finished
+            of_all = next(iter(self._walk.cycles.values()))
+            of_all.finished = torch.tensor(sums, dtype=torch.float64), torch.tensor(counts, dtype=torch.int64)

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import checkpoint
 from .dtensor import local_part, part_like
-from .flat import Segment
+from .flat import IN_CYCLE, Segment
+from .observer import Shown
 from .options import GROUP_KEYS, OPTIMIZER_KEYS, check_param, is_frozen
 from .walk import Entry, Walk
-
-_IN_CYCLE = ("displacement", "anchor")  # the keys that exist in mid-cycle only
 
 
 class State:
@@ -30,6 +30,8 @@ class State:
         self._optimizer, self._walk = weakref.ref(optimizer), walk
         self._frozen: list[Entry] = []  # no state yet
         self._members: list[list[Tensor]] = []  # each group's parameters, as registered
+        self._values: list[Any] = []  # of optimizer.state, as it was when all entries were in order
+        self._moments, self._remainders, self._displacements = Shown([]), Shown([]), Shown([])
         self._entries: list[dict[str, Any]] = []  # of parameters, with what each shows in mid-cycle
         self._in_cycle: list[dict[str, Tensor]] = []
         self.shows_cycle = False  # entries have displacements
@@ -66,13 +68,13 @@ class State:
             self._walk.ensure_displacements()
         self._hide()
         for segment in segments:
-            entry = self._state[segment.param]
-            if not isinstance(entry.get("step"), Tensor):
-                entry["step"] = segment.step
-            for name in segment.bucket.buffers:
-                if name not in _IN_CYCLE and not isinstance(entry.get(name), Tensor):
-                    entry[name] = segment.shaped(name)
+            self._state[segment.param].update({name: segment.show(name) for name in segment.names()})
         self._entries = []
+        entries = [(self._state[s.param], s) for s in self._walk.segments]
+        items = [(entry, name, s.shown[name]) for entry, s in entries for name in s.names()]
+        self._moments = Shown([item for item in items if item[1] != "remainder"])
+        self._remainders = Shown([item for item in items if item[1] == "remainder"])
+        self._values = list(self._state.values())
         self.show(in_cycle=shows)
 
     def _thaw(self) -> None:
@@ -95,16 +97,56 @@ class State:
                 f"the parameters of group {index} were exchanged, added or removed behind the optimizer's back: add "
                 "groups with add_param_group(), or build a new optimizer and load this one's state into it"
             )
-        if len(self._state) < sum(len(table.segments) for table in self._walk.tables.values()):
-            raise RuntimeError(
-                "entries of optimizer.state were removed: to start a parameter's moments from zero, remove its entry "
-                "from a state_dict() and load that"
-            )
 
-    def refresh(self, *, gradients: bool) -> None:
+    def _is_ours(self, *, moments: bool) -> bool:
+        """Whether the state holds just what we put there, in our memory."""
+        state = self._state
+        return (
+            len(state) == len(self._values)
+            and all(map(operator.is_, state.values(), self._values))
+            and self._remainders.unchanged()
+            and not (self.shows_cycle and not self._displacements.unchanged())
+            and not (moments and not self._moments.unchanged())
+        )
+
+    def adopt(self, *, moments: bool = True) -> None:
+        """Copies what others put into the state, or moved, to where kernels work, and shows that again.
+
+        moments: whether those are looked at too; inner steps use none. RuntimeError, TypeError or ValueError for what
+        cannot be adopted; nothing is modified then.
+        """
+        if self._is_ours(moments=moments):
+            return
+        found: list[tuple[Segment, str, Any]] = []
+        for segment in self._walk.segments:
+            entry = self._state.get(segment.param)
+            if not entry:
+                raise RuntimeError(
+                    f"the entry of {segment.where} was removed from optimizer.state: to start a parameter's moments "
+                    "from zero, remove its entry from a state_dict() and load that"
+                )
+            for name in segment.names(in_cycle=self.shows_cycle):
+                value, own = entry.get(name), segment.shown[name]
+                if value is not own or segment.show(name) is not own:
+                    checkpoint.check_value(
+                        name, value, segment.param, f"{name!r} in optimizer.state of {segment.where}"
+                    )
+                    found.append((segment, name, value))
+        if self._walk.capture.known is not None:
+            raise RuntimeError(
+                "optimizer.state was changed just before or while step() was captured into a CUDA graph: run one whole "
+                "cycle before the capture"
+            )
+        for segment, name, value in found:
+            _copy_in(segment, name, value)
+        for table in self._walk.tables.values():
+            table.set_touched([s for s, name, _ in found if name == "displacement" and s in table.segments], True)
+        self._add(self._walk.segments)
+
+    def refresh(self, *, gradients: bool, moments: bool) -> None:
         """Checks everything that may be wrong and takes over what is new, before anything is modified.
 
-        gradients: whether those of a micro-batch are used.
+        gradients: whether those of a micro-batch are used; moments: whether they are, by an outer step.
         """
         self.check_members()
         waits = any(not is_frozen(param) for *_, param in self._frozen)
@@ -114,6 +156,7 @@ class State:
             self.show(in_cycle=self._walk.position > 0)  # where a capture was cut, the cycle did not take place
             raise
         self._walk.check_writes()  # before anything has parameters taken as they are
+        self.adopt(moments=moments)
         if waits:
             self._thaw()
         if self._walk.refresh(self._groups, gradients=gradients):
@@ -160,13 +203,15 @@ class State:
             if not self._entries:
                 segments = self._walk.segments
                 self._entries = [self._state[segment.param] for segment in segments]
-                self._in_cycle = [{n: s.shaped(n) for n in _IN_CYCLE if n in s.bucket.buffers} for s in segments]
+                self._in_cycle = [{n: s.show(n) for n in IN_CYCLE if n in s.bucket.buffers} for s in segments]
+                items = zip(self._entries, self._in_cycle, strict=True)
+                self._displacements = Shown([(entry, n, t) for entry, shown in items for n, t in shown.items()])
             deque(map(dict.update, self._entries, self._in_cycle), maxlen=0)  # the quickest loop there is
             self.shows_cycle = True
 
     def _hide(self) -> None:
         if self.shows_cycle:
-            for name in _IN_CYCLE:
+            for name in IN_CYCLE:
                 deque(map(dict.pop, self._entries, repeat(name), repeat(None)), maxlen=0)
             self.shows_cycle = False
 
@@ -178,6 +223,8 @@ class State:
         self._walk.check_capture_has_not_ended()
         if not self.shows_theta:
             self._walk.check_writes()
+        self.adopt()
+        if not self.shows_theta:
             self._thaw()  # distributed checkpoints need the state of each parameter that trains
             self._walk.clear_untouched()
         if self._walk.follow_amsgrad(self._groups):
@@ -256,16 +303,19 @@ def _copied(value: Any, copies: dict[int, torch.UntypedStorage]) -> Any:
 
 
 def _restore_entry(segment: Segment, entry: dict[str, Any]) -> None:
-    step = entry.get("step", 0.0)
-    segment.step.copy_(step if isinstance(step, Tensor) else torch.tensor(float(step), device="cpu"))
-    for name in segment.bucket.buffers:
-        own = local_part(segment.shaped(name))
+    for name in segment.names(in_cycle=True):
         if name in entry:
-            value = part_like(entry[name], segment.param)
-            if value.is_complex() != own.is_complex():  # displacements of other dtypes: see flat.shaped_like
-                value = (
-                    torch.view_as_real(value) if value.is_complex() else torch.view_as_complex(value.to(own.real.dtype))
-                )
-            own.copy_(value)
+            _copy_in(segment, name, entry[name])
         else:
-            own.zero_()
+            (segment.step if name == "step" else segment.buffer(name)).zero_()
+
+
+def _copy_in(segment: Segment, name: str, value: Any) -> None:
+    """Copies a value of the state, checked, into the memory where kernels work."""
+    if name == "step":
+        segment.step.copy_(value if isinstance(value, Tensor) else torch.tensor(float(value), device="cpu"))
+        return
+    own, value = local_part(segment.shaped(name)), part_like(value, segment.param)
+    if value.is_complex() != own.is_complex():  # displacements of other dtypes: see flat.shaped_like
+        value = torch.view_as_real(value) if value.is_complex() else torch.view_as_complex(value.to(own.real.dtype))
+    own.copy_(value)

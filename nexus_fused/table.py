@@ -93,7 +93,7 @@ class Table:
                 bucket.ensure(name, self._dtype_of[name])
             steps = torch.zeros(len(members), dtype=torch.float32, device=self.device)
             for i, segment in enumerate(members):
-                segment.bucket, segment.step = bucket, torch.from_dlpack(steps[i : i + 1]).view(())
+                segment.bucket, segment.step = bucket, steps[i]
             if flatten:
                 self._flatten(members, numel)
         self._enlist(self.segments + segments, self.buckets + buckets)
