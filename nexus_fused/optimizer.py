@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import agreement, backends, checkpoint, options, theta
+from . import agreement, backends, checkpoint, options
 from .cycle import combine, summarize
 from .frameworks import AccumulationWatch, of_the_optimizer
 from .options import GROUP_KEYS, is_frozen
@@ -244,33 +244,41 @@ class NexusAdamW(Optimizer):
     # Looking
 
     @of_the_optimizer
+    @torch.no_grad()
+    def eval(self) -> None:
+        """Shows θ in the parameters until `train()`, as `outer_weights()` does; for trainers that call it by itself.
+
+        `state_dict()` then describes the boundary, and in mid-cycle warns once of what it leaves out. At a boundary
+        loading (which ends it) and copying go on. Inside `outer_weights()` it and `train()` do nothing.
+        """
+        self._state.show_theta()
+
+    @of_the_optimizer
+    @torch.no_grad()
+    def train(self) -> None:
+        """Puts the walk back after `eval()`, bit for bit; without it does nothing."""
+        if not self._state.in_outer_weights:
+            self._state.show_walk()
+
+    @of_the_optimizer
     @contextlib.contextmanager
     def outer_weights(self) -> Iterator[None]:
         """Shows θ in the parameters, for evaluations and checkpoints in mid-cycle; puts the walk back, bit for bit.
 
         Holds a copy of the weights that walk. Inside, `state_dict()` describes the boundary; `step()`, `outer_step()`
-        and loading raise RuntimeError. A value
-        written into a parameter inside becomes θ, and the walk moves along.
+        and loading raise RuntimeError. A value written into a parameter inside becomes θ, and the walk moves along. May
+        be nested; after `eval()` θ stays until `train()`.
         """
-        self._refuse_inside_outer_weights("outer_weights()")
-        with torch.no_grad():
-            self._state.refresh(
-                gradients=False, moments=True
-            )  # FSDP2 gathers anew: what it has gathered would hide θ here
-            kept = theta.show_outer_weights(list(self._walk.tables.values()))
-        shows = self._state.shows_cycle
-        self._state.shows_theta = True
-        self._state.show(in_cycle=False)
+        state = self._state
+        shown, inside = state.shows_theta, state.in_outer_weights
+        self.eval()
+        state.in_outer_weights = True
         try:
             yield
         finally:
-            self._walk.ranks.reshard()  # and θ would hide the walk
-            try:
-                with torch.no_grad():
-                    theta.show_walk(kept)
-            finally:
-                self._state.shows_theta = False
-                self._state.show(in_cycle=shows)
+            state.in_outer_weights = inside
+            if not shown:
+                self.train()
 
     def metrics(self) -> dict[str, Any]:
         """Figures of the last finished cycle, partial ones too; waits for the device, not for other ranks.
@@ -298,9 +306,10 @@ class NexusAdamW(Optimizer):
 
     def _refuse_inside_outer_weights(self, what: str) -> None:
         if self._state.shows_theta:
-            raise RuntimeError(
-                f"{what} inside outer_weights(): the parameters show θ there; leave the with block first"
-            )
+            inside = self._state.in_outer_weights
+            where = "inside outer_weights()" if inside else "after eval()"
+            remedy = "leave the with block" if inside else "call train()"
+            raise RuntimeError(f"{what} {where}: the parameters show θ there; {remedy} first")
 
     def check_ranks(self, group: Any = None) -> None:
         """Raises RuntimeError on all ranks of a process group (None: the default one), naming the first difference,
@@ -349,7 +358,8 @@ class NexusAdamW(Optimizer):
 
         ValueError or TypeError, naming group and parameter, for a state that does not fit; nothing is modified then.
         """
-        self._refuse_inside_outer_weights("load_state_dict()")
+        if self._state.hides_walk:
+            self._refuse_inside_outer_weights("load_state_dict()")
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
@@ -376,7 +386,8 @@ class NexusAdamW(Optimizer):
             self._state.materialize_displacements()
 
     def __getstate__(self) -> dict[str, Any]:
-        self._refuse_inside_outer_weights("copying or pickling the optimizer")
+        if self._state.hides_walk:
+            self._refuse_inside_outer_weights("copying or pickling the optimizer")
         if self._walk.ranks.has_groups:
             raise RuntimeError(
                 "an optimizer with a process group cannot be copied or pickled: save its state_dict(), build another "

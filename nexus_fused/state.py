@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import warnings
 import weakref
 from collections import deque
 from collections.abc import Iterable
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checkpoint
+from . import checkpoint, theta
 from .dtensor import local_part, part_like
 from .flat import IN_CYCLE, Segment
 from .observer import Shown
@@ -35,7 +36,11 @@ class State:
         self._entries: list[dict[str, Any]] = []  # of parameters, with what each shows in mid-cycle
         self._in_cycle: list[dict[str, Tensor]] = []
         self.shows_cycle = False  # entries have displacements
-        self.shows_theta = False  # inside outer_weights(): the groups describe the boundary
+        self.shows_theta = False  # parameters hold θ, and the groups describe the boundary
+        self.in_outer_weights = False  # the with block, not eval(), asked for it
+        self._kept: list[theta.Kept] = []  # the walk meanwhile
+        self._showed_cycle = False  # before
+        self._told_what_is_left_out = False
 
     @property
     def _groups(self) -> list[dict[str, Any]]:
@@ -215,13 +220,58 @@ class State:
                 deque(map(dict.pop, self._entries, repeat(name), repeat(None)), maxlen=0)
             self.shows_cycle = False
 
+    # θ in the place of the walk
+
+    def show_theta(self) -> None:
+        """Puts θ into the parameters until `show_walk`; groups and entries describe the boundary meanwhile."""
+        if self.shows_theta:
+            return
+        if self._walk.position > 0:
+            # FSDP2 gathers anew: what it has gathered would hide θ here
+            self.refresh(gradients=False, moments=False)
+            self._kept = theta.show_outer_weights(list(self._walk.tables.values()))
+        else:  # θ is there, whatever became of the model for an evaluation
+            self._walk.ranks.reshard()
+        self._showed_cycle, self.shows_theta = self.shows_cycle, True
+        self.show(in_cycle=False)
+
+    def show_walk(self) -> None:
+        """Puts the walk back, bit for bit."""
+        if not self.shows_theta:
+            return
+        self._walk.ranks.reshard()  # and θ would hide the walk
+        kept, self._kept = self._kept, []
+        try:
+            theta.show_walk(kept)
+        finally:
+            self.shows_theta = False
+            self.show(in_cycle=self._showed_cycle)
+
+    @property
+    def hides_walk(self) -> bool:
+        """Whether somebody needs the walk again: a with block that ends, or train() in mid-cycle."""
+        return self.shows_theta and (self.in_outer_weights or self._walk.position > 0)
+
+    def _tell_what_is_left_out(self) -> None:
+        """Warns once who saves after eval(): whoever wrote outer_weights() knows."""
+        if not (self.in_outer_weights or self._told_what_is_left_out):
+            self._told_what_is_left_out = True
+            warnings.warn(
+                "NexusAdamW's state_dict() after eval() describes the start of the cycle and leaves out "
+                f"{self._walk.position} micro-batch(es) since: to resume after them save before eval() or after "
+                f"train(), or evaluate at multiples of inner_steps ({self._walk.inner_steps}) only",
+                stacklevel=6,
+            )
+
     # Saving and loading
 
     def prepare_to_save(self) -> None:
         """Brings groups and entries up to date for somebody who copies them."""
         self.check_members()
         self._walk.check_capture_has_not_ended()
-        if not self.shows_theta:
+        if self.shows_theta and self._walk.position > 0:
+            self._tell_what_is_left_out()
+        else:
             self._walk.check_writes()
         self.adopt()
         if not self.shows_theta:
@@ -246,6 +296,7 @@ class State:
 
     def restore(self, loaded: list[dict[str, Any]], entries: dict[Tensor, dict[str, Any]]) -> None:
         """Copies checked groups and entries into place, zeros where there are none, and the position with them."""
+        self.shows_theta = False  # eval() at a boundary, which hid nothing
         late = [entry for entry in self._frozen if entries.get(entry[2])]
         self.expect(param for *_, param in late)  # not frozen any more
         try:

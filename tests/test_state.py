@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import pickle
+import re
 
 import inside
 import pytest
@@ -270,6 +272,129 @@ class TestOuterWeights:
         assert_same(values(params), walk)
         run(optimizer, params, 2)
         assert optimizer.at_boundary
+
+
+class TestEvalAndTrain:
+    """The same in two calls, for trainers that make them."""
+
+    @pytest.mark.parametrize("taken", range(5))
+    def test_theta_is_shown_and_the_walk_comes_back(self, backend, dtype, taken):
+        (params, optimizer), (others, plain) = (build((5, 3), (7,), (2,), dtype=dtype, backend=backend) for _ in "ab")
+        for one, its in ((optimizer, params), (plain, others)):
+            run(one, its, 4)
+            run(one, its[:2], taken, 4)
+        with plain.outer_weights():
+            theta, at_boundary = values(others), reload(plain.state_dict())
+        optimizer.train()
+        for _ in range(2):
+            optimizer.eval()
+            assert_same(values(params), theta)
+        with pytest.warns(UserWarning, match=f"leaves out {taken} micro") if taken % 4 else contextlib.nullcontext():
+            state = reload(optimizer.state_dict())
+        torch.testing.assert_close(by_bits(state), by_bits(at_boundary), rtol=0, atol=0)
+        for _ in range(2):
+            optimizer.train()
+            assert_same(values(params), values(others))
+        run(optimizer, params, 7, 20)
+        run(plain, others, 7, 20)
+        assert_same(everything(params, optimizer), everything(others, plain))
+
+    @pytest.mark.parametrize("taken", [0, 2])
+    def test_what_would_move_or_lose_the_walk_is_refused(self, taken):
+        params, optimizer = build()
+        run(optimizer, params, taken)
+        state = reload(optimizer.state_dict())
+        set_grads(params, 9)
+        optimizer.eval()
+        theta = values(params)
+        refused = {
+            "step()": optimizer.step,
+            "outer_step()": optimizer.outer_step,
+            "add_param_group()": lambda: optimizer.add_param_group({"params": make_params((2,))}),
+            "materialize_displacements()": optimizer.materialize_displacements,
+        }
+        if taken:
+            refused["load_state_dict()"] = lambda: optimizer.load_state_dict(state)
+            refused["copying or pickling the optimizer"] = lambda: copy.deepcopy(optimizer)
+        for what, call in refused.items():
+            with pytest.raises(RuntimeError, match=re.escape(f"{what} after eval()") + r".* call train\(\)"):
+                call()
+        assert_same(values(params), theta)
+        optimizer.train()
+        optimizer.step()
+        assert optimizer.cycle_position == taken + 1
+
+    def test_at_a_boundary_nothing_is_lost_by_a_load_or_a_copy(self):
+        """Accelerate loads the optimizer's own state when it prepares it, maybe after an evaluation."""
+        (params, optimizer), (others, other) = build(), build()
+        run(other, others, 2)
+        optimizer.eval()
+        copied = copy.deepcopy(optimizer)
+        run(copied, copied.param_groups[0]["params"], 1)  # a copy is in train()
+        optimizer.load_state_dict(reload(other.state_dict()))
+        with torch.no_grad():
+            for p, q in zip(params, others, strict=True):
+                p.copy_(q)
+        assert "displacement" in optimizer.state[params[0]]
+        optimizer.train()
+        run(optimizer, params, 5, 2)
+        run(other, others, 5, 2)
+        assert_same(everything(params, optimizer), everything(others, other))
+
+    def test_at_a_boundary_the_model_may_have_been_converted(self):
+        """The Hugging Face Trainer converts it before it calls eval(), when training is over (bf16_full_eval)."""
+        params, optimizer = build()
+        run(optimizer, params, 4)
+        for p in params:
+            p.data = p.data.bfloat16()
+        optimizer.eval()
+
+    def test_it_warns_once_and_only_of_what_is_left_out(self):
+        params, optimizer = build()
+        run(optimizer, params, 3)
+        optimizer.eval()
+        with optimizer.outer_weights():
+            optimizer.state_dict()
+        with pytest.warns(UserWarning, match=r"leaves out 3 micro-batch.*save before eval\(\)") as seen:
+            optimizer.state_dict()
+        assert seen[0].filename == __file__
+        optimizer.state_dict()
+
+    def test_with_outer_weights(self):
+        """Whoever came first says how long θ stays."""
+        params, optimizer = build()
+        run(optimizer, params, 2)
+        walk = values(params)
+        with optimizer.outer_weights():
+            theta = values(params)
+            optimizer.eval()
+            optimizer.train()
+            with optimizer.outer_weights():
+                assert_same(values(params), theta)
+            assert_same(values(params), theta)
+            with pytest.raises(RuntimeError, match=r"inside outer_weights\(\).* leave the with block"):
+                optimizer.step()
+        assert_same(values(params), walk)
+        optimizer.eval()
+        with optimizer.outer_weights():
+            assert_same(values(params), theta)
+        assert_same(values(params), theta)
+        with pytest.raises(RuntimeError, match=r"after eval\(\)"):
+            optimizer.step()
+        optimizer.train()
+        assert_same(values(params), walk)
+
+    def test_unfrozen_after_eval_at_a_boundary(self):
+        """A distributed checkpoint needs the state of each parameter that trains."""
+        params, optimizer = build()
+        late = make_params((3,))[0].requires_grad_(False)
+        optimizer.add_param_group({"params": [late]})
+        optimizer.eval()
+        late.requires_grad_(True)
+        assert 2 in optimizer.state_dict()["state"]
+        optimizer.train()
+        run(optimizer, [*params, late], 4)
+        assert optimizer.state[late]["step"] == 1
 
 
 @pytest.mark.parametrize("taken", [0, 2, 4])

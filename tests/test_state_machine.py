@@ -89,7 +89,12 @@ class Machine(RuleBasedStateMachine):
         for params, optimizer in zip(self.params, self.optimizers, strict=True):
             before = values(params)
             with optimizer.outer_weights():
+                shown = values(params)
                 assert optimizer.state_dict()["param_groups"][0]["cycle_position"] == 0
+            assert_same(values(params), before)
+            optimizer.eval()
+            assert_same(values(params), shown)
+            optimizer.train()
             assert_same(values(params), before)
 
     @rule(index=st.integers(0, 4), value=st.sampled_from([0.5, -2.0]))

@@ -254,6 +254,19 @@ class TestLightningWrappers:
         assert_same(values(params), walk)
         assert optimizer.cycle_position == 2
 
+    def test_eval_and_train(self, wrap):
+        params, optimizer = build()
+        wrapper, theta = wrap(optimizer), values(params)
+        run(optimizer, params, 2)
+        walk = values(params)
+        wrapper.eval()
+        assert_same(values(params), theta)
+        with pytest.raises(RuntimeError, match=r"after eval\(\)"):
+            optimizer.step()
+        wrapper.train()
+        assert_same(values(params), walk)
+        run(optimizer, params, 2)
+
     def test_loading(self, wrap):
         (params, optimizer), (others, plain) = build(), build()
         run(plain, others, 2)
@@ -288,6 +301,25 @@ def test_accelerate(tmp_path, thetas, accelerate_reset, mixed_precision):
     x = torch.randn(8 * script.MICRO_BATCHES, 8)
     ends = (model, optimizer), (resumed, resumed_optimizer)
     check_scripted_run(script, ends, loss, thetas, x, x.sum(1, keepdim=True).sin())
+
+
+def test_accelerate_evaluates_in_mid_cycle(accelerate_reset):
+    """Through its wrapper; training goes on bit for bit as without evaluations, and prepare() comes after one."""
+    load("accelerate_run")
+    from accelerate import Accelerator
+
+    (params, plain), (others, nexus) = build(), build()
+    nexus.eval()
+    optimizer = Accelerator(cpu=True).prepare(nexus)
+    for seed in range(2 * K + 1):
+        run(plain, params, 1, seed)
+        run(optimizer, others, 1, seed)
+        optimizer.eval()
+        with plain.outer_weights():
+            assert_same(values(params), values(others))
+        optimizer.train()
+        assert_same(values(params), values(others))
+    torch.testing.assert_close(plain.state_dict(), nexus.state_dict(), rtol=0, atol=0)
 
 
 def test_accelerate_with_a_scaler(accelerate_reset):
@@ -330,7 +362,8 @@ def test_huggingface(tmp_path, thetas, accelerate_reset, by_class, bf16):
     )
     trainer.add_callback(Record())
     order = list(trainer.model.parameters())
-    trainer.train()
+    with pytest.warns(UserWarning, match="leaves out 2 micro-batch"):  # the Trainer saves at the end
+        trainer.train()
     nexus = trainer.optimizer.optimizer
     assert type(nexus) is NexusAdamW
     assert all(state["step"] == 2 for state in nexus.state.values())
@@ -349,7 +382,42 @@ def test_huggingface(tmp_path, thetas, accelerate_reset, by_class, bf16):
     with torch.no_grad():
         next(again.model.parameters()).zero_()  # what is loaded counts
     again.train(resume_from_checkpoint=f"{tmp_path}/checkpoint-6")
+    trainer.optimizer.train()  # the last evaluation left θ
     assert_same_end((trainer.model, nexus), (again.model, again.optimizer.optimizer))
+
+
+def test_huggingface_saves_after_an_evaluation(tmp_path, accelerate_reset):
+    """After micro-batches 6 and 10 of cycles of 4: θ and the start of the cycle, which is said once. Evaluations before
+    training leave an optimizer that Accelerate can prepare."""
+    script = load("huggingface")
+
+    def without_dropout(trainer):  # an evaluation draws from the generator of all
+        for module in trainer.model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        return trainer
+
+    options = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 6}
+    trainer = without_dropout(script.make_trainer(str(tmp_path), max_steps=10, **options))
+    before = trainer.evaluate()["eval_loss"]
+    with pytest.warns(UserWarning, match="leaves out 2 micro-batch") as seen:
+        trainer.train()
+    assert len([w for w in seen if "NexusAdamW" in str(w.message)]) == 1
+    saved = torch.load(tmp_path / "checkpoint-6" / "optimizer.pt", weights_only=True)
+    assert saved["param_groups"][0]["cycle_position"] == 0
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    start, first, first_again, second, second_again = losses  # evaluations after 2, 4, 6, 8 and 10 micro-batches
+    assert [start, first_again, second_again] == pytest.approx([before, first, second], rel=1e-6)
+    assert second < first < before
+    assert trainer.evaluate()["eval_loss"] == losses[-1]
+    trainer.optimizer.train()
+    plain = without_dropout(script.make_trainer(str(tmp_path), max_steps=10))
+    plain.evaluate()
+    plain.train()
+    assert_same_end((plain.model, plain.optimizer.optimizer), (trainer.model, trainer.optimizer.optimizer))
+    again = script.make_trainer(str(tmp_path), max_steps=10)
+    again.train(resume_from_checkpoint=f"{tmp_path}/checkpoint-6")
+    assert again.optimizer.optimizer.at_boundary  # after four more of them
 
 
 @pytest.mark.parametrize("save_after", [10, 8], ids=["mid-cycle", "boundary"])

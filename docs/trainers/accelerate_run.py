@@ -7,8 +7,8 @@ What to watch for:
   micro-batches. A warning says so at the second step() that gets through.
 * A scheduler that went through prepare() is stepped once per process at every step: with P processes a schedule of n
   micro-batches is P·n steps long. Kept out of prepare(), or with step_scheduler_with_optimizer=False, it is n.
-* prepare() wraps the optimizer in an object that passes on only what every optimizer has: keep a name for your own,
-  whose outer_weights(), metrics() and outer_step() you need.
+* prepare() wraps the optimizer in an object that passes on only what every optimizer has, eval() and train(): keep a
+  name for your own, whose outer_weights(), metrics() and outer_step() you need.
 * save_state() and load_state() may fall anywhere in a cycle. Weights to publish are saved inside outer_weights().
   (use_seedable_sampler makes Accelerate shuffle an epoch that was resumed half-way as it did before.)
 * With mixed_precision="fp16" an overflow skips the inner step on the device, where Accelerate cannot see it: its

@@ -8,10 +8,12 @@ What to watch for:
 * max_grad_norm=0 turns the Trainer's clipping off. Its default of 1.0 is harmless here, as the walk is normalized, but
   reads and writes all gradients once more. (transformers 5 measures the norm for its log whatever you set.)
 * A training that ends in mid-cycle ends on a point of the walk: make max_steps a multiple of K, or call
-  trainer.optimizer.optimizer.outer_step() before you save the model.
+  trainer.optimizer.train() and trainer.optimizer.optimizer.outer_step() before you save the model.
 * Checkpoints may fall anywhere: resuming continues bit for bit. In mid-cycle the saved model is a point of the walk;
   save_steps a multiple of K makes it θ, what you want to publish or to load as the best model.
-* Evaluations read θ through outer_weights(), see NexusTrainer; eval_steps a multiple of K needs no subclass.
+* Evaluations show θ, wherever in a cycle they fall: the Trainer calls the optimizer's eval() and train(). It does not
+  call train() before it saves, so a checkpoint right after an evaluation in mid-cycle holds θ and the start of the
+  cycle, and a warning says so: let save_steps or eval_steps be a multiple of K.
 """
 
 from __future__ import annotations
@@ -28,17 +30,6 @@ K = 4
 HYPERPARAMETERS = {"lr": 3e-3, "betas": (0.9, 0.95), "weight_decay": 0.1, "inner_lr": 0.05, "inner_steps": K}
 
 
-class NexusTrainer(Trainer):
-    """Evaluates θ, wherever in a cycle the evaluation falls."""
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # Accelerate's wrapper passes nothing on
-        if optimizer is None:  # before training
-            return super().evaluate(*args, **kwargs)
-        with optimizer.outer_weights():
-            return super().evaluate(*args, **kwargs)
-
-
 def make_model() -> GPT2LMHeadModel:
     set_seed(0)
     config = GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
@@ -52,7 +43,7 @@ def make_data(samples: int, seed: int) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": row, "labels": row} for row in tokens]
 
 
-def make_trainer(folder: str, *, max_steps: int = 10 * K, by_class: bool = False, **arguments: Any) -> NexusTrainer:
+def make_trainer(folder: str, *, max_steps: int = 10 * K, by_class: bool = False, **arguments: Any) -> Trainer:
     """A Trainer with the optimizer built here or (`by_class`) by the Trainer, which then makes groups of its own."""
     model = make_model()
     args = TrainingArguments(
@@ -68,15 +59,15 @@ def make_trainer(folder: str, *, max_steps: int = 10 * K, by_class: bool = False
     )
     data: dict[str, Any] = {"train_dataset": make_data(64, seed=1), "eval_dataset": make_data(8, seed=2)}
     if by_class:  # lr belongs into these, TrainingArguments.learning_rate is not read
-        return NexusTrainer(model, args, optimizer_cls_and_kwargs=(NexusAdamW, dict(HYPERPARAMETERS)), **data)
+        return Trainer(model, args, optimizer_cls_and_kwargs=(NexusAdamW, dict(HYPERPARAMETERS)), **data)
     optimizer = NexusAdamW(model.parameters(), **HYPERPARAMETERS)
     scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=2 * K, num_training_steps=max_steps)
-    return NexusTrainer(model, args, optimizers=(optimizer, scheduler), **data)
+    return Trainer(model, args, optimizers=(optimizer, scheduler), **data)
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(folder, eval_strategy="steps", eval_steps=10, save_strategy="steps", save_steps=30)
+        trainer = make_trainer(folder, eval_strategy="steps", eval_steps=14, save_strategy="steps", save_steps=30)
         trainer.train()
         # Another process would go on after micro-batch 30, in the middle of the eighth cycle:
         make_trainer(folder).train(resume_from_checkpoint=f"{folder}/checkpoint-30")
