@@ -5,6 +5,7 @@ They need the extra `trainers`; without it the tests of the missing library are 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import re
@@ -17,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import assert_same, assert_theta, build, run, values
+from processes import on_ranks
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -201,6 +203,48 @@ def test_lightning_trainer_ends_in_mid_cycle(tmp_path, thetas):
     walk = values(model.parameters())
     optimizer.outer_step()  # raises inside outer_weights()
     assert not all(torch.equal(p, w) for p, w in zip(model.parameters(), walk, strict=True))
+
+
+@pytest.mark.parametrize("average_first", [False, True], ids=["ShowOuterWeights first", "average first"])
+def test_lightning_averages_theta(tmp_path, thetas, average_first):
+    """As docs/trainers.md has it. Listed after the average, our callback takes its last outer step from there."""
+    script = load("lightning_trainer")
+    callbacks = pytest.importorskip("lightning.pytorch.callbacks")
+
+    class AverageAtBoundaries(callbacks.EMAWeightAveraging):
+        def on_train_start(self, trainer, module):
+            self.optimizer = trainer.optimizers[0]
+
+        def should_update(self, step_idx=None, epoch_idx=None):
+            return step_idx is not None and self.optimizer.at_boundary
+
+    both = [script.ShowOuterWeights(), AverageAtBoundaries(decay=0.5)]
+    trainer = script.train(str(tmp_path), max_epochs=3, callbacks=both[::-1] if average_first else both)
+    assert len(thetas) == 4  # and two micro-batches of another cycle
+    average = thetas[0]
+    for theta in thetas[1:]:
+        average = [(a + b) / 2 for a, b in zip(average, theta, strict=True)]
+    distance = max(float((p - a).abs().max()) for p, a in zip(trainer.model.parameters(), average, strict=True))
+    assert distance > 1e-3 if average_first else distance < 1e-6
+
+
+def test_lightning_averages_at_position_1(tmp_path):
+    """By its own count of steps, whatever multiple of K it is given."""
+    script = load("lightning_trainer")
+    callbacks = pytest.importorskip("lightning.pytorch.callbacks")
+    positions = []
+
+    class Record(callbacks.EMAWeightAveraging):
+        def on_train_start(self, trainer, module):
+            self.optimizer = trainer.optimizers[0]
+
+        def should_update(self, step_idx=None, epoch_idx=None):
+            updates = super().should_update(step_idx, epoch_idx)
+            positions.extend([self.optimizer.cycle_position] if updates else [])
+            return updates
+
+    script.train(str(tmp_path), max_epochs=3, callbacks=[Record(update_every_n_steps=K)])
+    assert positions == [1] * 5
 
 
 def test_lightning_refuses_clipping_with_a_scaler(tmp_path):
@@ -418,6 +462,96 @@ def test_huggingface_saves_after_an_evaluation(tmp_path, accelerate_reset):
     again = script.make_trainer(str(tmp_path), max_steps=10)
     again.train(resume_from_checkpoint=f"{tmp_path}/checkpoint-6")
     assert again.optimizer.optimizer.at_boundary  # after four more of them
+
+
+@pytest.mark.parametrize("starts_at_a_boundary", [False, True])
+def test_huggingface_tries_another_batch_size(tmp_path, accelerate_reset, starts_at_a_boundary):
+    """After a failure in micro-batch 3 the Trainer begins anew, with the optimizer as it is."""
+    script = load("huggingface")
+    from transformers import TrainerCallback
+
+    class StartAtBoundary(TrainerCallback):
+        def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+            if state.global_step == 0:
+                optimizer.optimizer.outer_step()
+
+    class Record(TrainerCallback):
+        def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+            positions.append((state.global_step, optimizer.optimizer.cycle_position))
+
+    positions = []
+    trainer = script.make_trainer(str(tmp_path), max_steps=4, auto_find_batch_size=True)
+    trainer.add_callback(Record())
+    if starts_at_a_boundary:
+        trainer.add_callback(StartAtBoundary())
+    compute_loss = trainer.compute_loss
+
+    def fail_once(*args, **kwargs):
+        if len(positions) == 2:
+            positions.append("failed")
+            raise RuntimeError("CUDA out of memory.")
+        return compute_loss(*args, **kwargs)
+
+    trainer.compute_loss = fail_once
+    trainer.train()
+    again = [(1, 1), (2, 2), (3, 3), (4, 0)] if starts_at_a_boundary else [(1, 3), (2, 0), (3, 1), (4, 2)]
+    assert positions == [(1, 1), (2, 2), "failed", *again]
+
+
+def _average_weights(kind, count):
+    """Weights and θ after each of 12 micro-batches of this rank's own, whose ranks average their weights meanwhile.
+
+    count: torch's averager begins after so many steps; Accelerate's averages after every so many.
+    """
+    torch.manual_seed(0)
+    module = model = nn.Linear(6, 4)
+    optimizer = nexus = NexusAdamW(module.parameters(), lr=1e-2, inner_lr=0.05, inner_steps=K)
+    end_step, average = (lambda: None), contextlib.nullcontext()
+    if kind == "torch":
+        from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+        from torch.distributed.optim import PostLocalSGDOptimizer
+
+        optimizer = PostLocalSGDOptimizer(nexus, PeriodicModelAverager(period=K, warmup_steps=count))
+        optimizer.load_state_dict(optimizer.state_dict())
+    else:
+        from accelerate import Accelerator
+        from accelerate.local_sgd import LocalSGD
+
+        os.environ["MASTER_ADDR"] = "127.0.0.1"  # it asks, though the group is there
+        accelerator = Accelerator(cpu=True)
+        model, optimizer = accelerator.prepare(module, nexus)
+        average = LocalSGD(accelerator=accelerator, model=model, local_sgd_steps=count)
+        end_step = average.step
+    seen = []
+    with average:
+        for i in range(3 * K):
+            x = torch.randn(5, 6, generator=torch.Generator().manual_seed(100 * dist.get_rank() + i))
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            end_step()
+            weights = values(module.parameters())
+            with nexus.outer_weights():
+                seen.append((weights, values(module.parameters())))
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("kind", "count", "right"), [("torch", K - 1, True), ("torch", 0, False), ("accelerate", K, True)]
+)
+def test_averages_of_local_weights(kind, count, right):
+    """At a boundary they are averages of θ, which is then one on all ranks; in mid-cycle each rank has a D of its own,
+    and never the same θ."""
+    if kind == "accelerate":
+        pytest.importorskip("accelerate", reason="accelerate is not installed")
+    ranks = on_ranks(2, _average_weights, kind, count)
+    averaged = K - 1 if right else 0  # the micro-batch of each cycle after which weights are averaged
+    for i, micro_batch in enumerate(zip(*ranks, strict=True)):
+        (weights, theta), (others, other_theta) = micro_batch
+        assert all(map(torch.equal, weights, others)) == (i % K == averaged)
+        distance = max(float((a - b).abs().max()) for a, b in zip(theta, other_theta, strict=True))
+        assert distance < 1e-6 if right else distance > 1e-3
+    assert not torch.equal(ranks[0][-1][0][0], ranks[0][K][0][0])
 
 
 @pytest.mark.parametrize("save_after", [10, 8], ids=["mid-cycle", "boundary"])
