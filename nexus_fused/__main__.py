@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import platform
 
 import torch
@@ -12,8 +12,10 @@ from . import __version__, backends
 
 def main() -> None:
     """Prints versions, devices, threads, instruction set and the backends of this machine."""
-    with_triton = importlib.util.find_spec("triton") is not None
-    triton = importlib.import_module("triton").__version__ if with_triton else "none"
+    try:
+        triton = importlib.import_module("triton").__version__
+    except ImportError:  # the table below says why
+        triton = "none"
     cuda = f"{torch.cuda.get_device_name()} (CUDA {torch.version.cuda})" if torch.cuda.is_available() else "none"
     print(f"nexus_fused  {__version__}")
     print(f"torch        {torch.__version__}")

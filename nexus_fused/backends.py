@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import sys
 import warnings
+from importlib.machinery import EXTENSION_SUFFIXES, PathFinder
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -12,9 +15,8 @@ NAMES = ("reference", "cpu", "triton", "cuda")
 
 AGAIN = "this package again, in its checkout: pip install --force-reinstall --no-deps ."
 
-# The module a backend cannot do without, and how to get it.
-_COMPILED = ("nexus_fused._C", f"install a C++ compiler (such as g++) and then {AGAIN}")
-_NEEDS = {"cpu": _COMPILED, "triton": ("triton", "pip install triton"), "cuda": _COMPILED}
+# The module a backend cannot do without.
+_NEEDS = {"cpu": "nexus_fused._C", "triton": "triton", "cuda": "nexus_fused._C"}
 
 
 def available() -> dict[str, str | None]:
@@ -34,14 +36,38 @@ def why_not(
     """None where the backend can update tensors of these dtypes on `device`, else the reason why not and the remedy."""
     if name == "reference":
         return None
-    needed, remedy = _NEEDS[name]
+    needed = _NEEDS[name]
     try:
         importlib.import_module(needed)
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        remedy = {"triton": "pip install triton"}.get(error.name or "") or how_to_get_the_extension(Path(__file__))
         return f"{needed} cannot be imported ({error}): {remedy}"
+    except ImportError as error:
+        again = "pip install --force-reinstall triton" if needed == "triton" else AGAIN
+        return f"{needed} is there and does not load ({error}): provide what it asks for, or install it again: {again}"
     module = importlib.import_module(f"nexus_fused.{name}")
     reason: str | None = module.why_not_on(device, dtype, displacement_dtype)
     return reason
+
+
+def how_to_get_the_extension(this_file: Path) -> str:
+    """Why the compiled extension is not beside this file, as far as that can be seen, and what to do."""
+    here = this_file.resolve().parent
+    elsewhere = [path for path in sys.path if Path(path).resolve() != here.parent]
+    installed = PathFinder.find_spec("nexus_fused", elsewhere)
+    folders = list(installed.submodule_search_locations or ()) if installed else []
+    if PathFinder.find_spec("nexus_fused._C", folders):
+        return (
+            f"Python took the source in {here}, which hides the package installed in {folders[0]}: run from another "
+            f"folder, or make the source the installed package (in {here.parent}: pip install -e .)"
+        )
+    built = [file.name for file in here.glob("_C.*") if file.suffix in (".so", ".pyd")]
+    if built and not any(f"_C{suffix}" in built for suffix in EXTENSION_SUFFIXES):
+        return f"{built[0]} was built for another Python: with this one install {AGAIN}"
+    compiler = "install a C++ compiler (such as g++) if there is none, and then"
+    if (here.parent / "csrc").is_dir():
+        return f"{compiler} the source that Python runs here (in {here.parent}: pip install -e .)"
+    return f"{compiler} {AGAIN}"
 
 
 def check_choice(backend: str | None, fused: bool | None) -> None:

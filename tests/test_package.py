@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.machinery
 import importlib.util
+import os
 import re
+import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import inside
@@ -31,7 +35,13 @@ def test_report_of_this_machine():
     assert re.search(r"instructions .*(avx512|avx2|baseline)", output)
 
 
-def test_missing_extension_is_explained(monkeypatch):
+@pytest.fixture
+def not_installed(monkeypatch):
+    """No other package of this name is found."""
+    monkeypatch.setattr(backends, "sys", types.SimpleNamespace(path=[]))
+
+
+def test_missing_extension_is_explained(monkeypatch, not_installed):
     """Without compiled kernels the reference runs, and says what to do; an explicit backend raises."""
     monkeypatch.setitem(sys.modules, "nexus_fused._C", None)
     parameter = [torch.nn.Parameter(torch.zeros(3))]
@@ -42,6 +52,65 @@ def test_missing_extension_is_explained(monkeypatch):
     for options in ({"backend": "cpu"}, {"fused": True}):
         with pytest.raises(RuntimeError, match=r"install a C\+\+ compiler"):
             nexus_fused.NexusAdamW(parameter, **options)
+
+
+class TestWhyThereIsNoExtension:
+    """A compiler is not to blame where something else is."""
+
+    @pytest.fixture
+    def source(self, tmp_path):
+        """A clone of the repository, in which nothing was built."""
+        copied = shutil.copytree(ROOT / "nexus_fused", tmp_path / "clone" / "nexus_fused", ignore=self.built)
+        (copied.parent / "csrc").mkdir()
+        return copied
+
+    @staticmethod
+    def built(_, names):
+        return [name for name in names if name.startswith("_C.") and name != "_C.pyi"]
+
+    @staticmethod
+    def said_in(folder, *paths):
+        """The line about the CPU kernels that `python -m nexus_fused` prints in a folder."""
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "TRITON_INTERPRET": "0"}
+        command = [sys.executable, "-m", "nexus_fused"]
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+        return re.search(r"^  cpu +(.*)$", done.stdout, re.MULTILINE)[1]
+
+    def test_the_source_hides_the_installed_package(self, source, tmp_path):
+        """README's command in a clone, after `pip install .`."""
+        extension = pytest.importorskip("nexus_fused._C")
+        installed = shutil.copytree(source, tmp_path / "site-packages" / "nexus_fused")
+        shutil.copy(extension.__file__, installed)
+        said = self.said_in(source.parent, installed.parent)
+        assert f"source in {source}, which hides the package installed in {installed}: run from another folder" in said
+        assert f"(in {source.parent}: pip install -e .)" in said
+        assert "compiler" not in said
+        assert self.said_in(tmp_path, installed.parent) == "available"
+
+    def test_a_source_that_was_not_installed(self, source, not_installed):
+        said = backends.how_to_get_the_extension(source / "backends.py")
+        assert said.startswith("install a C++ compiler (such as g++) if there is none, and then the source that Python")
+        assert said.endswith(f"(in {source.parent}: pip install -e .)")
+
+    def test_built_for_another_python(self, source, not_installed):
+        (source / "_C.cpython-39-x86_64-linux-gnu.so").touch()
+        said = backends.how_to_get_the_extension(source / "backends.py")
+        assert said.startswith("_C.cpython-39-x86_64-linux-gnu.so was built for another Python: with this one install")
+
+    def test_it_does_not_load(self, source):
+        """It lacks a library here, for example."""
+        (source / f"_C{importlib.machinery.EXTENSION_SUFFIXES[0]}").write_bytes(b"no extension")
+        said = self.said_in(source.parent)
+        assert "nexus_fused._C is there and does not load (" in said
+        assert "compiler" not in said
+
+    def test_triton_does_not_load(self, source, tmp_path):
+        (tmp_path / "broken").mkdir()
+        (tmp_path / "broken" / "triton.py").write_text("raise ImportError('libcuda.so.1')")
+        command = "from nexus_fused import __main__; __main__.main()"
+        environment = {**os.environ, "PYTHONPATH": f"{tmp_path / 'broken'}{os.pathsep}{source.parent}"}
+        done = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True)
+        assert "triton is there and does not load (libcuda.so.1): provide what it asks for" in done.stdout, done.stderr
 
 
 def test_remedies_name_what_a_user_has():
