@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import BACKENDS, DTYPES, assert_same
+from conftest import BACKENDS, COMPLEX, DTYPES, assert_same, build, exact, run, values
 from kernel_tables import (
     LOW,
     OFFSETS,
@@ -208,6 +208,20 @@ def test_instruction_sets_and_threads_agree(dtype):
 @pytest.mark.parametrize("name", FUSED)
 def test_every_conversion_is_pytorchs(name, storage):
     check_conversions(name, storage)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, *COMPLEX], ids=str)
+def test_whole_runs_on_a_cpu(dtype):
+    """Bit for bit; in float64 PyTorch sums norms in another order and rounds square roots otherwise."""
+    pytest.importorskip("nexus_fused._C")
+    ends = []
+    for backend in ("reference", "cpu"):
+        params, optimizer = build((50, 33), (CHUNK_ELEMENTS + 7,), dtype=dtype, backend=backend)
+        run(optimizer, params, 12)
+        ends.append([exact(optimizer, p) for p in params] if not dtype.is_complex else values(params))
+    in_float64 = dtype in (torch.float64, torch.complex128)
+    for reference_end, end in zip(*ends, strict=True):
+        torch.testing.assert_close(end, reference_end, rtol=0, atol=1e-13 if in_float64 else 0)
 
 
 def test_layout_of_tables():
