@@ -269,12 +269,13 @@ class State:
         """Brings groups and entries up to date for somebody who copies them."""
         self.check_members()
         self._walk.check_capture_has_not_ended()
-        if self.shows_theta and self._walk.position > 0:
+        walk_is_hidden = self.shows_theta and self._walk.position > 0
+        if walk_is_hidden:
             self._tell_what_is_left_out()
         else:
             self._walk.check_writes()
         self.adopt()
-        if not self.shows_theta:
+        if not walk_is_hidden:
             self._thaw()  # distributed checkpoints need the state of each parameter that trains
             self._walk.clear_untouched()
         if self._walk.follow_amsgrad(self._groups):
