@@ -1,4 +1,5 @@
-"""Checks of a state that is to be loaded, all of them before anything is modified."""
+"""A state on its way in and out: what is packed, checks of what is to be loaded, all of them before anything is
+modified, and copies of it into place."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .flat import STATE_DTYPE, real_dtype
+from .dtensor import local_part, part_like
+from .flat import STATE_DTYPE, Segment, real_dtype
 from .options import GROUP_KEYS, group_row, keys_of_group
 from .walk import Walk
 
@@ -245,3 +247,50 @@ def _fits(key: str, value: Tensor, param: Tensor) -> bool:
         if is_complex and value.dtype == torch.bfloat16:  # pairs: see flat.shaped_like
             shape, is_complex = torch.Size((*shape, 2)), False
     return value.shape == shape and value.is_complex() == is_complex
+
+
+def pack(packed: dict[str, Any]) -> dict[str, Any]:
+    """Makes a state dict of its own from torch.optim's: our entries lose their displacements at the end of the cycle,
+    and its scalars go on. Steps are on the CPU unless fused or capturable, as torch's."""
+    copies: dict[int, torch.UntypedStorage] = {}
+    packed["state"] = {key: dict(value) if isinstance(value, dict) else value for key, value in packed["state"].items()}
+    for group in packed["param_groups"]:
+        if not (group["fused"] or group["capturable"]):
+            for key in group["params"]:
+                if "step" in packed["state"].get(key, {}):
+                    packed["state"][key]["step"] = packed["state"][key]["step"].cpu()
+        group.update({key: _copied(group[key], copies) for key in GROUP_KEYS if key in group})
+    return packed
+
+
+def _copied(value: Any, copies: dict[int, torch.UntypedStorage]) -> Any:
+    """A copy: what all groups show are views of one tensor, and so are their copies; `copies` has it by its address."""
+    if isinstance(value, list):
+        return [_copied(item, copies) for item in value]
+    if not isinstance(value, Tensor):
+        return value
+    storage = value.untyped_storage()
+    if storage.data_ptr() not in copies:
+        copies[storage.data_ptr()] = storage.clone()
+    own = torch.empty(0, dtype=value.dtype, device=value.device)
+    return own.set_(copies[storage.data_ptr()], value.storage_offset(), value.shape, value.stride())
+
+
+def restore_entry(segment: Segment, entry: dict[str, Any]) -> None:
+    """Copies a checked entry, zeros for what it lacks, into the memory where kernels work."""
+    for name in segment.names(in_cycle=True):
+        if name in entry:
+            copy_in(segment, name, entry[name])
+        else:
+            (segment.step if name == "step" else segment.buffer(name)).zero_()
+
+
+def copy_in(segment: Segment, name: str, value: Any) -> None:
+    """Copies a value of the state, checked, into the memory where kernels work."""
+    if name == "step":
+        segment.step.copy_(value if isinstance(value, Tensor) else torch.tensor(float(value), device="cpu"))
+        return
+    own, value = local_part(segment.shaped(name)), part_like(value, segment.param)
+    if value.is_complex() != own.is_complex():  # displacements of other dtypes: see flat.shaped_like
+        value = torch.view_as_real(value) if value.is_complex() else torch.view_as_complex(value.to(own.real.dtype))
+    own.copy_(value)

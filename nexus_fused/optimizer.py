@@ -18,7 +18,7 @@ from .cycle import combine, summarize
 from .frameworks import AccumulationWatch, of_the_optimizer
 from .options import GROUP_KEYS, is_frozen
 from .ranks import Ranks
-from .state import State, pack
+from .state import State
 from .walk import Choices, Walk
 
 
@@ -344,7 +344,7 @@ class NexusAdamW(Optimizer):
         self._state.prepare_to_save()
         hooks, self._optimizer_state_dict_post_hooks = self._optimizer_state_dict_post_hooks, OrderedDict()
         try:
-            packed = pack(super().state_dict())
+            packed = checkpoint.pack(super().state_dict())
         finally:
             self._optimizer_state_dict_post_hooks = hooks
         for hook in hooks.values():

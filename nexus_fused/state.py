@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from . import checkpoint, theta
-from .dtensor import local_part, part_like
 from .flat import IN_CYCLE, Segment
 from .observer import Shown
 from .options import GROUP_KEYS, OPTIMIZER_KEYS, check_param, is_frozen
@@ -143,7 +142,7 @@ class State:
                 "cycle before the capture"
             )
         for segment, name, value in found:
-            _copy_in(segment, name, value)
+            checkpoint.copy_in(segment, name, value)
         for table in self._walk.tables.values():
             table.set_touched([s for s, name, _ in found if name == "displacement" and s in table.segments], True)
         self._add(self._walk.segments)
@@ -315,7 +314,7 @@ class State:
         kept = {s.group for s in walk.segments if "max_exp_avg_sq" in (entries.get(s.param) or ())}
         walk.follow_amsgrad([{"amsgrad": group["amsgrad"] or i in kept} for i, group in enumerate(loaded)])
         for segment in walk.segments:
-            _restore_entry(segment, entries.get(segment.param) or {})
+            checkpoint.restore_entry(segment, entries.get(segment.param) or {})
         walk.follow_amsgrad(loaded)
         walk.start_from(position)
         for cycle in walk.cycles.values():
@@ -325,49 +324,3 @@ class State:
             table.set_touched([s for s in table.segments if position > 0 and loaded[s.group]["touched"][s.index]], True)
         self._hide()  # what is shown from here on is the loaded position's
         self._add(walk.segments)
-
-
-def pack(packed: dict[str, Any]) -> dict[str, Any]:
-    """Makes a state dict of its own from torch.optim's: our entries lose their displacements at the end of the cycle,
-    and its scalars go on. Steps are on the CPU unless fused or capturable, as torch's."""
-    copies: dict[int, torch.UntypedStorage] = {}
-    packed["state"] = {key: dict(value) if isinstance(value, dict) else value for key, value in packed["state"].items()}
-    for group in packed["param_groups"]:
-        if not (group["fused"] or group["capturable"]):
-            for key in group["params"]:
-                if "step" in packed["state"].get(key, {}):
-                    packed["state"][key]["step"] = packed["state"][key]["step"].cpu()
-        group.update({key: _copied(group[key], copies) for key in GROUP_KEYS if key in group})
-    return packed
-
-
-def _copied(value: Any, copies: dict[int, torch.UntypedStorage]) -> Any:
-    """A copy: what all groups show are views of one tensor, and so are their copies; `copies` has it by its address."""
-    if isinstance(value, list):
-        return [_copied(item, copies) for item in value]
-    if not isinstance(value, Tensor):
-        return value
-    storage = value.untyped_storage()
-    if storage.data_ptr() not in copies:
-        copies[storage.data_ptr()] = storage.clone()
-    own = torch.empty(0, dtype=value.dtype, device=value.device)
-    return own.set_(copies[storage.data_ptr()], value.storage_offset(), value.shape, value.stride())
-
-
-def _restore_entry(segment: Segment, entry: dict[str, Any]) -> None:
-    for name in segment.names(in_cycle=True):
-        if name in entry:
-            _copy_in(segment, name, entry[name])
-        else:
-            (segment.step if name == "step" else segment.buffer(name)).zero_()
-
-
-def _copy_in(segment: Segment, name: str, value: Any) -> None:
-    """Copies a value of the state, checked, into the memory where kernels work."""
-    if name == "step":
-        segment.step.copy_(value if isinstance(value, Tensor) else torch.tensor(float(value), device="cpu"))
-        return
-    own, value = local_part(segment.shaped(name)), part_like(value, segment.param)
-    if value.is_complex() != own.is_complex():  # displacements of other dtypes: see flat.shaped_like
-        value = torch.view_as_real(value) if value.is_complex() else torch.view_as_complex(value.to(own.real.dtype))
-    own.copy_(value)
