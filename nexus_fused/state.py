@@ -141,10 +141,15 @@ class State:
                 "optimizer.state was changed just before or while step() was captured into a CUDA graph: run one whole "
                 "cycle before the capture"
             )
+        moved: set[Segment] = set()
         for segment, name, value in found:
+            before = segment.buffer(name).clone() if name == "displacement" and not segment.touched else None
             checkpoint.copy_in(segment, name, value)
+            # Before the first gradient it holds anything; a host that gives just that back has displaced nothing.
+            if before is not None and not torch.equal(before.view(torch.uint8), segment.buffer(name).view(torch.uint8)):
+                moved.add(segment)
         for table in self._walk.tables.values():
-            table.set_touched([s for s, name, _ in found if name == "displacement" and s in table.segments], True)
+            table.set_touched([s for s in table.segments if s in moved], True)
         self._add(self._walk.segments)
 
     def refresh(self, *, gradients: bool, moments: bool) -> None:
