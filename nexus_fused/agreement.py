@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import compress
 from typing import Any
 
 import torch
@@ -81,9 +82,15 @@ def _agreed(
     ]
     position = walk.position if position is None else position
     here = {"what fails": str(error), "inner_steps": walk.inner_steps, "cycle_position": position}
+    on_all = [group["replicated"] for group in groups for _ in group["params"]]
+    replicas = [line.partition(" in group")[0] for line in compress(params, on_all)]
+    here["the number of replicated parameters"] = len(replicas)
+    here.update((f"replicated parameter {i}", line) for i, line in enumerate(replicas))
     of_params: dict[str, Any] = {"the number of parameters": len(params)}
     of_params.update((f"parameter {i}", line) for i, line in enumerate(params))
-    for index, group in enumerate(groups if hyper else []):
-        row = zip(HYPER, group_row(group, index, walk.inner_steps), strict=True)
-        of_params.update((f"{name} of group {index}", str(v)) for name, v in row if not isinstance(v, Tensor))
+    on_all_ranks = [group for group in groups if group["replicated"]]
+    for target, kind, members in (of_params, "group", groups), (here, "replicated group", on_all_ranks):
+        for index, group in enumerate(members if hyper else []):
+            row = zip(HYPER, group_row(group, index, walk.inner_steps), strict=True)
+            target.update((f"{name} of {kind} {index}", str(v)) for name, v in row if not isinstance(v, Tensor))
     return here, of_params

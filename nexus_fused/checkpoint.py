@@ -55,6 +55,13 @@ def check(
             )
         names.update(zip(loaded["params"], group["params"], strict=True))
     complete = [_completed(loaded, group) for loaded, group in zip(saved, groups, strict=True)]
+    for index, (loaded, own) in enumerate(zip(saved, groups, strict=True)):
+        if loaded.get("replicated", own["replicated"]) != own["replicated"]:
+            warnings.warn(
+                f"group {index} was saved with replicated={loaded['replicated']}, this optimizer keeps its "
+                f"{own['replicated']}",
+                stacklevel=4,
+            )
     for group, own in zip(complete, groups, strict=True):
         if not own["params"]:  # torch.distributed.checkpoint loses its data, or leaves those that it had here
             for key in GROUP_KEYS:
@@ -100,6 +107,7 @@ def _completed(loaded: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
         **own,
         **deepcopy({key: value for key, value in loaded.items() if key != "params"}),
         "base_lr": base_lr,
+        "replicated": own["replicated"],  # says how these ranks are laid out, as norm_group does
     }
 
 

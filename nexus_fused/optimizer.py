@@ -54,8 +54,9 @@ class NexusAdamW(Optimizer):
         flatten: move parameters that own their memory into flat buffers. False leaves all where they are.
         norm_group: a process group whose ranks hold other parameters of the same model, as the stages of a pipeline
             do: ‖g‖ is that of the gradients of all of them, and skipping is common. One rank of each stage, those with
-            this one's place in the other dimensions of the mesh (`mesh.get_group("pp")`): shards are summed before, and
-            replicas must not be in one group.
+            this one's place in the other dimensions of the mesh (`mesh.get_group("pp")`): shards are summed before.
+            What all of its ranks hold, as the layers beside experts, is a group with `"replicated": True`: it counts
+            once.
         displacement_group: a process group whose ranks hold the same parameters and walk on their own: each takes the
             inner steps of its own micro-batches, gradients are not reduced across them (leave DistributedDataParallel
             away, or run forward and backward passes under its `no_sync()`), and once in a cycle D and Γ are averaged
@@ -119,6 +120,7 @@ class NexusAdamW(Optimizer):
             "inner_steps": steps,
             "normalize_displacement": normalize_displacement,
             "inner_lr_follows_lr": inner_lr_follows_lr,
+            "replicated": False,
         }
         options.group_row({"base_lr": lr, **defaults}, 0, steps)
         super().__init__(params, defaults)
@@ -163,7 +165,7 @@ class NexusAdamW(Optimizer):
             except BaseException:
                 self.param_groups.pop()
                 self._known.difference_update(unique)
-                self._walk.follow_ranks([])
+                self._walk.follow_ranks([], self.param_groups)
                 raise
 
     def _take_groups(self, first: int, when: str) -> None:
@@ -171,7 +173,8 @@ class NexusAdamW(Optimizer):
         entries = [
             (g, i, p) for g, group in enumerate(self.param_groups[first:], first) for i, p in enumerate(group["params"])
         ]
-        self._walk.follow_ranks([entry for entry in entries if not is_frozen(entry[2])])
+        live = [entry for entry in entries if not is_frozen(entry[2])]
+        self._walk.follow_ranks(live, self.param_groups)
         self._compare_ranks(when, weights=[p for *_, p in entries])
         self._state.register(entries, flatten=self._walk.flatten)
 

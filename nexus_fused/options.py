@@ -43,6 +43,7 @@ FLAGS: dict[str, tuple[bool | None, ...]] = dict.fromkeys(
     (True, False),
 )
 FLAGS["fused"] = (None, True, False)
+FLAGS["replicated"] = (True, False)  # only of groups: see norm_group
 
 _VALUES = itemgetter(*FLAGS, "inner_steps", "lr", "inner_lr", "eps", "weight_decay", "base_lr")
 

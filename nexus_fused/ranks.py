@@ -10,13 +10,27 @@ import contextlib
 import hashlib
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .dtensor import find_fsdp_modules, is_dtensor, local_part, shard_ranks
+
+
+class Spread(NamedTuple):
+    """Where the elements of a parameter lie.
+
+    ranks: those that share them out, as `shard_ranks` gives them. replicated: whether ranks of `norm_group` have the
+    same ones, as their groups say.
+    """
+
+    ranks: tuple[int, ...] = ()
+    replicated: bool = False
+
+
+WHOLE = Spread()  # this rank has all of it
 
 
 class Ranks:
@@ -33,8 +47,11 @@ class Ranks:
         self.norm_group, self.displacement_group = norm_group, displacement_group
         self.modules: list[weakref.ref[Any]] = []  # under fully_shard
         self._known: set[int] = set()  # ids of the parameters whose modules were looked for
-        # Of each sum over shards: groups to sum over in turn, a device of theirs, the classes that count on this rank.
-        self._sums: list[tuple[list[Any], torch.device, set[tuple[int, ...]]]] = []
+        # Of each sum over shards: groups to sum over in turn, a device of theirs, the classes that count on this rank,
+        # whether they are replicated.
+        self._sums: list[tuple[list[Any], torch.device, set[Spread], bool]] = []
+        self._replicated: dict[int, bool] = {}  # of each group with parameters here
+        self._summed: set[Spread] = set()  # the classes that have a part in one of them, on some rank
 
     @property
     def communicates(self) -> bool:
@@ -46,44 +63,69 @@ class Ranks:
         """Whether it was built with process groups."""
         return self.norm_group is not None or self.displacement_group is not None
 
-    def follow(self, params: list[Any]) -> None:
-        """Learns over which ranks these parameters, all that are stepped, are sharded.
+    def follow(self, entries: list[tuple[int, int, Any]], groups: list[dict[str, Any]]) -> None:
+        """Learns where the elements of these parameters lie, all that are stepped, each with its group and its place.
 
         Where the ranks of one class of parameters contain those of another, such as (data, tensor) and (data), one sum
         serves both: the smaller one's parameters are replicated over the other dimensions of the mesh, and only the
-        replica with the first rank counts. Parameters that are no DTensors are replicas too.
+        replica with the first rank counts. Parameters that are no DTensors are replicas too. What is replicated within
+        `norm_group` has sums of its own, since it counts on one rank of that group only.
         """
-        classes: dict[tuple[int, ...], Any] = {}
-        for param in params:
-            classes.setdefault(shard_ranks(param), param)
+        for index, group in enumerate(groups):
+            if group["replicated"] and self.norm_group is None:
+                raise ValueError(
+                    f"replicated=True of parameter group {index} says that all ranks of norm_group have its "
+                    "parameters, but there is no norm_group: give the constructor one, or leave it out"
+                )
+        params = [param for *_, param in entries]
+        classes: dict[Spread, Any] = {}
+        for index, _, param in entries:
+            classes.setdefault(Spread(shard_ranks(param), groups[index]["replicated"]), param)
         self._check_overlap(list(classes))
         if self.displacement_group is not None:
             _check_devices(params, self.displacement_group)
-        largest = [ranks for ranks in classes if ranks and not any(set(ranks) < set(other) for other in classes)]
+
+        def inside(small: Spread, large: Spread) -> bool:
+            return small.replicated == large.replicated and set(small.ranks) <= set(large.ranks)
+
+        largest = [c for c in classes if c.ranks and not any(c != other and inside(c, other) for other in classes)]
         new = [param for param in params if id(param) not in self._known]
         self.modules += [module for module in find_fsdp_modules(new) if module not in self.modules]
         self._known = set(map(id, params))
-        sums: list[tuple[list[Any], torch.device, set[tuple[int, ...]]]] = []
-        taken: set[tuple[int, ...]] = set()
-        for ranks in largest:
-            inside = {other for other in classes if set(other) <= set(ranks) and other not in taken}
-            taken |= inside
-            for other in inside:
-                _check_submesh(classes[other], classes[ranks])
-            counted = {other for other in inside if ranks[0] in (other or (dist.get_rank(),))}
-            device = torch.device(classes[ranks].device_mesh.device_type)
-            sums.append((_groups_of(ranks, classes[ranks]), device, counted))
-        self._sums = sums
+        sums: list[tuple[list[Any], torch.device, set[Spread], bool]] = []
+        taken: set[Spread] = set()
+        for large in largest:
+            members = {other for other in classes if inside(other, large) and other not in taken}
+            taken |= members
+            for other in members:
+                _check_submesh(classes[other], classes[large])
+            counted = {other for other in members if large.ranks[0] in (other.ranks or (dist.get_rank(),))}
+            device = torch.device(classes[large].device_mesh.device_type)
+            sums.append((_groups_of(large.ranks, classes[large]), device, counted, large.replicated))
+        self._sums, self._summed = sums, taken
+        self._replicated = {index: groups[index]["replicated"] for index, *_ in entries}
 
-    def _check_overlap(self, classes: list[tuple[int, ...]]) -> None:
+    def check_groups(self, groups: list[dict[str, Any]]) -> None:
+        """ValueError where a group says something else about its parameters than when they were followed."""
+        for index, replicated in self._replicated.items():
+            if groups[index]["replicated"] != replicated:
+                raise ValueError(
+                    f"replicated of parameter group {index} was changed from {replicated} to "
+                    f"{groups[index]['replicated']}: change it back; it is fixed once the group was added"
+                )
+
+    def _check_overlap(self, classes: list[Spread]) -> None:
         """ValueError where ranks that share out a parameter are also given as ranks with others, or the same, of it."""
         for name, group in (("norm_group", self.norm_group), ("displacement_group", self.displacement_group)):
             members = set() if group is None else set(dist.get_process_group_ranks(group))
-            shared = next((ranks for ranks in classes if len(members & set(ranks)) > 1), None)
+            apart = [ranks for ranks, replicated in classes if not (replicated and name == "norm_group")]
+            shared = next((ranks for ranks in apart if len(members & set(ranks)) > 1), None)
             if shared is not None:
+                beside = ', or give the parameters that all of them share a group with "replicated": True'
                 raise ValueError(
                     f"{name} has the ranks {_shown(sorted(members))}, but a parameter is sharded over the ranks "
                     f"{_shown(shared)}: give it those along another dimension of the mesh, mesh.get_group(<its name>)"
+                    f"{beside if name == 'norm_group' else ''}"
                 )
 
     @property
@@ -91,28 +133,31 @@ class Ranks:
         """Whether other ranks have a part in the norm."""
         return bool(self._sums) or self.norm_group is not None
 
-    def add(self, parts: list[tuple[tuple[int, ...], Tensor]], what: str) -> list[Tensor]:
+    def add(self, parts: list[tuple[Spread, Tensor]], what: str) -> list[Tensor]:
         """Sums over all ranks of what each knows of its own parameters; the sum of those returned is the whole.
 
-        parts: float64 tensors of one shape, on all ranks, each with the ranks that the parameters it tells of are
-        sharded over. One tensor is reduced for each set of ranks that no other one contains (for each dimension of the
-        mesh, unless these are all ranks), and one over `norm_group`.
+        parts: float64 tensors of one shape, on all ranks, each with the class of the parameters it tells of. One tensor
+        is reduced for each set of ranks that no other one contains (for each dimension of the mesh, unless these are
+        all ranks), and one over `norm_group`, where what is replicated counts on the first rank.
         """
-        totals = [value for _, value in parts] if not self._sums else []
-        for groups, device, counted in self._sums:
+        totals = [(of.replicated, value) for of, value in parts if of not in self._summed]
+        for groups, device, counted, replicated in self._sums:
             counting = [value.to(device) for of, value in parts if of in counted]
             total = sum(counting, torch.zeros_like(parts[0][1], device=device))
             for group in groups:
                 with explained(f"the sum of {what} over the shards", group):
                     dist.all_reduce(total, group=group)
-            totals.append(total)
+            totals.append((replicated, total))
+        values = [value for _, value in totals]
         if self.norm_group is not None:
-            device = _device_of(self.norm_group, totals[0].device)
-            total = sum((value.to(device) for value in totals), torch.zeros_like(totals[0], device=device))
+            first = dist.get_rank(self.norm_group) == 0
+            device = _device_of(self.norm_group, values[0].device)
+            counting = [value.to(device) for replicated, value in totals if first or not replicated]
+            total = sum(counting, torch.zeros_like(values[0], device=device))
             with explained(f"the sum of {what} over norm_group", self.norm_group):
                 dist.all_reduce(total, group=self.norm_group)
-            totals = [total]
-        return totals
+            values = [total]
+        return values
 
     @property
     def walkers(self) -> int:
@@ -147,12 +192,13 @@ class Ranks:
     def check(self, here: dict[str, Any], of_params: dict[str, Any], walks: dict[str, Any] | None, when: str) -> None:
         """Raises RuntimeError on all ranks that communicate, naming the first difference, where they disagree.
 
-        here: what must be the same on all of them. of_params: what must be too, but not over `norm_group`. walks: what
-        takes the place of `here`'s, or comes to it, over `displacement_group`, None if that is not asked. Waits for
-        all of them, and for the device.
+        here: what must be the same on all of them, replicated parameters too. of_params: what must be too, but not over
+        `norm_group`. walks: what takes the place of `here`'s, or comes to it, over `displacement_group`, None if that
+        is not asked. Waits for all of them, and for the device.
         """
         everything = {**here, **of_params}
-        groups = [(group, everything) for groups, *_ in self._sums for group in groups]
+        sums = [(groups, here if replicated else everything) for groups, *_, replicated in self._sums]
+        groups = [(group, shared) for members, shared in sums for group in members]
         if self.displacement_group is not None and walks is not None:
             groups.append((self.displacement_group, {**everything, **walks}))
         if self.norm_group is not None:

@@ -29,6 +29,7 @@ from .flat import (
 )
 from .graphs import Replayed, upload
 from .observer import Observer
+from .ranks import WHOLE, Spread
 
 CHUNK_ELEMENTS = 16384  # one partial sum each: fixes the order of summation, whatever the number of threads
 PARTS = 4  # of a chunk, for kernels on a GPU that sum nothing over it: memory likes small blocks (docs/gpu.md)
@@ -37,8 +38,8 @@ PARTS = 4  # of a chunk, for kernels on a GPU that sum nothing over it: memory l
 class Table:
     """All segments of one device and dtype, of all groups, and the flat buffers behind them.
 
-    displacement_dtype: of D. ranks: those that the parameters, all of them DTensors then, are sharded over; () where
-    this rank has all of each. keeps_anchor: θ is kept beside w, for ranks that walk on their own.
+    displacement_dtype: of D. spread: the ranks that the parameters, all of them DTensors then, are sharded over, and
+    whether they are replicated. keeps_anchor: θ is kept beside w, for ranks that walk on their own.
     elements, chunks: how many; parts: into how many a GPU's blocks divide each chunk where they may, 1 where most of
     them are small. `segments` stand in the order of `rows`.
     """
@@ -48,11 +49,11 @@ class Table:
         device: torch.device,
         dtype: torch.dtype,
         displacement_dtype: torch.dtype,
-        ranks: tuple[int, ...] = (),
+        spread: Spread = WHOLE,
         *,
         keeps_anchor: bool = False,
     ) -> None:
-        self.device, self.dtype, self.displacement_dtype, self.ranks = device, dtype, displacement_dtype, ranks
+        self.device, self.dtype, self.displacement_dtype, self.spread = device, dtype, displacement_dtype, spread
         self.keeps_anchor = keeps_anchor
         self._dtype_of = defaultdict(lambda: STATE_DTYPE[dtype], remainder=dtype, displacement=displacement_dtype)
         self.segments: list[Segment] = []

@@ -19,7 +19,7 @@ from .cycle import Cycle, MicroBatch
 from .dtensor import local_part
 from .flat import Segment, make_segment, real_dtype
 from .options import group_row, values_of_row
-from .ranks import Ranks
+from .ranks import WHOLE, Ranks, Spread
 from .table import Table
 
 Entry = tuple[int, int, Tensor]  # group, index in it, parameter
@@ -30,7 +30,7 @@ class Walk:
     """The running cycle of one optimizer: `position` of `inner_steps` inner steps are taken.
 
     backend, fused, flatten: as the optimizer's. displacement_dtype: of D, but for float64 parameters. tables: by
-    device, dtype and the ranks that parameters are sharded over; cycles: by device and ranks. work: each cycle with its
+    device, dtype and where parameters' elements lie; cycles: by device and that. work: each cycle with its
     tables.
     """
 
@@ -38,8 +38,8 @@ class Walk:
         self.inner_steps, self.backend, self.fused, self.flatten, self.displacement_dtype = choices
         self.ranks = ranks
         self.position = 0
-        self.tables: dict[tuple[torch.device, torch.dtype, tuple[int, ...]], Table] = {}
-        self.cycles: dict[tuple[torch.device, tuple[int, ...]], Cycle] = {}
+        self.tables: dict[tuple[torch.device, torch.dtype, Spread], Table] = {}
+        self.cycles: dict[tuple[torch.device, Spread], Cycle] = {}
         self.work: list[tuple[Cycle, list[Table]]] = []
         self._rows: list[list[float | Tensor]] = []  # of hyperparameters, as the devices have them
         self._kept: list[tuple[tuple[Any, ...], list[float | Tensor]]] = []  # what each row was made of, and the row
@@ -68,7 +68,7 @@ class Walk:
             backend = backends.resolve(self.backend, self.fused, device, dtype, self._displacement_dtype(dtype))
             if found.get(device) is not reference:  # one for all dtypes of a device
                 found[device] = backend
-        self.follow_ranks(params)
+        self.follow_ranks(params, groups)
         segments: list[Segment] = []
         try:
             came = self._extend(params, segments, groups, flatten=flatten)
@@ -85,11 +85,11 @@ class Walk:
         """Gives each device of a table a cycle, with room for all groups. found: backends of devices."""
         # The same order, and so the same sum of squares, whenever a dtype or device came, and on all ranks.
         self.tables = dict(sorted(self.tables.items(), key=lambda item: item[1].segments[0].place))
-        tables: dict[tuple[torch.device, tuple[int, ...]], list[Table]] = defaultdict(list)
+        tables: dict[tuple[torch.device, Spread], list[Table]] = defaultdict(list)
         for table in self.tables.values():
-            tables[table.device, table.ranks].append(table)
+            tables[table.device, table.spread].append(table)
         if not tables:  # all frozen so far
-            found[torch.device("cpu")], tables[torch.device("cpu"), ()] = reference, []
+            found[torch.device("cpu")], tables[torch.device("cpu"), WHOLE] = reference, []
         before = list(self.cycles.values())
         self.cycles = {key: self.cycles.get(key) or Cycle(key[0], self.inner_steps, found[key[0]]) for key in tables}
         self.work = [(self.cycles[key], members) for key, members in tables.items()]
@@ -99,25 +99,25 @@ class Walk:
             if before and cycle not in before:
                 cycle.follow(before[0])
 
-    def follow_ranks(self, coming: list[Entry]) -> None:
-        """Learns over which ranks parameters are sharded, with those that are to come."""
+    def follow_ranks(self, coming: list[Entry], groups: list[dict[str, Any]]) -> None:
+        """Learns where the elements of parameters lie, with those that are to come."""
         known = [(s.group, s.index, s.param) for s in self.segments]
-        self.ranks.follow([param for *_, param in sorted([*known, *coming], key=lambda entry: entry[:2])])
+        self.ranks.follow(sorted([*known, *coming], key=lambda entry: entry[:2]), groups)
 
     def _displacement_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return dtype if dtype == torch.float64 else self.displacement_dtype
 
     def _extend(self, params: list[Entry], made: list[Segment], groups: list[dict[str, Any]], *, flatten: bool) -> bool:
         """Appends the segments of parameters to `made`, and gives them rows and memory; whether maxima came."""
-        fresh: dict[tuple[torch.device, torch.dtype, tuple[int, ...]], list[Segment]] = defaultdict(list)
+        fresh: dict[tuple[torch.device, torch.dtype, Spread], list[Segment]] = defaultdict(list)
         for group, index, param in params:
-            key = local_part(param).device, real_dtype(param.dtype), dtensor.shard_ranks(param)
+            spread = Spread(dtensor.shard_ranks(param), groups[group]["replicated"])
             made.append(make_segment(param, group=group, index=index))
-            fresh[key].append(made[-1])
-        for (device, dtype, ranks), segments in fresh.items():
+            fresh[local_part(param).device, real_dtype(param.dtype), spread].append(made[-1])
+        for (device, dtype, spread), segments in fresh.items():
             anchor = self.is_local and self.inner_steps > 1
-            new = Table(device, dtype, self._displacement_dtype(dtype), ranks, keeps_anchor=anchor)
-            table = self.tables.setdefault((device, dtype, ranks), new)
+            new = Table(device, dtype, self._displacement_dtype(dtype), spread, keeps_anchor=anchor)
+            table = self.tables.setdefault((device, dtype, spread), new)
             table.extend(segments, flatten=flatten)
             if self.position > 0:
                 table.ensure_displacements()
@@ -131,6 +131,7 @@ class Walk:
         gradients: whether those of a micro-batch are used.
         """
         rows = self._hyper_rows(groups)
+        self.ranks.check_groups(groups)
         for table in self.tables.values():
             table.read_gradients(use=gradients)
         maxima_came = self.follow_amsgrad(groups)
@@ -199,12 +200,12 @@ class Walk:
     def sq_norms(self, found_inf: Tensor | None) -> list[Tensor]:
         """‖g‖² of all tables and ranks, as `MicroBatch.sq_norms`; infinite where a rank was told of an overflow, which
         skips the step on all."""
-        sq_norms = [(table.ranks, cycle.backend.sq_norm(table)) for cycle, tables in self.work for table in tables]
+        sq_norms = [(table.spread, cycle.backend.sq_norm(table)) for cycle, tables in self.work for table in tables]
         if not self.ranks.norm_is_shared:
             return [sq_norm for _, sq_norm in sq_norms]
         if not sq_norms:  # all parameters are frozen
-            sq_norms = [((), torch.zeros((), dtype=torch.float64))]
-        parts = [(ranks, sq_norm.sum()) for ranks, sq_norm in sq_norms]
+            sq_norms = [(WHOLE, torch.zeros((), dtype=torch.float64))]
+        parts = [(spread, sq_norm.sum()) for spread, sq_norm in sq_norms]
         if found_inf is not None:
             parts = [(of, torch.where(found_inf.to(part.device).view(()) == 0, part, torch.inf)) for of, part in parts]
         return self.ranks.add(parts, "the norm")
@@ -274,7 +275,7 @@ class Walk:
         Here, once in a cycle, so that `metrics()` does not wait for other ranks: it may be called on one only.
         """
         if self.ranks.norm_is_shared:
-            parts = [(ranks, cycle.results_of_parameters()) for (_, ranks), cycle in self.cycles.items()]
+            parts = [(spread, cycle.results_of_parameters()) for (_, spread), cycle in self.cycles.items()]
             totals = self.ranks.add(parts, "the metrics")
             for cycle, total in zip_longest(self.cycles.values(), totals):
                 cycle.set_results_of_parameters(total)

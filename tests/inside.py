@@ -13,6 +13,7 @@ from torch import Tensor
 from nexus_fused import NexusAdamW
 from nexus_fused import observer as _observer
 from nexus_fused.cycle import Cycle
+from nexus_fused.ranks import Spread
 from nexus_fused.table import Table
 
 compiled_look = _observer._quick_look is not None
@@ -53,7 +54,7 @@ def split_work(optimizer: NexusAdamW) -> None:
     second = Cycle(cycle.device, cycle.inner_steps, cycle.backend)
     second.grow(len(optimizer.param_groups))
     walk.work = [(cycle, both[:1]), (second, both[1:])]
-    walk.cycles = {(cycle.device, ()): cycle, (torch.device("meta"), ()): second}
+    walk.cycles = {(cycle.device, Spread()): cycle, (torch.device("meta"), Spread()): second}
 
 
 def backends_of(optimizer: NexusAdamW) -> list[str]:

@@ -52,6 +52,7 @@ HYPERPARAMETERS += [
     ("maximize", 1.0, TypeError),
     ("normalize_displacement", None, TypeError),
     ("inner_lr_follows_lr", 0.5, TypeError),
+    ("replicated", 1.0, TypeError),
     ("differentiable", True, ValueError),
     ("fused", "yes", TypeError),
 ]

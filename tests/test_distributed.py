@@ -278,6 +278,120 @@ def test_stages_of_a_pipeline_have_one_norm():
         assert metrics[key] == pytest.approx(optimizer.metrics()[key]), key
 
 
+# Experts
+
+
+def _experts_of(layout, params):
+    """Of a model whose last four parameters are two experts: the dense ones, this rank's expert, and norm_group."""
+    n = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (2, n // 2), mesh_dim_names=("expert", "shard"))
+    dense, group = params[:-4], dist.group.WORLD
+    own = params[-2:] if mesh.get_local_rank("expert") else params[-4:-2]
+    if layout == "dense shards on all ranks":
+        dense = [nn.Parameter(distribute_tensor(p.detach(), init_device_mesh("cpu", (n,)), [Shard(0)])) for p in dense]
+    elif layout == "all sharded within an expert":
+        placements = [Replicate(), Shard(0)]
+        dense = [nn.Parameter(distribute_tensor(p.detach(), mesh, placements)) for p in dense]
+        own = [nn.Parameter(distribute_tensor(p.detach(), mesh["shard"], [Shard(0)])) for p in own]
+        group = mesh.get_group("expert")
+    return dense, own, group
+
+
+def _trains_experts(layout):
+    params = list(model().parameters())
+    dense, own, group = _experts_of(layout, params)
+    first = dist.get_rank() < dist.get_world_size() // 2
+    groups = [{"params": dense, "replicated": True}, {"params": own}]
+    optimizer = NexusAdamW(groups, **OPTIONS, norm_group=group)
+    for step in range(7):
+        values = gradients(params, step)
+        if step == 4:
+            values[-1][-1] = float("nan")  # of one expert
+        give(dense, values[:-4])
+        give(own, values[-4:-2] if first else values[-2:])
+        optimizer.step()
+    norms = [norm.item() for norm in optimizer.param_groups[0]["grad_norms"]]
+    return [whole(p) for p in dense], [whole(p) for p in own], optimizer.metrics(), norms
+
+
+@pytest.mark.parametrize(
+    ("layout", "n"),
+    [("plain", 2), ("dense shards on all ranks", 2), ("all sharded within an expert", 4)],
+)
+def test_experts_beside_replicated_layers_have_one_norm(layout, n):
+    params = list(model().parameters())
+    optimizer = NexusAdamW(params, **OPTIONS)
+    for step in range(7):
+        values = gradients(params, step)
+        if step == 4:
+            values[-1][-1] = float("nan")
+        give(params, values)
+        optimizer.step()
+    results = on_ranks(n, _trains_experts, layout)
+    for rank, (dense, own, metrics, norms) in enumerate(results):
+        equal_but_for_the_norm(dense, [p.detach() for p in params[:-4]])
+        equal_but_for_the_norm(own, [p.detach() for p in (params[-4:-2] if rank < n // 2 else params[-2:])])
+        assert all(torch.equal(a, b) for a, b in zip(dense, results[0][0], strict=True))
+        assert norms == results[0][3]  # bit for bit
+        for key in ("alignment", "grad_norms", "skipped_inner_steps", "lost_fraction"):
+            assert metrics[key] == pytest.approx(optimizer.metrics()[key], nan_ok=True), key
+
+
+def _replicated_is_checked():
+    rank = dist.get_rank()
+    a, b = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2 + rank))
+    with pytest.raises(RuntimeError, match="about the number of replicated parameters: 1 on rank 0, 0 on rank 1"):
+        NexusAdamW([{"params": [a], "replicated": rank == 0}, {"params": [b]}], norm_group=dist.group.WORLD)
+    with pytest.raises(RuntimeError, match=r"about replicated parameter 0: \(2,\) .* on rank 0, \(3,\)"):
+        NexusAdamW([{"params": [b], "replicated": True}, {"params": [a]}], norm_group=dist.group.WORLD)
+    with pytest.raises(RuntimeError, match=r"about lr of replicated group 0: 0\.001 on rank 0, 0\.002 on rank 1"):
+        NexusAdamW([{"params": [a], "replicated": True, "lr": 1e-3 * (1 + rank)}], norm_group=dist.group.WORLD)
+    mesh = init_device_mesh("cpu", (2,))
+    shared = nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)]))
+    with pytest.raises(ValueError, match=r'norm_group has the ranks 0, 1, .* a group with "replicated": True'):
+        NexusAdamW([{"params": [shared]}, {"params": [b]}], norm_group=dist.group.WORLD)
+    optimizer = NexusAdamW([{"params": [a], "replicated": True}, {"params": [b]}], norm_group=dist.group.WORLD)
+    before = a.detach().clone()
+    a.grad, b.grad = torch.ones_like(a), torch.ones_like(b)
+    optimizer.param_groups[0]["replicated"] = False
+    with pytest.raises(ValueError, match="replicated of parameter group 0 was changed from True to False"):
+        optimizer.step()
+    assert optimizer.at_boundary
+    assert torch.equal(a, before)
+    optimizer.param_groups[0]["replicated"] = True
+    optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    assert [group["replicated"] for group in state["param_groups"]] == [True, False]
+    optimizer.load_state_dict(state)
+    assert optimizer.cycle_position == 1
+    return state
+
+
+def test_replicated_is_checked_saved_and_loaded():
+    """It tells how ranks are laid out, as norm_group does: an optimizer keeps its own."""
+    (state, _) = on_ranks(2, _replicated_is_checked)
+    optimizer = NexusAdamW([{"params": [nn.Parameter(torch.ones(n))]} for n in (3, 2)])
+    with pytest.warns(UserWarning, match="group 0 was saved with replicated=True, this optimizer keeps its False"):
+        optimizer.load_state_dict(state)
+    assert not optimizer.param_groups[0]["replicated"]
+    assert optimizer.cycle_position == 1
+    optimizer.step()
+
+
+def test_replicated_without_a_norm_group_is_refused():
+    for frozen in (False, True):
+        group = {"params": [nn.Parameter(torch.ones(3), requires_grad=not frozen)], "replicated": True}
+        with pytest.raises(ValueError, match=r"replicated=True of parameter group 0 .* there is no norm_group"):
+            NexusAdamW([group])
+        optimizer = NexusAdamW([nn.Parameter(torch.ones(3))])
+        with pytest.raises(ValueError, match=r"replicated=True of parameter group 1 .* there is no norm_group"):
+            optimizer.add_param_group(group)
+        assert len(optimizer.param_groups) == 1
+    optimizer.param_groups[0]["replicated"] = True
+    with pytest.raises(ValueError, match="replicated of parameter group 0 was changed"):
+        optimizer.step()
+
+
 def _overflows(whose):
     """`found_inf` as a scaler of one's own hands it over, on one rank."""
     params = list(spread("fsdp", model()).parameters())
