@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .cycle import combine, summarize
 from .dtensor import checksum, is_dtensor
 from .options import HYPER, group_row, is_frozen
 from .ranks import check_group, difference
+from .replicas import compare_norms
 from .walk import Walk
 
 Groups = list[dict[str, Any]]
@@ -58,6 +60,11 @@ def compare_replicas(walk: Walk, groups: Groups, state: Any, group: Any) -> None
     found = difference({**here, **of_params}, group or torch.distributed.group.WORLD, "in check_ranks()")
     if found is not None:
         raise RuntimeError(found)
+    if not walk.is_local:
+        cycles = list(walk.cycles.values())
+        running = cycles[0].grad_norms[: walk.position].tolist()
+        norms = running or summarize(combine(cycles), walk.inner_steps)["grad_norms"]
+        compare_norms(norms, group or torch.distributed.group.WORLD, "in check_ranks()")
 
 
 def _agreed(

@@ -126,6 +126,8 @@ class NexusAdamW(Optimizer):
         super().__init__(params, defaults)
         self._take_groups(0, "at construction")
         self._built = True
+        if not self._walk.is_local:
+            self._walk.ranks.replicas.find(self.param_groups)
 
     def _build(self, choices: Choices, ranks: Ranks) -> None:
         self._itself = weakref.ref(self)
@@ -317,7 +319,8 @@ class NexusAdamW(Optimizer):
     def check_ranks(self, group: Any = None) -> None:
         """Raises RuntimeError on all ranks of a process group (None: the default one), naming the first difference,
         unless inner_steps, cycle_position, hyperparameters and the parameters' shapes, dtypes, shardings and
-        requires_grad are the same. The values of parameters are not compared.
+        requires_grad are the same, and so are the norms that it has taken last. The values of parameters are not
+        compared. Waits for the device.
 
         All of them call it. Where step() communicates that is done without asking, for the ranks it concerns, when the
         optimizer is built or loaded; use it for replicas that others keep equal, as DistributedDataParallel does.

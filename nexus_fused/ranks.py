@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .dtensor import find_fsdp_modules, is_dtensor, local_part, shard_ranks
+from .replicas import Replicas
 
 
 class Spread(NamedTuple):
@@ -46,6 +47,7 @@ class Ranks:
         check_group(displacement_group, "displacement_group")
         self.norm_group, self.displacement_group = norm_group, displacement_group
         self.modules: list[weakref.ref[Any]] = []  # under fully_shard
+        self.replicas = Replicas()
         self._known: set[int] = set()  # ids of the parameters whose modules were looked for
         # Of each sum over shards: groups to sum over in turn, a device of theirs, the classes that count on this rank,
         # whether they are replicated.
@@ -91,7 +93,7 @@ class Ranks:
         largest = [c for c in classes if c.ranks and not any(c != other and inside(c, other) for other in classes)]
         new = [param for param in params if id(param) not in self._known]
         self.modules += [module for module in find_fsdp_modules(new) if module not in self.modules]
-        self._known = set(map(id, params))
+        self._known, self.replicas.outdated = set(map(id, params)), True
         sums: list[tuple[list[Any], torch.device, set[Spread], bool]] = []
         taken: set[Spread] = set()
         for large in largest:

@@ -165,6 +165,8 @@ class State:
             self.show(in_cycle=self._walk.position > 0)  # where a capture was cut, the cycle did not take place
             raise
         self._walk.check_writes()  # before anything has parameters taken as they are
+        if gradients and not self._walk.is_local:
+            self._walk.ranks.replicas.check_reduced(self._groups)
         self.adopt(moments=moments)
         if waits:
             self._thaw()

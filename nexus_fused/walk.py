@@ -177,7 +177,8 @@ class Walk:
         last = self.position + 1 == self.inner_steps
         if not last:
             self.ensure_displacements()
-        micro_batch = MicroBatch(self.sq_norms(found_inf), self.position, grad_scale, found_inf)
+        sq_norms = self.ranks.replicas.compared(self.sq_norms(found_inf))
+        micro_batch = MicroBatch(sq_norms, self.position, grad_scale, found_inf)
         if last:
             self.finish(micro_batch)
             return

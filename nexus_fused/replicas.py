@@ -1,0 +1,118 @@
+"""Whether the replicas that DistributedDataParallel keeps equal take the same steps.
+
+DDP does not tell an optimizer of itself, so its instances are looked for among all objects, once, where
+torch.distributed runs. Each says which forward passes had their gradients reduced.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import math
+import weakref
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+
+class Replica:
+    """One instance of DDP. reduced: whether it reduced the gradients of the last backward pass."""
+
+    def __init__(self, module: DistributedDataParallel, param: Tensor) -> None:
+        self.module, self.reduced = weakref.ref(module), True
+        param.register_post_accumulate_grad_hook(functools.partial(_note, weakref.ref(self)))
+
+    @property
+    def waits(self) -> bool:
+        """Whether its gradients are this rank's own.
+
+        Any forward pass sets DDP's flag, one without gradients too; the hook knows the backward pass, but not where
+        its parameter had no part in it.
+        """
+        module = self.module()
+        return module is not None and not self.reduced and not module.require_forward_param_sync
+
+
+def _note(replica: weakref.ref[Replica], _: Tensor) -> None:
+    """The hook: was the forward pass of this backward pass one that DDP reduces?"""
+    known = replica()
+    module = None if known is None else known.module()
+    if module is not None and not torch.compiler.is_compiling():
+        known.reduced = module.require_forward_param_sync  # type: ignore[union-attr]
+
+
+class Replicas:
+    """The instances of DDP that reduce the gradients of one optimizer's parameters, where there are other ranks."""
+
+    def __init__(self) -> None:
+        self.outdated = True  # parameters came
+        self._found: list[Replica] = []
+
+    def find(self, groups: list[dict[str, Any]]) -> None:
+        """Looks for instances that hold parameters of these groups, which takes some 0.1 s."""
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return
+        ours = {id(param) for group in groups for param in group["params"]}
+        known = [replica.module() for replica in self._found]
+        for module in [found for found in gc.get_objects() if issubclass(type(found), DistributedDataParallel)]:
+            reduced = [
+                param
+                for name, param in module.module.named_parameters()
+                if id(param) in ours and param.requires_grad and name not in module.parameters_to_ignore
+            ]
+            if reduced and dist.get_world_size(module.process_group) > 1 and all(module is not it for it in known):
+                self._found.append(Replica(module, reduced[0]))
+        self.outdated = not self._found
+
+    def check_reduced(self, groups: list[dict[str, Any]]) -> None:
+        """Raises RuntimeError where a step would take gradients that DDP did not reduce."""
+        if self.outdated:
+            self.find(groups)
+            self.outdated = False
+        if any(replica.waits for replica in self._found):
+            raise RuntimeError(
+                "DistributedDataParallel did not reduce the gradients of the last backward pass (its no_sync(), or "
+                "require_backward_grad_sync=False), so that replicas would part: leave that away and call step() once "
+                "after each backward pass, or only after the last one, which is reduced; or give displacement_group, "
+                "with which each rank walks on its own"
+            )
+
+    def compared(self, sq_norms: list[Tensor]) -> list[Tensor]:
+        """`sq_norms` as they are. Where torch.distributed was asked to look for mistakes, compares ‖g‖ with the other
+        replicas' before, which waits for the device."""
+        if self._found and dist.get_debug_level() != dist.DebugLevel.OFF and not _capturing():
+            norm = sum(float(part.sum()) for part in sq_norms) ** 0.5
+            modules = [replica.module() for replica in self._found]
+            groups = [m.process_group for m in modules if m is not None and not m._join_config.enable]
+            for group in dict.fromkeys(groups):
+                compare_norms([norm], group, "in step()")
+        return sq_norms
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def compare_norms(norms: list[float], group: Any, when: str) -> None:
+    """Raises RuntimeError on all ranks of a group if their norms differ by more than a thousandth: reductions may have
+    other orders on each. An empty list is no norm to compare."""
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, [-1.0 if math.isnan(norm) else norm for norm in norms], group=group)
+    known = [(rank, there) for rank, there in zip(dist.get_process_group_ranks(group), everyone, strict=True) if there]
+    for rank, there in known[1:]:
+        for a, b in zip(known[0][1], there, strict=False):
+            if not math.isclose(a, b, rel_tol=1e-3):
+                raise RuntimeError(
+                    f"ranks disagree {when} about the norm of their gradients: {_shown(a)} on rank {known[0][0]}, "
+                    f"{_shown(b)} on rank {rank}; each divides by its own, so that replicas part. Where parameters are "
+                    "each rank's own, as experts are, build the optimizer with norm_group=<these ranks> and give the "
+                    'groups of the parameters that all of them hold "replicated": True. Else reduce the gradients over '
+                    "these ranks before step(), or compare only ranks that are replicas, in a process group of theirs"
+                )
+
+
+def _shown(norm: float) -> str:
+    return "nan" if norm < 0 else f"{norm:.6g}"
