@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from nexus_fused import NexusAdamW
@@ -295,6 +296,66 @@ def test_going_back_within_a_run(tmp_path):
 
 
 # What fails
+
+
+def _fills_what_it_finds(optimizer, full, *, materialize=True):
+    """The loop of docs/checkpoints.md."""
+    if materialize and any("displacement" in entry for entry in full["state"].values()):
+        optimizer.materialize_displacements()
+    state = optimizer.state_dict()
+    for group, full_group in zip(state["param_groups"], full["param_groups"], strict=True):
+        group.update({key: value for key, value in full_group.items() if key != "params"})
+        for index, full_index in zip(group["params"], full_group["params"], strict=True):
+            entry = state["state"].get(index, {})
+            for key, value in full["state"].get(full_index, {}).items():
+                if isinstance(entry[key], DTensor):
+                    value = distribute_tensor(value, entry[key].device_mesh, entry[key].placements)
+                entry[key] = value
+    optimizer.load_state_dict(state)
+
+
+def _loads_by_a_loop(kind, dtype, saved):
+    """Each of the saved states in turn, each from where the one before left the optimizer."""
+    module = model(dtype) if kind == "plain" else spread(kind, model(dtype))
+    params = list(module.parameters())
+    optimizer = NexusAdamW(params, **OPTIONS, inner_steps=3)
+    ends = []
+    for taken, weights, full in saved:
+        if ends and taken % 3 == 0:
+            assert optimizer.cycle_position == 2  # a boundary comes into mid-cycle
+        elif not ends and taken % 3:
+            with pytest.raises(KeyError, match="displacement"):
+                _fills_what_it_finds(optimizer, full, materialize=False)
+        _fills_what_it_finds(optimizer, full)
+        assert optimizer.cycle_position == taken % 3
+        with torch.no_grad():
+            for param, weight in zip(params, weights, strict=True):
+                like = isinstance(param, DTensor)
+                param.copy_(distribute_tensor(weight, param.device_mesh, param.placements) if like else weight)
+        for step in range(taken, 8):
+            give(params, gradients(params, step))
+            optimizer.step()
+        ends.append([whole(p) for p in params])
+    return ends
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["plain", "fsdp"])
+def test_a_loop_that_fills_what_it_finds(kind, dtype):
+    params = list(model(dtype).parameters())
+    optimizer = NexusAdamW(params, **OPTIONS, inner_steps=3)
+    saved = []
+    for step in range(8):
+        if step in (4, 6):
+            saved.append((step, values(params), copy.deepcopy(optimizer.state_dict())))
+        give(params, gradients(params, step))
+        optimizer.step()
+    results = (
+        [_loads_by_a_loop(kind, dtype, saved)] if kind == "plain" else on_ranks(2, _loads_by_a_loop, kind, dtype, saved)
+    )
+    for ends in results:
+        for weights in ends:
+            equal_but_for_the_norm(weights, [p.detach() for p in params])
 
 
 def _message(call, *args, **kwargs):
