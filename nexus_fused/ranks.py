@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .dtensor import find_fsdp_modules, is_dtensor, local_part, shard_ranks
-from .replicas import Replicas
+from .replicas import Replicas, compare_norms
 
 
 class Spread(NamedTuple):
@@ -134,6 +134,19 @@ class Ranks:
     def norm_is_shared(self) -> bool:
         """Whether other ranks have a part in the norm."""
         return bool(self._sums) or self.norm_group is not None
+
+    def compare_replicas(self, parts: list[tuple[Spread, Tensor]]) -> None:
+        """Compares ‖g‖² of the whole tensors that count on one rank only, where torch.distributed was asked to look for
+        mistakes; waits for the device then. parts: as for `add`."""
+        if dist.get_debug_level() == dist.DebugLevel.OFF:
+            return
+        groups = [(group, replicated) for groups, *_, replicated in self._sums for group in groups]
+        if self.norm_group is not None:
+            groups.append((self.norm_group, True))
+        for group, replicated in groups:
+            whole = [float(value) for of, value in parts if of == (WHOLE.ranks, replicated)]
+            norms = [sum(whole) ** 0.5] if whole else []
+            compare_norms(norms, group, "in step()", "gradients of parameters that count as replicated")
 
     def add(self, parts: list[tuple[Spread, Tensor]], what: str) -> list[Tensor]:
         """Sums over all ranks of what each knows of its own parameters; the sum of those returned is the whole.

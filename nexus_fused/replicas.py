@@ -96,9 +96,9 @@ def _capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-def compare_norms(norms: list[float], group: Any, when: str) -> None:
+def compare_norms(norms: list[float], group: Any, when: str, of: str = "gradients") -> None:
     """Raises RuntimeError on all ranks of a group if their norms differ by more than a thousandth: reductions may have
-    other orders on each. An empty list is no norm to compare."""
+    other orders on each. An empty list is no norm to compare. of: what the norms are of."""
     everyone: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyone, [-1.0 if math.isnan(norm) else norm for norm in norms], group=group)
     known = [(rank, there) for rank, there in zip(dist.get_process_group_ranks(group), everyone, strict=True) if there]
@@ -106,11 +106,11 @@ def compare_norms(norms: list[float], group: Any, when: str) -> None:
         for a, b in zip(known[0][1], there, strict=False):
             if not math.isclose(a, b, rel_tol=1e-3):
                 raise RuntimeError(
-                    f"ranks disagree {when} about the norm of their gradients: {_shown(a)} on rank {known[0][0]}, "
-                    f"{_shown(b)} on rank {rank}; each divides by its own, so that replicas part. Where parameters are "
-                    "each rank's own, as experts are, build the optimizer with norm_group=<these ranks> and give the "
-                    'groups of the parameters that all of them hold "replicated": True. Else reduce the gradients over '
-                    "these ranks before step(), or compare only ranks that are replicas, in a process group of theirs"
+                    f"ranks disagree {when} about the norm of {of}: {_shown(a)} on rank {known[0][0]}, {_shown(b)} on "
+                    f"rank {rank}, with which replicas part. Where parameters are each rank's own, as experts are, "
+                    "build the optimizer with norm_group=<these ranks> and give the groups of the parameters that all "
+                    'of them hold "replicated": True. Else reduce the gradients over these ranks before step(), or '
+                    "compare only ranks that are replicas, in a process group of theirs"
                 )
 
 

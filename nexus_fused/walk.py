@@ -207,6 +207,7 @@ class Walk:
         if not sq_norms:  # all parameters are frozen
             sq_norms = [(WHOLE, torch.zeros((), dtype=torch.float64))]
         parts = [(spread, sq_norm.sum()) for spread, sq_norm in sq_norms]
+        self.ranks.compare_replicas(parts)
         if found_inf is not None:
             parts = [(of, torch.where(found_inf.to(part.device).view(()) == 0, part, torch.inf)) for of, part in parts]
         return self.ranks.add(parts, "the norm")

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from processes import on_ranks
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from nexus_fused import NexusAdamW
@@ -165,16 +167,15 @@ def _trains_experts(replicated, debug):
         options = {**OPTIONS, "norm_group": dist.group.WORLD}
     optimizer = NexusAdamW(groups, **options)
     optimizer.check_ranks()  # no norm yet
-    if debug:
-        dist.set_debug_level(dist.DebugLevel.INFO)
-        if not replicated:
-            _backward(parallel, 0)
-            before = _weights(optimizer)
-            with pytest.raises(RuntimeError) as raised:
-                optimizer.step()
-            assert optimizer.at_boundary
-            assert all(torch.equal(a, b) for a, b in zip(_weights(optimizer), before, strict=True))
-            return str(raised.value)
+    dist.set_debug_level(dist.DebugLevel.INFO if debug else dist.DebugLevel.OFF)
+    if debug and not replicated:
+        _backward(parallel, 0)
+        before = _weights(optimizer)
+        with pytest.raises(RuntimeError) as raised:
+            optimizer.step()
+        assert optimizer.at_boundary
+        assert all(torch.equal(a, b) for a, b in zip(_weights(optimizer), before, strict=True))
+        return str(raised.value)
     errors = []
     for step in range(4):
         _backward(parallel, step)
@@ -193,11 +194,39 @@ def _trains_experts(replicated, debug):
     return torch.equal(*seen)
 
 
+def _counts_once(kind):
+    """Parameters that count on one rank only, with gradients of each rank's own."""
+    dist.set_debug_level(dist.DebugLevel.INFO)
+    rank, own = dist.get_rank(), nn.Parameter(torch.ones(3))
+    if kind == "beside DTensors":
+        sharded = nn.Parameter(distribute_tensor(torch.ones(4), init_device_mesh("cpu", (2,)), [Shard(0)]))
+        optimizer = NexusAdamW([sharded, own], **OPTIONS)
+    else:
+        groups = [{"params": [own], "replicated": True}, {"params": [nn.Parameter(torch.ones(2))]}]
+        optimizer = NexusAdamW(groups, **OPTIONS, norm_group=dist.group.WORLD)
+    own.grad = torch.ones(3)
+    optimizer.found_inf = torch.tensor(float(rank))  # of one rank: no disagreement
+    optimizer.step()
+    assert optimizer.param_groups[0]["skipped_inner_steps"] == 1
+    own.grad = torch.full((3,), 1.0 + rank)
+    with pytest.raises(RuntimeError) as raised:
+        optimizer.step()
+    assert optimizer.cycle_position == 1
+    assert own.tolist() == [1, 1, 1]
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("kind", ["beside DTensors", "replicated"])
+def test_what_counts_once_must_be_equal(kind):
+    for error in on_ranks(2, _counts_once, kind):
+        assert "in step() about the norm of gradients of parameters that count as replicated: 1.73205 on" in error
+
+
 @pytest.mark.parametrize("debug", [False, True])
 def test_experts_beside_layers_under_ddp(debug):
     assert on_ranks(2, _trains_experts, True, debug) == [True, True]
     for error in on_ranks(2, _trains_experts, False, debug):
         when = r"step" if debug else "check_ranks"
-        assert error.startswith(f"ranks disagree in {when}() about the norm of their gradients: ")
+        assert error.startswith(f"ranks disagree in {when}() about the norm of gradients: ")
         assert "norm_group" in error
         assert '"replicated": True' in error
