@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from operator import itemgetter
+import operator
 from typing import Any, NamedTuple
 
 import torch
@@ -45,7 +45,8 @@ FLAGS: dict[str, tuple[bool | None, ...]] = dict.fromkeys(
 FLAGS["fused"] = (None, True, False)
 FLAGS["replicated"] = (True, False)  # only of groups: see norm_group
 
-_VALUES = itemgetter(*FLAGS, "inner_steps", "lr", "inner_lr", "eps", "weight_decay", "base_lr")
+KeptRows = list[tuple[tuple[Any, ...], list["float | Tensor"]]]  # what each group's row was made of, and the row
+_VALUES = operator.itemgetter(*FLAGS, "inner_steps", "lr", "inner_lr", "eps", "weight_decay", "base_lr")
 
 # Keys of a parameter group that belong to the running cycle; the same keys at every position, and lists of the same
 # length: where it changes, torch.distributed.checkpoint mixes them with those that were there. What is one for the
@@ -138,16 +139,26 @@ def group_row(group: dict[str, Any], index: int, steps: int) -> list[float | Ten
     return row
 
 
+def group_rows(groups: list[dict[str, Any]], steps: int, kept: KeptRows) -> list[list[float | Tensor]]:
+    """The row of each group: the one in `kept`, which is brought up to date, unless a value is another object now, or
+    a tensor, which others may have written into."""
+    before = kept.copy()
+    kept.clear()
+    for index, group in enumerate(groups):
+        betas = group["betas"]
+        values = (*_VALUES(group), *betas, group.get("max_lr")) if type(betas) in (tuple, list) else ()
+        known, row = before[index] if index < len(before) else ((), [])
+        if not values or len(values) != len(known) or not all(map(operator.is_, values, known)):
+            row = group_row(group, index, steps)
+            values = () if any(isinstance(value, Tensor) for value in (*values, *row)) else values
+        kept.append((values, row))
+    return [row for _, row in kept]
+
+
 def keys_of_group(groups: list[dict[str, Any]], index: int) -> tuple[str, ...]:
     """The cycle's keys that a group has."""
     first = next((i for i, group in enumerate(groups) if group["params"]), 0)
     return GROUP_KEYS if index == first else GROUP_KEYS[: -len(OPTIMIZER_KEYS)]
-
-
-def values_of_row(group: dict[str, Any]) -> tuple[Any, ...]:
-    """The objects that a group's row is made of; () where one of them may change and stay the same object."""
-    betas = group["betas"]
-    return (*_VALUES(group), *betas, group.get("max_lr")) if type(betas) in (tuple, list) else ()
 
 
 def _share_of_peak(lr: float | Tensor, base_lr: float | Tensor) -> float | Tensor:

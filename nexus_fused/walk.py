@@ -5,7 +5,6 @@ The walk knows tables, their scalars and ranks, nothing of the keys of a state. 
 
 from __future__ import annotations
 
-import operator
 from collections import defaultdict
 from itertools import zip_longest
 from types import ModuleType
@@ -18,7 +17,7 @@ from . import backends, dtensor, graphs, reference
 from .cycle import Cycle, MicroBatch
 from .dtensor import local_part
 from .flat import Segment, make_segment, real_dtype
-from .options import group_row, values_of_row
+from .options import KeptRows, group_rows
 from .ranks import WHOLE, Ranks, Spread
 from .table import Table
 
@@ -42,7 +41,7 @@ class Walk:
         self.cycles: dict[tuple[torch.device, Spread], Cycle] = {}
         self.work: list[tuple[Cycle, list[Table]]] = []
         self._rows: list[list[float | Tensor]] = []  # of hyperparameters, as the devices have them
-        self._kept: list[tuple[tuple[Any, ...], list[float | Tensor]]] = []  # what each row was made of, and the row
+        self._kept: KeptRows = []
         self.capture = graphs.Capture()
         self._warm = False  # a cycle was finished since parameters came
 
@@ -130,7 +129,7 @@ class Walk:
 
         gradients: whether those of a micro-batch are used.
         """
-        rows = self._hyper_rows(groups)
+        rows = group_rows(groups, self.inner_steps, self._kept)
         self.ranks.check_groups(groups)
         for table in self.tables.values():
             table.read_gradients(use=gradients)
@@ -140,19 +139,6 @@ class Walk:
                 cycle.set_hyper(rows)
             self._rows = rows
         return maxima_came
-
-    def _hyper_rows(self, groups: list[dict[str, Any]]) -> list[list[float | Tensor]]:
-        """The row of each group: the one before, unless a value is another object now, or a tensor, which others may
-        have written into."""
-        kept, self._kept = self._kept, []
-        for index, group in enumerate(groups):
-            values = values_of_row(group)
-            known, row = kept[index] if index < len(kept) else ((), [])
-            if not values or len(values) != len(known) or not all(map(operator.is_, values, known)):
-                row = group_row(group, index, self.inner_steps)
-                values = () if any(isinstance(value, Tensor) for value in (*values, *row)) else values
-            self._kept.append((values, row))
-        return [row for _, row in self._kept]
 
     def follow_amsgrad(self, groups: list[dict[str, Any]]) -> bool:
         """Gives groups maxima, or lets them rest, as their option says now; whether some came."""
