@@ -127,6 +127,13 @@ class Segment:
         return f"parameter {self.index} of group {self.group} (shape {tuple(self.param.shape)})"
 
     @property
+    def fits(self) -> bool:
+        """Whether the parameter is still of the kind that is described here, wherever it lies on its device."""
+        local, device = self.local, self.bucket.device
+        kind = real_dtype(local.dtype) is real_dtype(self.dtype) and local.device == device
+        return kind and local.shape == self.shape and local.stride() == self.param_strides
+
+    @property
     def local(self) -> Tensor:
         """The parameter's part on this rank, wherever it lies now."""
         return local_part(self.param)

@@ -117,12 +117,7 @@ class Observer:
     def _look_at_parameter(self, segment: Segment, address: int) -> bool:
         """Whether a parameter lies elsewhere than at `address`; brings one that has gaps up to date."""
         local = segment.local
-        if (
-            real_dtype(local.dtype) is not real_dtype(segment.dtype)
-            or local.device != self._device
-            or local.shape != segment.shape
-            or local.stride() != segment.param_strides
-        ):
+        if not segment.fits:
             raise RuntimeError(
                 f"{segment.where} was {segment.dtype} on {self._device} with strides {segment.param_strides} when the "
                 f"optimizer was built and is now {tuple(local.shape)} {local.dtype} on {local.device} with strides "

@@ -369,7 +369,7 @@ class NexusAdamW(Optimizer):
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
-        self._state.check_members()
+        self._state.follow_members()
         try:
             groups, entries, foreign = checkpoint.check(state_dict, self.param_groups, self._walk)
         except Exception as error:  # whatever it is, others must not wait for this rank
@@ -413,10 +413,9 @@ class NexusAdamW(Optimizer):
         self._build(state["_choices"], Ranks())
         super().__setstate__({"defaults": state["defaults"], "param_groups": groups, "state": defaultdict(dict)})
         loaded = [dict(group) for group in groups]
-        self._state.expect(entries)
         params = [(g, i, p) for g, group in enumerate(groups) for i, p in enumerate(group["params"])]
         self._known.update(p for *_, p in params)
-        self._state.register(params, flatten=self._walk.flatten)
+        self._state.register(params, flatten=self._walk.flatten, known=entries)
         self._state.restore(loaded, {p: entry for p, entry in entries.items() if isinstance(p, Tensor)})
         self._built = True
         self.state.update({key: value for key, value in entries.items() if not isinstance(key, Tensor)})

@@ -1,21 +1,20 @@
-"""The life of a state: whose it is, what is shown, saved and loaded of it. The only writer of its keys."""
+"""The life of a state: whose it is, what is shown, saved and loaded of it."""
 
 from __future__ import annotations
 
 import operator
 import warnings
 import weakref
-from collections import deque
 from collections.abc import Iterable
-from itertools import repeat, zip_longest
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import checkpoint, theta
-from .flat import IN_CYCLE, Segment
-from .observer import Shown
+from .entries import Entries
+from .flat import Segment
 from .options import GROUP_KEYS, OPTIMIZER_KEYS, check_param, is_frozen
 from .walk import Entry, Walk
 
@@ -30,11 +29,8 @@ class State:
         self._optimizer, self._walk = weakref.ref(optimizer), walk
         self._frozen: list[Entry] = []  # no state yet
         self._members: list[list[Tensor]] = []  # each group's parameters, as registered
-        self._values: list[Any] = []  # of optimizer.state, as it was when all entries were in order
-        self._moments, self._remainders, self._displacements = Shown([]), Shown([]), Shown([])
-        self._entries: list[dict[str, Any]] = []  # of parameters, with what each shows in mid-cycle
-        self._in_cycle: list[dict[str, Tensor]] = []
-        self.shows_cycle = False  # entries have displacements
+        self._entries = Entries(self._optimizer)
+        self._is_fresh = True  # no step was taken, and no state came from elsewhere
         self.shows_theta = False  # parameters hold θ, and the groups describe the boundary
         self.in_outer_weights = False  # the with block, not eval(), asked for it
         self._kept: list[theta.Kept] = []  # the walk meanwhile
@@ -46,19 +42,15 @@ class State:
         groups: list[dict[str, Any]] = self._optimizer().param_groups  # type: ignore[union-attr]
         return groups
 
-    @property
-    def _state(self) -> dict[Any, dict[str, Any]]:
-        state: dict[Any, dict[str, Any]] = self._optimizer().state  # type: ignore[union-attr]
-        return state
-
     # Parameters
 
-    def register(self, params: list[Entry], *, flatten: bool) -> None:
-        """Gives parameters state and a place in a table; frozen ones wait for a gradient."""
+    def register(self, params: list[Entry], *, flatten: bool, known: Iterable[Any] = ()) -> None:
+        """Gives parameters state and a place in a table; frozen ones wait for a gradient. known: have state to come."""
+        self._entries.expect(known)
         live: list[Entry] = []
         waiting: list[Entry] = []
         for entry in params:
-            frozen = is_frozen(entry[2]) and not self._state.get(entry[2])
+            frozen = is_frozen(entry[2]) and not self._entries.state.get(entry[2])
             (waiting if frozen else live).append(entry)
         segments = self._walk.add(live, self._groups, flatten=flatten)
         self._frozen += waiting
@@ -67,18 +59,10 @@ class State:
 
     def _add(self, segments: list[Segment]) -> None:
         """Gives parameters that came an entry, and entries the maxima that came."""
-        shows = self.shows_cycle or self._walk.position > 0
+        shows = self._entries.shows_cycle or self._walk.position > 0
         if shows:
             self._walk.ensure_displacements()
-        self._hide()
-        for segment in segments:
-            self._state[segment.param].update({name: segment.show(name) for name in segment.names()})
-        self._entries = []
-        entries = [(self._state[s.param], s) for s in self._walk.segments]
-        items = [(entry, name, s.shown[name]) for entry, s in entries for name in s.names()]
-        self._moments = Shown([item for item in items if item[1] != "remainder"])
-        self._remainders = Shown([item for item in items if item[1] == "remainder"])
-        self._values = list(self._state.values())
+        self._entries.put(segments, self._walk.segments)
         self.show(in_cycle=shows)
 
     def _thaw(self) -> None:
@@ -88,11 +72,14 @@ class State:
             check_param(param, f"parameter {index} of group {group}")
         if ready:
             self.register(ready, flatten=False)
-            self._frozen = [entry for entry in self._frozen if entry[2] not in self._state]
+            self._frozen = [entry for entry in self._frozen if entry[2] not in self._entries.state]
 
-    def check_members(self) -> None:
-        """Raises RuntimeError unless groups and state hold what was registered; the rest would never be stepped."""
-        groups = [group["params"] for group in self._groups]
+    def follow_members(self) -> None:
+        """Takes over groups that somebody put behind the known ones, and moves of parameters before the first step.
+
+        RuntimeError where the known ones hold other parameters than before: those would never be stepped.
+        """
+        groups = [group["params"] for group in self._groups[: len(self._members)]]
         pairs = zip_longest(groups, self._members, fillvalue=())
         same = [len(now) == len(then) and all(map(operator.is_, now, then)) for now, then in pairs]
         if not all(same):
@@ -101,17 +88,38 @@ class State:
                 f"the parameters of group {index} were exchanged, added or removed behind the optimizer's back: add "
                 "groups with add_param_group(), or build a new optimizer and load this one's state into it"
             )
+        self._take_groups()
+        if self._is_fresh and not all(segment.fits for segment in self._walk.segments):
+            self._rebuild()
 
-    def _is_ours(self, *, moments: bool) -> bool:
-        """Whether the state holds just what we put there, in our memory."""
-        state = self._state
-        return (
-            len(state) == len(self._values)
-            and all(map(operator.is_, state.values(), self._values))
-            and self._remainders.unchanged()
-            and not (self.shows_cycle and not self._displacements.unchanged())
-            and not (moments and not self._moments.unchanged())
-        )
+    def _take_groups(self) -> None:
+        optimizer: Any = self._optimizer()
+        groups, known = optimizer.param_groups, len(self._members)
+        if len(groups) <= known:
+            return
+        optimizer.param_groups = groups[:known]
+        try:
+            for group in groups[known:]:
+                optimizer.add_param_group({key: value for key, value in group.items() if key not in GROUP_KEYS})
+        except BaseException:
+            optimizer.param_groups = groups
+            raise
+
+    def _rebuild(self) -> None:
+        """Gives all parameters memory, where and as they are now."""
+        walk, segments = self._walk, self._walk.segments
+        for segment in segments:
+            check_param(segment.param, f"parameter {segment.index} of group {segment.group}")
+        before = walk.tables, walk.cycles, walk.work
+        walk.tables, walk.cycles, walk.work = {}, {}, []
+        self._entries.drop(segments)
+        try:
+            params = [(s.group, s.index, s.param) for s in segments]
+            self.register(params, flatten=walk.flatten, known=[param for *_, param in params])
+        except BaseException:
+            walk.tables, walk.cycles, walk.work = before
+            self._add(segments)
+            raise
 
     def adopt(self, *, moments: bool = True) -> None:
         """Copies what others put into the state, or moved, to where kernels work, and shows that again.
@@ -119,23 +127,10 @@ class State:
         moments: whether those are looked at too; inner steps use none. RuntimeError, TypeError or ValueError for what
         cannot be adopted; nothing is modified then.
         """
-        if self._is_ours(moments=moments):
+        found = self._entries.foreign(self._walk.segments, moments=moments)
+        if found is None:
             return
-        found: list[tuple[Segment, str, Any]] = []
-        for segment in self._walk.segments:
-            entry = self._state.get(segment.param)
-            if not entry:
-                raise RuntimeError(
-                    f"the entry of {segment.where} was removed from optimizer.state: to start a parameter's moments "
-                    "from zero, remove its entry from a state_dict() and load that"
-                )
-            for name in segment.names(in_cycle=self.shows_cycle):
-                value, own = entry.get(name), segment.shown[name]
-                if value is not own or segment.show(name) is not own:
-                    checkpoint.check_value(
-                        name, value, segment.param, f"{name!r} in optimizer.state of {segment.where}"
-                    )
-                    found.append((segment, name, value))
+        self._is_fresh &= not found
         if self._walk.capture.known is not None:
             raise RuntimeError(
                 "optimizer.state was changed just before or while step() was captured into a CUDA graph: run one whole "
@@ -157,7 +152,7 @@ class State:
 
         gradients: whether those of a micro-batch are used; moments: whether they are, by an outer step.
         """
-        self.check_members()
+        self.follow_members()
         waits = any(not is_frozen(param) for *_, param in self._frozen)
         try:
             self._walk.follow_capture(self._groups, waits)
@@ -182,6 +177,7 @@ class State:
         for group in self._groups:
             group["cycle_position"] = self._walk.position
         self._follow(in_cycle=self._walk.position > 0)
+        self._is_fresh = False
 
     def show(self, *, in_cycle: bool) -> None:
         """Puts the cycle's own data into groups and entries, the groups' under the same keys at every position."""
@@ -204,27 +200,8 @@ class State:
         self._follow(in_cycle=in_cycle and not self.shows_theta)
 
     def _follow(self, *, in_cycle: bool) -> None:
-        """Shows displacements and anchors in mid-cycle, and nothing of them at a boundary; their memory stays ours.
-
-        Those of parameters that have not moved hold anything, until `prepare_to_save`.
-        """
-        if not in_cycle:
-            self._hide()
-        elif not self.shows_cycle:
-            if not self._entries:
-                segments = self._walk.segments
-                self._entries = [self._state[segment.param] for segment in segments]
-                self._in_cycle = [{n: s.show(n) for n in IN_CYCLE if n in s.bucket.buffers} for s in segments]
-                items = zip(self._entries, self._in_cycle, strict=True)
-                self._displacements = Shown([(entry, n, t) for entry, shown in items for n, t in shown.items()])
-            deque(map(dict.update, self._entries, self._in_cycle), maxlen=0)  # the quickest loop there is
-            self.shows_cycle = True
-
-    def _hide(self) -> None:
-        if self.shows_cycle:
-            for name in IN_CYCLE:
-                deque(map(dict.pop, self._entries, repeat(name), repeat(None)), maxlen=0)
-            self.shows_cycle = False
+        comes = in_cycle and not self._entries.shows_cycle
+        self._entries.follow(self._walk.segments if comes else [], in_cycle=in_cycle)
 
     # θ in the place of the walk
 
@@ -238,7 +215,7 @@ class State:
             self._kept = theta.show_outer_weights(list(self._walk.tables.values()))
         else:  # θ is there, whatever became of the model for an evaluation
             self._walk.ranks.reshard()
-        self._showed_cycle, self.shows_theta = self.shows_cycle, True
+        self._showed_cycle, self.shows_theta = self._entries.shows_cycle, True
         self.show(in_cycle=False)
 
     def show_walk(self) -> None:
@@ -273,7 +250,7 @@ class State:
 
     def prepare_to_save(self) -> None:
         """Brings groups and entries up to date for somebody who copies them."""
-        self.check_members()
+        self.follow_members()
         self._walk.check_capture_has_not_ended()
         walk_is_hidden = self.shows_theta and self._walk.position > 0
         if walk_is_hidden:
@@ -286,7 +263,7 @@ class State:
             self._walk.clear_untouched()
         if self._walk.follow_amsgrad(self._groups):
             self._add(self._walk.segments)
-        self.show(in_cycle=self.shows_cycle)
+        self.show(in_cycle=self._entries.shows_cycle)
 
     def materialize_displacements(self) -> None:
         """Shows zero displacements at a boundary, until the end of the next cycle."""
@@ -295,24 +272,18 @@ class State:
         self._walk.clear_untouched()
         self._follow(in_cycle=True)
 
-    def expect(self, params: Iterable[Any]) -> None:
-        """Has parameters count as having state, before it comes."""
-        for param in params:
-            if isinstance(param, Tensor):
-                self._state[param]["step"] = None
-
     def restore(self, loaded: list[dict[str, Any]], entries: dict[Tensor, dict[str, Any]]) -> None:
         """Copies checked groups and entries into place, zeros where there are none, and the position with them."""
         self.shows_theta = False  # eval() at a boundary, which hid nothing
+        self._is_fresh &= not entries
         late = [entry for entry in self._frozen if entries.get(entry[2])]
-        self.expect(param for *_, param in late)  # not frozen any more
         try:
-            self.register(late, flatten=False)
+            self.register(late, flatten=False, known=[param for *_, param in late])  # not frozen any more
         except BaseException:
             for *_, param in late:
-                del self._state[param]
+                del self._entries.state[param]
             raise
-        self._frozen = [entry for entry in self._frozen if not self._state.get(entry[2])]
+        self._frozen = [entry for entry in self._frozen if not self._entries.state.get(entry[2])]
         for group, other in zip(self._groups, loaded, strict=True):
             group.update({key: value for key, value in other.items() if key not in GROUP_KEYS and key != "params"})
         walk, position = self._walk, loaded[0].get("cycle_position", 0) if loaded else 0
@@ -329,5 +300,5 @@ class State:
                 cycle.load_group_data(index, group, running=position > 0 and "walk_length" in group)
         for table in walk.tables.values():
             table.set_touched([s for s in table.segments if position > 0 and loaded[s.group]["touched"][s.index]], True)
-        self._hide()  # what is shown from here on is the loaded position's
+        self._entries.hide()  # what is shown from here on is the loaded position's
         self._add(walk.segments)

@@ -544,6 +544,33 @@ def test_parameters_that_come_to_materialized_displacements_have_them(backend, h
     optimizer.load_state_dict(reload(optimizer.state_dict()))
 
 
+def test_groups_put_behind_the_known_ones_are_added(backend):
+    """Lightning's BaseFinetuning, on its way to resume, assigns the groups of the checkpoint."""
+    a, b, c = make_params((3,), (4,), (5,))
+    whole = NexusAdamW([{"params": [a]}, {"params": [b], "lr": 0.5}], lr=1e-2, inner_lr=0.05, backend=backend)
+    run(whole, [a, b], 6)
+    a2, b2, c2 = make_params((3,), (4,), (5,))
+    optimizer = NexusAdamW([a2], lr=1e-2, inner_lr=0.05, backend=backend)
+    groups = [{**group, "params": [p]} for group, p in zip(whole.param_groups, (a2, b2), strict=True)]
+    optimizer.param_groups = groups
+    optimizer.load_state_dict(copy.deepcopy(whole.state_dict()))
+    for p, q in ((a, a2), (b, b2)):
+        q.data.copy_(p.data)
+    run(whole, [a, b], 6, 20)
+    run(optimizer, [a2, b2], 6, 20)
+    assert_same(values([a, b]), values([a2, b2]))
+    optimizer.param_groups.append({"params": [c2], "lr": 0.25})
+    run(optimizer, [a2, b2, c2], 4, 40)
+    assert optimizer.state[c2]["step"] == 1
+    assert optimizer.param_groups[2]["inner_lr"] == 0.05
+    optimizer.param_groups.append({"params": [c], "lr": -1.0})
+    for _ in range(2):
+        with pytest.raises(ValueError, match="lr of parameter group 3 must be >= 0"):
+            optimizer.step()
+    optimizer.param_groups.pop()
+    run(optimizer, [a2, b2, c2], 1)
+
+
 @pytest.mark.parametrize("empty", [False, True])
 def test_bookkeeping_does_not_grow_with_groups_times_inner_steps(backend, empty):
     """Two views in each group, and once what belongs to the optimizer; all in one copy of what goes on changing."""

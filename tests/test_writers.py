@@ -152,14 +152,56 @@ def test_replaced_storage_is_the_one_that_is_updated(backend, dtype, taken):
 )
 def test_converted_model_is_noticed(backend, convert):
     model = nn.Conv2d(3, 4, 2)
-    optimizer = NexusAdamW(model.parameters(), backend=backend)
+    params = list(model.parameters())
+    optimizer = NexusAdamW(params, backend=backend)
+    run(optimizer, params, 1)
     convert(model)
-    before = values(model.parameters())
-    set_grads(list(model.parameters()), 0)
+    before = values(params)
+    set_grads(params, 0)
     with pytest.raises(RuntimeError, match=r"parameter 0 of group 0 .* build the optimizer after it"):
         optimizer.step()
-    assert_same(values(model.parameters()), before)
-    assert optimizer.cycle_position == 0
+    assert_same(values(params), before)
+    assert optimizer.cycle_position == 1
+
+
+@pytest.mark.parametrize("looks_first", ["step", "state_dict", "load_state_dict"])
+@pytest.mark.parametrize(
+    "convert", [nn.Module.bfloat16, nn.Module.double, lambda m: m.to(memory_format=torch.channels_last)]
+)
+def test_a_model_converted_before_the_first_step_is_followed(backend, convert, looks_first):
+    """As torch.optim's state, which is made in the first step, would."""
+    results = []
+    for convert_first in (True, False):
+        torch.manual_seed(0)
+        model = nn.Conv2d(3, 4, 2)
+        params = list(model.parameters())
+        if convert_first:
+            convert(model)
+        optimizer = NexusAdamW([{"params": p} for p in params], lr=1e-2, inner_lr=0.05, backend=backend)
+        if not convert_first:
+            optimizer.state["host"]["note"] = 1
+            convert(model)
+        if looks_first == "state_dict":
+            optimizer.state_dict()
+        elif looks_first == "load_state_dict":
+            optimizer.load_state_dict(NexusAdamW([{"params": p} for p in make_params((4, 3, 2, 2), (4,))]).state_dict())
+        run(optimizer, params, 6)
+        entries = [optimizer.state[p] for p in params]
+        assert all(
+            ("remainder" in entry) == (p.dtype == torch.bfloat16) for p, entry in zip(params, entries, strict=True)
+        )
+        results.append([*values(params), *(entry["exp_avg"] for entry in entries)])
+    assert_same(*results)
+
+
+def test_a_conversion_that_cannot_be_followed_changes_nothing(backend):
+    (a, b), optimizer = build((3,), (4,), backend=backend)
+    a.data = a.data.to(torch.float8_e5m2)
+    with pytest.raises(TypeError, match=r"parameter 0 of group 0 is torch.float8_e5m2"):
+        optimizer.step()
+    a.data = a.data.float()
+    run(optimizer, [a, b], 4)
+    assert optimizer.state[a]["step"] == 1
 
 
 @pytest.mark.parametrize("steps", [1, 4])

@@ -1,0 +1,122 @@
+"""What `optimizer.state` shows of each parameter, and what others did to it. The only writer of its keys."""
+
+from __future__ import annotations
+
+import operator
+import weakref
+from collections import deque
+from collections.abc import Iterable
+from itertools import repeat
+from typing import Any
+
+from torch import Tensor
+
+from . import checkpoint
+from .flat import IN_CYCLE, Segment
+from .observer import Shown
+
+Foreign = tuple[Segment, str, Any]  # a value that others put under a key
+
+
+class Entries:
+    """The entries of an optimizer's state: tensors in the memory where kernels work.
+
+    optimizer: only its `state` is read, at each call, since torch.optim replaces it. shows_cycle: entries have
+    displacements.
+    """
+
+    def __init__(self, optimizer: weakref.ref[Any]) -> None:
+        self._optimizer = optimizer
+        self.shows_cycle = False
+        self._values: list[Any] = []  # of the state, as it was when all entries were in order
+        self._moments, self._remainders, self._displacements = Shown([]), Shown([]), Shown([])
+        self._entries: list[dict[str, Any]] = []  # of parameters, with what each shows in mid-cycle
+        self._in_cycle: list[dict[str, Tensor]] = []
+
+    @property
+    def state(self) -> dict[Any, dict[str, Any]]:
+        """As the optimizer has it now."""
+        state: dict[Any, dict[str, Any]] = self._optimizer().state  # type: ignore[union-attr]
+        return state
+
+    def expect(self, params: Iterable[Any]) -> None:
+        """Has parameters count as having state, before it comes."""
+        for param in params:
+            if isinstance(param, Tensor):
+                self.state[param]["step"] = None
+
+    def put(self, coming: list[Segment], everything: list[Segment]) -> None:
+        """Shows the memory of parameters that came, and of what came to others; displacements are hidden."""
+        self.hide()
+        for segment in coming:
+            self.state[segment.param].update({name: segment.show(name) for name in segment.names()})
+        self._entries = []
+        items = [(self.state[s.param], name, s.shown[name]) for s in everything for name in s.names()]
+        self._moments = Shown([item for item in items if item[1] != "remainder"])
+        self._remainders = Shown([item for item in items if item[1] == "remainder"])
+        self._values = list(self.state.values())
+
+    def drop(self, segments: list[Segment]) -> None:
+        """Takes our keys out of entries."""
+        self.hide()
+        for segment in segments:
+            for name in segment.names():
+                self.state[segment.param].pop(name, None)
+
+    def follow(self, segments: list[Segment], *, in_cycle: bool) -> None:
+        """Shows displacements and anchors in mid-cycle, and nothing of them at a boundary; their memory stays ours.
+
+        Those of parameters that have not moved hold anything, until somebody copies them.
+        """
+        if not in_cycle:
+            self.hide()
+        elif not self.shows_cycle:
+            if not self._entries:
+                self._entries = [self.state[segment.param] for segment in segments]
+                self._in_cycle = [{n: s.show(n) for n in IN_CYCLE if n in s.bucket.buffers} for s in segments]
+                items = zip(self._entries, self._in_cycle, strict=True)
+                self._displacements = Shown([(entry, n, t) for entry, shown in items for n, t in shown.items()])
+            deque(map(dict.update, self._entries, self._in_cycle), maxlen=0)  # the quickest loop there is
+            self.shows_cycle = True
+
+    def hide(self) -> None:
+        """Takes displacements and anchors out of the entries."""
+        if self.shows_cycle:
+            for name in IN_CYCLE:
+                deque(map(dict.pop, self._entries, repeat(name), repeat(None)), maxlen=0)
+            self.shows_cycle = False
+
+    def foreign(self, segments: list[Segment], *, moments: bool) -> list[Foreign] | None:
+        """What others put in the place of our tensors, or moved elsewhere, once it is known that it can be copied.
+
+        moments: whether those are looked at too. None where nothing changed. RuntimeError, TypeError or ValueError,
+        naming the parameter, for what is gone or does not fit.
+        """
+        if self._are_ours(moments=moments):
+            return None
+        found: list[Foreign] = []
+        for segment in segments:
+            entry = self.state.get(segment.param)
+            if not entry:
+                raise RuntimeError(
+                    f"the entry of {segment.where} was removed from optimizer.state: to start a parameter's moments "
+                    "from zero, remove its entry from a state_dict() and load that"
+                )
+            for name in segment.names(in_cycle=self.shows_cycle):
+                value, own = entry.get(name), segment.shown[name]
+                if value is not own or segment.show(name) is not own:
+                    what = f"{name!r} in optimizer.state of {segment.where}"
+                    checkpoint.check_value(name, value, segment.param, what)
+                    found.append((segment, name, value))
+        return found
+
+    def _are_ours(self, *, moments: bool) -> bool:
+        """Whether the state holds just what we put there, in our memory."""
+        state = self.state
+        return (
+            len(state) == len(self._values)
+            and all(map(operator.is_, state.values(), self._values))
+            and self._remainders.unchanged()
+            and not (self.shows_cycle and not self._displacements.unchanged())
+            and not (moments and not self._moments.unchanged())
+        )
