@@ -125,7 +125,7 @@ def _check_position(groups: list[dict[str, Any]], inner_steps: int) -> int:
                 raise ValueError(
                     f"{message}: a cycle under way ({position} steps) can only go on with its own inner_steps"
                 )
-            warnings.warn(f"{message}, which it keeps", stacklevel=4)
+            warnings.warn(f"{message}, which it keeps", stacklevel=8)
             group["inner_steps"] = inner_steps
     if isinstance(position, bool) or not isinstance(position, int) or not 0 <= position < inner_steps:
         raise ValueError(f"the loaded cycle_position {position!r} is none of 0 … {inner_steps - 1}")

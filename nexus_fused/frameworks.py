@@ -21,8 +21,27 @@ from torch import Tensor
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
+def on_its_own(method: Method) -> Method:
+    """Has a method run without autograd, Dynamo and inference mode, whatever its caller is in.
+
+    Dynamo cannot see what kernels do with addresses, and would make guards of the scalars that the host reads. A tensor
+    made in inference mode cannot be written outside of it. A closure that `step()` is given runs so too.
+    """
+
+    @torch._disable_dynamo  # as torch.optim's methods; torch.compiler.disable() would import Dynamo with the package
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False), torch.no_grad():
+                return method(*args, **kwargs)
+        with torch.no_grad():
+            return method(*args, **kwargs)
+
+    return cast(Method, call)
+
+
 def of_the_optimizer(method: Method) -> Method:
-    """Has a method that sets attributes work on the optimizer itself, also where it is called on a framework's wrapper.
+    """Has a method run on its own, and on the optimizer itself, also where it is called on a framework's wrapper.
 
     Lightning's wrappers imitate the class of what they wrap, so our methods run with a wrapper as `self`. Reading its
     attributes reaches the optimizer, but whatever they set would stay in the wrapper, unseen by the next `step()`.
@@ -32,7 +51,7 @@ def of_the_optimizer(method: Method) -> Method:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         return method(self._itself(), *args, **kwargs)
 
-    return cast(Method, call)
+    return cast(Method, on_its_own(call))
 
 
 class AccumulationWatch:

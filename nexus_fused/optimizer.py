@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from . import agreement, backends, checkpoint, options
 from .cycle import combine, summarize
-from .frameworks import AccumulationWatch, of_the_optimizer
+from .frameworks import AccumulationWatch, of_the_optimizer, on_its_own
 from .options import GROUP_KEYS, is_frozen
 from .ranks import Ranks
 from .state import State
@@ -142,7 +142,6 @@ class NexusAdamW(Optimizer):
     # Parameters
 
     @of_the_optimizer
-    @torch.no_grad()
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a parameter group as torch.optim does; in mid-cycle it joins the walk from here, with a Γ of its own."""
         self._refuse_inside_outer_weights("add_param_group()")
@@ -182,7 +181,7 @@ class NexusAdamW(Optimizer):
 
     # Stepping
 
-    @torch.no_grad()
+    @on_its_own
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Consumes the gradients of one micro-batch: an inner step, or in the last of a cycle also the outer step.
 
@@ -210,7 +209,6 @@ class NexusAdamW(Optimizer):
         return loss
 
     @of_the_optimizer
-    @torch.no_grad()
     def outer_step(self) -> None:
         """Ends a partial cycle: applies the displacement so far. Gradients that wait are not used.
 
@@ -249,7 +247,6 @@ class NexusAdamW(Optimizer):
     # Looking
 
     @of_the_optimizer
-    @torch.no_grad()
     def eval(self) -> None:
         """Shows θ in the parameters until `train()`, as `outer_weights()` does; for trainers that call it by itself.
 
@@ -259,7 +256,6 @@ class NexusAdamW(Optimizer):
         self._state.show_theta()
 
     @of_the_optimizer
-    @torch.no_grad()
     def train(self) -> None:
         """Puts the walk back after `eval()`, bit for bit; without it does nothing."""
         if not self._state.in_outer_weights:
@@ -285,6 +281,7 @@ class NexusAdamW(Optimizer):
             if not shown:
                 self.train()
 
+    @of_the_optimizer
     def metrics(self) -> dict[str, Any]:
         """Figures of the last finished cycle, partial ones too; waits for the device, not for other ranks.
 
@@ -316,6 +313,7 @@ class NexusAdamW(Optimizer):
             remedy = "leave the with block" if inside else "call train()"
             raise RuntimeError(f"{what} {where}: the parameters show θ there; {remedy} first")
 
+    @of_the_optimizer
     def check_ranks(self, group: Any = None) -> None:
         """Raises RuntimeError on all ranks of a process group (None: the default one), naming the first difference,
         unless inner_steps, cycle_position, hyperparameters and the parameters' shapes, dtypes, shardings and
@@ -333,7 +331,6 @@ class NexusAdamW(Optimizer):
     # Saving and loading
 
     @of_the_optimizer
-    @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
         """torch.optim.AdamW's state, below float32 with each parameter's remainder, in mid-cycle with its displacement.
 
@@ -345,7 +342,7 @@ class NexusAdamW(Optimizer):
                 f"state_dict() in mid-cycle ({self.cycle_position} of {self.inner_steps} inner steps), where each rank "
                 "of displacement_group has a walk of its own: have every rank save its model and optimizer for itself, "
                 "or save inside outer_weights() or at a boundary",
-                stacklevel=4,
+                stacklevel=6,
             )
         self._state.prepare_to_save()
         hooks, self._optimizer_state_dict_post_hooks = self._optimizer_state_dict_post_hooks, OrderedDict()
@@ -358,7 +355,6 @@ class NexusAdamW(Optimizer):
         return packed
 
     @of_the_optimizer
-    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads NexusAdamW's state of any position, or AdamW's, in place. Only displacements are narrowed.
 
@@ -382,7 +378,6 @@ class NexusAdamW(Optimizer):
             post_hook(self)
 
     @of_the_optimizer
-    @torch.no_grad()
     def materialize_displacements(self) -> None:
         """Makes the state hold zero displacements, so that a load that fills only keys it finds can receive a
         checkpoint of mid-cycle. They are dropped again if the loaded position is 0, or at the end of the next cycle.
@@ -391,6 +386,7 @@ class NexusAdamW(Optimizer):
         if self.inner_steps > 1:
             self._state.materialize_displacements()
 
+    @on_its_own
     def __getstate__(self) -> dict[str, Any]:
         if self._state.hides_walk:
             self._refuse_inside_outer_weights("copying or pickling the optimizer")
@@ -399,14 +395,13 @@ class NexusAdamW(Optimizer):
                 "an optimizer with a process group cannot be copied or pickled: save its state_dict(), build another "
                 "one with its own group and load that"
             )
-        with torch.no_grad():
-            self._state.prepare_to_save()
+        self._state.prepare_to_save()
         finished = combine(list(self._walk.cycles.values()))
         # As lists: other processes are sent where a tensor lies, and these would be gone when they look.
         kept = None if finished is None else [sums.tolist() for sums in finished]
         return {**super().__getstate__(), "_choices": self._choices, "_finished": kept}
 
-    @torch.no_grad()
+    @on_its_own
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Builds tables around copied or unpickled parameters and state."""
         groups, entries = state["param_groups"], dict(state["state"])

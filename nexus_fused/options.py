@@ -230,6 +230,8 @@ def check_param(param: Tensor, where: str) -> None:
         raise TypeError(f"{where} is a {type(param).__name__}, a wrapper around other tensors: pass the plain tensors")
     if real_dtype(param.dtype) not in STATE_DTYPE or param.dtype == torch.complex32:
         raise TypeError(f"{where} is {param.dtype}: use float64, float32, bfloat16, float16, complex64 or complex128")
+    if param.is_inference():
+        raise ValueError(f"{where} was made in inference mode and can never be trained: build the model outside of it")
     if param.device.type == "meta":
         raise ValueError(f"{where} is on the meta device: materialize the model before you build the optimizer")
     if any(stride == 0 and size > 1 for stride, size in zip(param.stride(), param.shape, strict=True)):
