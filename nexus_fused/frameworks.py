@@ -32,10 +32,14 @@ def on_its_own(method: Method) -> Method:
     @functools.wraps(method)
     def call(*args: Any, **kwargs: Any) -> Any:
         if torch.is_inference_mode_enabled():
-            with torch.inference_mode(False), torch.no_grad():
-                return method(*args, **kwargs)
-        with torch.no_grad():
+            with torch.inference_mode(False):
+                return call(*args, **kwargs)
+        before = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)  # torch.no_grad() takes 1 us longer
+        try:
             return method(*args, **kwargs)
+        finally:
+            torch._C._set_grad_enabled(before)
 
     return cast(Method, call)
 

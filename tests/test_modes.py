@@ -173,5 +173,5 @@ class TestInferenceMode:
     def test_of_a_model_made_in_it(self):
         with torch.inference_mode():
             (p,) = make_params((3,))
-        with pytest.raises(ValueError, match="parameter 0 of group 0 was made in inference mode.*outside of it"):
+        with pytest.raises(ValueError, match=r"parameter 0 of group 0 was made in inference mode.*outside of it"):
             NexusAdamW([p])
