@@ -54,6 +54,15 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
+def has_memory(tensor: Tensor) -> bool:
+    """Whether kernels can reach its elements, if it has any: fake, functional and freed ones are nowhere."""
+    try:
+        fake = tensor.untyped_storage().device.type == "meta"  # the storage of a FakeTensor, not the tensor, tells
+        return not fake and (tensor.data_ptr() != 0 or tensor.numel() == 0)
+    except RuntimeError:  # what torch.func wraps has no storage
+        return False
+
+
 def flat_view(tensor: Tensor) -> Tensor:
     """One-dimensional real view of a dense tensor in the order of its memory; writes bump `tensor._version`."""
     flat = tensor.detach().as_strided((tensor.numel(),), (1,), tensor.storage_offset())

@@ -20,19 +20,24 @@ from torch import Tensor
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
+
 
 def on_its_own(method: Method) -> Method:
-    """Has a method run without autograd, Dynamo and inference mode, whatever its caller is in.
+    """Has a method run without autograd, Dynamo, inference mode and FakeTensorMode, whatever its caller is in.
 
     Dynamo cannot see what kernels do with addresses, and would make guards of the scalars that the host reads. A tensor
-    made in inference mode cannot be written outside of it. A closure that `step()` is given runs so too.
+    made in inference mode cannot be written outside of it, and one made in FakeTensorMode has no memory. A closure that
+    `step()` is given runs so too.
     """
 
     @torch._disable_dynamo  # as torch.optim's methods; torch.compiler.disable() would import Dynamo with the package
     @functools.wraps(method)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if torch.is_inference_mode_enabled():
-            with torch.inference_mode(False):
+        if torch.is_inference_mode_enabled() or torch._C._get_dispatch_mode(_FAKE) is not None:
+            from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+            with torch.inference_mode(False), unset_fake_temporarily():
                 return call(*args, **kwargs)
         before = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)  # torch.no_grad() takes 1 us longer

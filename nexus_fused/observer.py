@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .dtensor import dtensor_type, is_dtensor, local_part, same_layout
-from .flat import DTYPES, GRAD, GRAD_DTYPE, WEIGHT, Segment, real_dtype
+from .flat import DTYPES, GRAD, GRAD_DTYPE, WEIGHT, Segment, has_memory, real_dtype
 
 # The extension's quick look at parameters and gradients; without it Python looks at each.
 _quick_look = None
@@ -138,6 +138,11 @@ class Observer:
         fits = grad.layout is torch.strided and grad.shape == segment.shape and grad.device == self._device
         if not fits or real_dtype(grad.dtype) not in DTYPES or grad.is_complex() != segment.dtype.is_complex:
             raise RuntimeError(_misfit(segment, grad))
+        if not has_memory(grad):
+            raise RuntimeError(
+                f"the gradient of {segment.where} has no memory, as tensors of FakeTensorMode: set p.grad to None or "
+                "to a tensor like p"
+            )
         if grad.stride() != segment.strides or grad.is_neg() or grad.is_conj():
             dense = torch.empty_strided(segment.shape, segment.strides, dtype=grad.dtype, device=self._device)
             kept = grad = dense.copy_(grad.detach())

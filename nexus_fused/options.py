@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import dtensor
-from .flat import STATE_DTYPE, real_dtype
+from .flat import STATE_DTYPE, has_memory, real_dtype
 
 INNER_LR_FLOOR = 0.1  # of inner_lr: keeps the walk above float32's resolution at both ends of a schedule
 
@@ -234,5 +234,10 @@ def check_param(param: Tensor, where: str) -> None:
         raise ValueError(f"{where} was made in inference mode and can never be trained: build the model outside of it")
     if param.device.type == "meta":
         raise ValueError(f"{where} is on the meta device: materialize the model before you build the optimizer")
+    if not has_memory(dtensor.local_part(param)):
+        raise TypeError(
+            f"{where} has no memory, as tensors of FakeTensorMode, functional ones and those whose storage was freed: "
+            "build the optimizer outside of such a mode, of a model that has its memory"
+        )
     if any(stride == 0 and size > 1 for stride, size in zip(param.stride(), param.shape, strict=True)):
         raise ValueError(f"{where} is an expanded tensor whose elements share memory: pass param.contiguous()")

@@ -1,4 +1,4 @@
-"""The modes of PyTorch that a caller may be in: Dynamo's, inference mode."""
+"""The modes of PyTorch that a caller may be in: Dynamo's, inference mode, FakeTensorMode, torch.func's."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from conftest import assert_same, build, make_params, run, sample, set_grads, values
 from torch import nn
 from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nexus_fused import NexusAdamW
 
@@ -175,3 +176,81 @@ class TestInferenceMode:
             (p,) = make_params((3,))
         with pytest.raises(ValueError, match=r"parameter 0 of group 0 was made in inference mode.*outside of it"):
             NexusAdamW([p])
+
+
+class TestNoMemory:
+    """What has none is refused before anything asks for its address."""
+
+    def fake(self):
+        with FakeTensorMode():
+            return nn.Parameter(torch.zeros(3))
+
+    def functional(self):
+        return nn.Parameter(torch._to_functional_tensor(torch.zeros(3)))
+
+    def freed(self):
+        p = nn.Parameter(torch.zeros(3))
+        p.untyped_storage().resize_(0)
+        return p
+
+    @pytest.mark.parametrize("kind", ["fake", "functional", "freed"])
+    @pytest.mark.parametrize("flatten", [True, False])
+    def test_parameters(self, backend, kind, flatten):
+        params, bad = make_params((3,), (4,)), getattr(self, kind)()
+        before = values(params)
+        groups = [{"params": params[:1]}, {"params": [params[1], bad]}]
+        with pytest.raises(TypeError, match=r"parameter 1 of group 1 has no memory.*FakeTensorMode"):
+            NexusAdamW(groups, backend=backend, flatten=flatten)
+        assert_same(values(params), before)
+        optimizer = NexusAdamW(params, backend=backend, flatten=False)
+        with pytest.raises(TypeError, match=r"parameter 0 of group 1 has no memory"):
+            optimizer.add_param_group({"params": bad})
+        assert len(optimizer.param_groups) == 1
+        run(optimizer, params, 5)
+
+    def test_all_of_a_script(self):
+        with FakeTensorMode():
+            model = nn.Linear(8, 8)
+            with pytest.raises(TypeError, match=r"parameter 0 of group 0 has no memory"):
+                NexusAdamW(model.parameters())
+
+    def test_inside_torch_func(self):
+        def build(x):
+            with pytest.raises(TypeError, match=r"parameter 0 of group 0 has no memory"):
+                NexusAdamW([nn.Parameter(x)])
+            return x.sum()
+
+        torch.func.grad(build)(torch.ones(3))
+        torch.func.vmap(build)(torch.ones(2, 3))
+
+    def test_without_elements_there_is_nothing_to_reach(self, backend):
+        params, optimizer = build((0, 3), (4,), backend=backend)
+        run(optimizer, params, 5)
+
+    def test_real_ones_in_the_mode(self, backend):
+        """Are updated as outside of it: their memory is real, and what we add to it."""
+        results = []
+        for inside in (False, True):
+            params = make_params((5, 3), (7,))
+            for seed in range(9):
+                set_grads(params, seed)
+                with FakeTensorMode() if inside else torch.enable_grad():
+                    if seed == 0:
+                        optimizer = NexusAdamW(params, backend=backend)
+                    optimizer.step()
+                    if seed == 5:
+                        optimizer.load_state_dict(optimizer.state_dict())
+                        optimizer.outer_step()
+            results.append(values(params))
+        assert_same(*results)
+
+    def test_gradients(self, backend):
+        params, optimizer = build((3,), (4,), backend=backend)
+        set_grads(params, 0)
+        with FakeTensorMode():
+            params[1].grad = torch.ones(4)
+        before = values(params)
+        with pytest.raises(RuntimeError, match=r"gradient of parameter 1 of group 0 .* has no memory"):
+            optimizer.step()
+        assert_same(values(params), before)
+        assert optimizer.at_boundary
