@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from .cycle import combine, summarize
 from .dtensor import checksum, is_dtensor
@@ -82,7 +83,8 @@ def _agreed(
     hyper: hyperparameters too. Those on a device count as equal: reading them would wait for it.
     """
     params = [
-        f"{tuple(p.shape)} {p.dtype}{' frozen' if is_frozen(p) and not state.get(p) else ' in use'} in group {index}"
+        f"{'uninitialized' if is_lazy(p) else tuple(p.shape)} {p.dtype}"
+        f"{' frozen' if is_frozen(p) and not state.get(p) else ' in use'} in group {index}"
         + (f" {p.placements} on {p.device_mesh.shape}" if is_dtensor(p) else "")
         for index, group in enumerate(groups)
         for p in group["params"]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from .dtensor import local_part, part_like
 from .flat import STATE_DTYPE, Segment, real_dtype
@@ -189,6 +190,11 @@ def _check_entry(entry: Any, param: Tensor, where: str, *, amsgrad: bool, positi
     """One parameter's state: complete, of the parameter's shape, nothing unknown in it."""
     if not isinstance(entry, dict):
         raise TypeError(f"the loaded state of {where} must be a dict, but is a {type(entry).__name__}")
+    if is_lazy(param):
+        raise ValueError(
+            f"the loaded state has an entry for {where}, which is not initialized yet: load the model's weights or run "
+            "a forward pass first"
+        )
     if real_dtype(param.dtype) not in STATE_DTYPE:
         raise ValueError(f"the loaded state has an entry for {where}, which is {param.dtype} and has none: remove it")
     if "master" in entry or "walk" in entry or ("anchor" in entry and "displacement" not in entry):

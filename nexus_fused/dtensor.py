@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 
 def dtensor_type() -> Any:
@@ -91,6 +92,8 @@ def why_not(param: Any) -> str | None:
 def checksum(param: Any) -> str:
     """Of the bits of this rank's part of a parameter, of its shape where it is sparse or has no memory; waits for its
     device."""
+    if is_lazy(param):
+        return "uninitialized"
     local = local_part(param).detach()
     if local.layout is not torch.strided or local.device.type == "meta":
         return str(tuple(local.shape))

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from . import dtensor
 from .flat import STATE_DTYPE, has_memory, real_dtype
@@ -207,8 +208,8 @@ def check_new_group(
 
 
 def is_frozen(param: Tensor) -> bool:
-    """Whether `param` needs no state yet; it may then be of any dtype, layout and device."""
-    return not param.requires_grad and param.grad is None
+    """Whether `param` needs no state yet, or has no shape yet; it may then be of any dtype, layout and device."""
+    return (not param.requires_grad and param.grad is None) or is_lazy(param)
 
 
 def check_leaf(param: Any, where: str) -> None:

@@ -592,3 +592,66 @@ def test_bookkeeping_does_not_grow_with_groups_times_inner_steps(backend, empty)
     other.load_state_dict(reload(state))
     assert_same(other.param_groups[first]["grad_norms"], state["param_groups"][first]["grad_norms"])
     assert [float(g["walk_length"]) for g in other.param_groups[first:]] == pytest.approx([0.03] * 5)
+
+
+class TestLazyParameters:
+    """Those of nn.LazyLinear wait, as frozen ones do, until a forward pass or a load gives them a shape."""
+
+    def make(self, lazy, **options):
+        torch.manual_seed(1)
+        first, second = (nn.LazyLinear(4), nn.LazyLinear(1)) if lazy else (nn.Linear(6, 4), nn.Linear(4, 1))
+        model = nn.Sequential(first, nn.Linear(4, 4), second)
+        optimizer = NexusAdamW(model[:2].parameters(), **options)
+        optimizer.add_param_group({"params": model[2].parameters(), "lr": 0.1})
+        return model, optimizer
+
+    def train(self, model, optimizer, steps):
+        for seed in range(steps):
+            optimizer.zero_grad()
+            generator = torch.Generator().manual_seed(seed)
+            model(torch.randn(3, 6, generator=generator)).square().sum().backward()
+            optimizer.step()
+        return values(model.parameters())
+
+    @pytest.mark.parametrize("how", ["itself", "deepcopy", "pickle"])
+    def test_train_like_any_other(self, backend, how):
+        lazy = self.make(True, backend=backend)
+        optimizer = lazy[1]
+        assert "Parameter Group 1" in repr(optimizer)
+        optimizer.load_state_dict(optimizer.state_dict())
+        optimizer.materialize_displacements()
+        optimizer.step()  # without any gradient
+        with optimizer.outer_weights():
+            pass
+        optimizer.outer_step()
+        assert [bool(optimizer.state.get(p)) for g in optimizer.param_groups for p in g["params"]] == [
+            *[False] * 2, *[True] * 2, *[False] * 2,
+        ]  # fmt: skip
+        if how == "deepcopy":
+            lazy = copy.deepcopy(lazy)
+        elif how == "pickle":
+            lazy = pickle.loads(pickle.dumps(lazy))
+        lazy[0](torch.zeros(1, 6))  # shapes come
+        plain = self.make(False, backend=backend)
+        plain[0].load_state_dict(lazy[0].state_dict())
+        assert_same(self.train(*lazy, 9), self.train(*plain, 9))
+
+    def test_a_state_is_loaded_after_the_weights(self, backend):
+        model, optimizer = self.make(True, backend=backend)
+        self.train(model, optimizer, 6)
+        other_model, other = self.make(True, backend=backend)
+        with pytest.raises(ValueError, match=r"parameter 0 of group 0, which is not initialized yet: load the model's"):
+            other.load_state_dict(optimizer.state_dict())
+        other_model.load_state_dict(model.state_dict())
+        other.load_state_dict(optimizer.state_dict())
+        assert_same(self.train(other_model, other, 3), self.train(model, optimizer, 3))
+
+    def test_ranks_compare_them(self):
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        try:
+            model, optimizer = self.make(True, displacement_group=torch.distributed.group.WORLD)
+            optimizer.check_ranks()
+            self.train(model, optimizer, 5)
+            optimizer.check_ranks()
+        finally:
+            torch.distributed.destroy_process_group()
