@@ -102,7 +102,13 @@ class NexusAdamW(Optimizer):
         displacement_group: Any = None,
     ) -> None:
         steps = options.inner_steps(inner_steps)
-        choices = (steps, backend, fused, flatten, options.displacement_dtype(displacement_dtype, steps))
+        choices = (
+            steps,
+            backend,
+            options.plain("fused", fused),
+            flatten,
+            options.displacement_dtype(displacement_dtype, steps),
+        )
         self._build(choices, Ranks(norm_group, displacement_group))
         defaults = {
             "lr": lr,
@@ -150,6 +156,7 @@ class NexusAdamW(Optimizer):
         unique = options.check_new_group(param_group, self.defaults, index, self.inner_steps, self._known)
         super().add_param_group(param_group)
         group = self.param_groups[index]
+        options.tidy(group)
         if len(unique) < len(group["params"]):  # the base class has warned
             if "param_names" in group:
                 names = dict(zip(reversed(group["params"]), reversed(group["param_names"]), strict=True))

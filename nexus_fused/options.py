@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -45,6 +46,7 @@ FLAGS: dict[str, tuple[bool | None, ...]] = dict.fromkeys(
 )
 FLAGS["fused"] = (None, True, False)
 FLAGS["replicated"] = (True, False)  # only of groups: see norm_group
+_MAY_BE_NONE = ("amsgrad", "maximize", "capturable", "differentiable")  # which AdamW takes for False
 
 KeptRows = list[tuple[tuple[Any, ...], list["float | Tensor"]]]  # what each group's row was made of, and the row
 _VALUES = operator.itemgetter(*FLAGS, "inner_steps", "lr", "inner_lr", "eps", "weight_decay", "base_lr")
@@ -102,18 +104,49 @@ def displacement_dtype(value: Any, steps: int) -> torch.dtype:
     return value or (torch.bfloat16 if steps <= 32 else torch.float32)
 
 
+def plain(name: str, value: Any) -> Any:
+    """An option of a group in Python's own types, where torch.optim.AdamW takes others for the same; else as it is.
+
+    torch.load(weights_only=True) reads no others: NumPy's, those of configuration files, fractions.
+    """
+    is_array = hasattr(value, "tolist") and not isinstance(value, Tensor)
+    if name == "betas" and (is_array or isinstance(value, (Sequence, Tensor))) and not isinstance(value, str):
+        return tuple(plain("", beta) for beta in value) if getattr(value, "ndim", 1) else value
+    if is_array and getattr(value, "size", 0) == 1:
+        value = value.item()
+    if isinstance(value, numbers.Real) and not isinstance(value, (int, float)):
+        value = float(value)
+    if name in FLAGS and ((value is None and name in _MAY_BE_NONE) or (type(value) is int and value in (0, 1))):
+        value = bool(value)
+    return value
+
+
+def tidy(group: dict[str, Any]) -> None:
+    """Makes the options of a group `plain`, in place."""
+    group.update((key, plain(key, value)) for key, value in group.items() if key not in ("params", *GROUP_KEYS))
+
+
 def group_row(group: dict[str, Any], index: int, steps: int) -> list[float | Tensor]:
-    """Checks a parameter group and returns its row of `Cycle.hyper`, with γ_k scheduled.
+    """Checks a parameter group and returns its row of `Cycle.hyper`; an option that is not `plain` becomes so."""
+    try:
+        return _row(group, index, steps)
+    except TypeError:
+        tidy(group)  # here only: it takes longer than all the rest
+    return _row(group, index, steps)
+
+
+def _row(group: dict[str, Any], index: int, steps: int) -> list[float | Tensor]:
+    """The row, with γ_k scheduled.
 
     γ_k = inner_lr · max(lr / base_lr, 0.1), base_lr being the peak that a OneCycleLR recorded or the group's learning
     rate when it was added; inner_lr where base_lr is 0 or `inner_lr_follows_lr` is False.
     """
     where = f"of parameter group {index}"
     for name, values in FLAGS.items():
-        if group[name] is not True and group[name] is not False and None not in values:
-            raise TypeError(f"{name} {where} must be True or False, but is {group[name]!r}")
-        if group[name] not in values:
-            raise TypeError(f"{name} {where} must be None, True or False, but is {group[name]!r}")
+        value = group[name]
+        if value is not True and value is not False and (value is not None or None not in values):
+            allowed_values = "None, True or False" if None in values else "True or False"
+            raise TypeError(f"{name} {where} must be {allowed_values}, but is {value!r}")
     if group["differentiable"]:
         raise ValueError(
             f"differentiable=True {where}: NexusAdamW works in place on buffers that autograd does not see; use "
@@ -127,6 +160,8 @@ def group_row(group: dict[str, Any], index: int, steps: int) -> list[float | Ten
     betas = group["betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise TypeError(f"betas {where} must be two numbers, but is {betas!r}")
+    if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
+        raise ValueError(f"betas {where} must be either both floats or both Tensors, as for AdamW, but are {betas!r}")
     given = {"beta1": ("betas[0]", betas[0]), "beta2": ("betas[1]", betas[1])}
     row = []
     for column, allowed in HYPER.items():

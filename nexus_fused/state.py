@@ -15,7 +15,7 @@ from torch import Tensor
 from . import checkpoint, theta
 from .entries import Entries
 from .flat import Segment
-from .options import GROUP_KEYS, OPTIMIZER_KEYS, check_param, is_frozen
+from .options import GROUP_KEYS, OPTIMIZER_KEYS, check_param, is_frozen, tidy
 from .walk import Entry, Walk
 
 
@@ -252,6 +252,8 @@ class State:
         """Brings groups and entries up to date for somebody who copies them."""
         self.follow_members()
         self._walk.check_capture_has_not_ended()
+        for group in self._groups:
+            tidy(group)
         walk_is_hidden = self.shows_theta and self._walk.position > 0
         if walk_is_hidden:
             self._tell_what_is_left_out()
