@@ -19,6 +19,7 @@ from .frameworks import AccumulationWatch, of_the_optimizer, on_its_own
 from .options import GROUP_KEYS, is_frozen
 from .ranks import Ranks
 from .state import State
+from .traps import Traps
 from .walk import Choices, Walk
 
 
@@ -137,7 +138,7 @@ class NexusAdamW(Optimizer):
 
     def _build(self, choices: Choices, ranks: Ranks) -> None:
         self._itself = weakref.ref(self)
-        self._watch = AccumulationWatch()
+        self._watch, self._traps = AccumulationWatch(), Traps()
         backends.check_choice(*choices[1:3])
         self._choices = choices  # of the constructor, as `Walk` takes them
         self._walk = Walk(choices, ranks)
@@ -209,6 +210,7 @@ class NexusAdamW(Optimizer):
         last = self.cycle_position + 1 == self.inner_steps
         agreement.compare_for_debugging(self._walk, self.param_groups, self.state, "in step()", averages=last)
         self._state.refresh(gradients=True, moments=last)
+        self._traps.look(self.param_groups, self._walk)
         try:
             self._walk.step(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         finally:
@@ -380,6 +382,7 @@ class NexusAdamW(Optimizer):
             raise
         self._compare_ranks("in load_state_dict()", loads=groups[0].get("cycle_position", 0) if groups else 0)
         self._state.restore(groups, entries)
+        self._traps.knows_schedule = False
         self.state.update(foreign)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -418,6 +421,7 @@ class NexusAdamW(Optimizer):
         params = [(g, i, p) for g, group in enumerate(groups) for i, p in enumerate(group["params"])]
         self._known.update(p for *_, p in params)
         self._state.register(params, flatten=self._walk.flatten, known=entries)
+        self._traps.knows_schedule = False
         self._state.restore(loaded, {p: entry for p, entry in entries.items() if isinstance(p, Tensor)})
         self._built = True
         self.state.update({key: value for key, value in entries.items() if not isinstance(key, Tensor)})

@@ -1,0 +1,146 @@
+"""Mistakes that raise no error and that only metrics() would show: one warning each, with the remedy.
+
+All of it is known on the host. What is not, learning rates on a device, is not judged.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .flat import GRAD
+from .options import INNER_LR_FLOOR
+from .walk import Walk
+
+TOO_FAR = 10  # times the learning rate that γ is scheduled by
+
+
+class Traps:
+    """Looks at every `step()` of one optimizer, after its gradients were found and before they are used.
+
+    knows_schedule: False after a load, when it is not known how far the learning rate had risen before.
+    """
+
+    def __init__(self) -> None:
+        self.knows_schedule = True
+        self._without = 0  # steps so far, without any gradient; -1 once there was one
+        self._pile: _Pile | None = None
+        self._too_far = self._too_low = False  # whether it was said
+        self._peaks: dict[int, float] = {}  # the largest learning rate of each group, as a share of the one it is for
+        self._below: dict[int, int] = {}  # steps below it in a row
+
+    def look(self, groups: list[dict[str, Any]], walk: Walk) -> None:
+        """Warns (UserWarning) of what was wrong for a whole cycle; modifies nothing."""
+        if self._without >= 0:
+            self._look_for_gradients(groups, walk)
+        elif self._pile is not None:
+            self._look_at_pile(self._pile, walk.inner_steps)
+        if not (self._too_far and self._too_low):
+            for index, group in enumerate(groups):
+                self._look_at_schedule(index, group, walk.inner_steps)
+
+    def _look_for_gradients(self, groups: list[dict[str, Any]], walk: Walk) -> None:
+        """The first step with a gradient ends this look. Ranks that take part in others' steps may have none."""
+        tables = walk.tables.values()
+        if any(table.observer.complete or bool((table.rows[:, GRAD] != 0).any()) for table in tables):
+            self._without = -1
+            params = (p for group in groups for p in group["params"] if p.grad is not None and p.requires_grad)
+            param = next(params, None)
+            if param is not None and not param.grad.is_inference():  # whose writes nobody counts
+                self._pile = _Pile(param)
+        elif tables and not walk.ranks.communicates:
+            self._without += 1
+            if self._without == walk.inner_steps:
+                _warn(
+                    f"no parameter had a gradient in any of the {walk.inner_steps} step() calls of a cycle, so nothing "
+                    "moves: call loss.backward() before step(), and zero_grad() after it"
+                )
+
+    def _look_at_pile(self, pile: _Pile, inner_steps: int) -> None:
+        grew = pile.grew()
+        if not grew or pile.times >= max(inner_steps, 2):
+            pile.hook.remove()
+            self._pile = None
+        if grew and self._pile is None:
+            _warn(
+                "gradients pile up: since the first step() every backward pass has added to the gradients that were "
+                "there, so the walk follows their sum: call zero_grad() after each step()"
+            )
+
+    def _look_at_schedule(self, index: int, group: dict[str, Any], inner_steps: int) -> None:
+        """γ follows the learning rate, so it must know the peak.
+
+        Below γ's floor a schedule that still rises, or rests, may be a warm-up; one that falls has had its peak.
+        """
+        lr, base_lr = group["lr"], group.get("max_lr", group["base_lr"])
+        if type(lr) is not float or type(base_lr) is not float or not base_lr or not group["inner_lr_follows_lr"]:
+            return
+        share = lr / base_lr
+        if share > TOO_FAR and not self._too_far:
+            self._too_far = True
+            _warn(
+                f"the learning rate of parameter group {index} is {lr:g}, {share:.0f} times the {base_lr:g} that it "
+                f"was added with, and the inner step is as many times inner_lr: {_REMEDY}"
+            )
+        peak = self._peaks.get(index, 0.0)
+        if peak > INNER_LR_FLOOR:
+            return
+        if share >= peak or lr == 0:
+            self._peaks[index], self._below[index] = max(share, peak), 0
+            return
+        self._below[index] += 1
+        if self._below[index] == inner_steps and self.knows_schedule and not self._too_low:
+            self._too_low = True
+            _warn(
+                f"the learning rate of parameter group {index} has risen to {peak * base_lr:g} and falls, but the "
+                f"group was added with {base_lr:g}, so the inner step has never been more than its floor, "
+                f"{INNER_LR_FLOOR} · inner_lr: {_REMEDY}"
+            )
+
+
+_REMEDY = "set group['base_lr'] to the peak of the schedule, or build NexusAdamW with inner_lr_follows_lr=False"
+
+
+class _Pile:
+    """Whether backward passes add to a gradient that a step has used. times: between how many steps in a row they did.
+
+    They do if they find the very tensor that the step saw, unwritten, and the next step sees it with their writes and
+    no others. A gradient that was zeroed in any way, written by hand or clipped is none, nor one that another model's
+    backward pass left and that is zeroed before the next of its own.
+    """
+
+    def __init__(self, param: Tensor) -> None:
+        self._param, self.times = weakref.ref(param), 0
+        known = weakref.ref(self)
+
+        def before_a_pass_adds(_: Tensor) -> None:
+            pile = known()
+            if pile is not None and not torch.compiler.is_compiling() and (pile._passes or pile._has_writes(0)):
+                pile._passes += 1
+
+        self.hook = param.register_hook(before_a_pass_adds)
+        self._remember(param.grad)
+
+    def _remember(self, grad: Any) -> None:
+        self._grad, self._version, self._passes = weakref.ref(grad), grad._version, 0
+
+    def _has_writes(self, count: int) -> bool:
+        """Whether the gradient is the one that the last step saw, written so many times since."""
+        grad: Any = getattr(self._param(), "grad", None)
+        return grad is self._grad() and grad is not None and bool(grad._version == self._version + count)
+
+    def grew(self) -> bool:
+        """Whether it did since the last step."""
+        if self._passes < 1 or not self._has_writes(self._passes):
+            return False
+        self.times += 1
+        self._remember(self._grad())
+        return True
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=1)  # schedulers wrap step(), and Accelerate ignores all that they seem to warn of
