@@ -9,7 +9,9 @@ imported here.
 from __future__ import annotations
 
 import functools
+import signal
 import sys
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
@@ -47,6 +49,31 @@ def on_its_own(method: Method) -> Method:
             torch._C._set_grad_enabled(before)
 
     return cast(Method, call)
+
+
+_HANDLED_IN_C = signal.getsignal(signal.SIGINT) is None  # by a program that embeds Python, whose handler stays
+
+
+class uninterrupted:
+    """Has Ctrl-C wait for the end of the block: weights, state and position describe one moment at any time.
+
+    Python runs handlers of signals between any two operations of the main thread, and nowhere else.
+    """
+
+    def __enter__(self) -> None:
+        self._came = False
+        self._handler: Any = None
+        if threading.current_thread() is threading.main_thread() and not _HANDLED_IN_C:
+            self._handler = signal.signal(signal.SIGINT, self._note)
+
+    def _note(self, *_: Any) -> None:
+        self._came = True
+
+    def __exit__(self, *_: object) -> None:
+        if self._handler is not None:
+            signal.signal(signal.SIGINT, self._handler)
+            if self._came:
+                signal.raise_signal(signal.SIGINT)
 
 
 def of_the_optimizer(method: Method) -> Method:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from . import agreement, backends, checkpoint, options
 from .cycle import combine, summarize
-from .frameworks import AccumulationWatch, of_the_optimizer, on_its_own
+from .frameworks import AccumulationWatch, of_the_optimizer, on_its_own, uninterrupted
 from .options import GROUP_KEYS, is_frozen
 from .ranks import Ranks
 from .state import State
@@ -169,13 +169,14 @@ class NexusAdamW(Optimizer):
         group["base_lr"] = float(group["lr"])
         self._known.update(unique)
         if self._built:  # the constructor takes all groups at once
-            try:
-                self._take_groups(index, "in add_param_group()")
-            except BaseException:
-                self.param_groups.pop()
-                self._known.difference_update(unique)
-                self._walk.follow_ranks([], self.param_groups)
-                raise
+            with uninterrupted():
+                try:
+                    self._take_groups(index, "in add_param_group()")
+                except BaseException:
+                    self.param_groups.pop()
+                    self._known.difference_update(unique)
+                    self._walk.follow_ranks([], self.param_groups)
+                    raise
 
     def _take_groups(self, first: int, when: str) -> None:
         """Gives the parameters of the groups from the first on state, if all ranks do."""
@@ -206,15 +207,16 @@ class NexusAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._watch.look((p for group in self.param_groups for p in group["params"]), closure)
-        last = self.cycle_position + 1 == self.inner_steps
-        agreement.compare_for_debugging(self._walk, self.param_groups, self.state, "in step()", averages=last)
-        self._state.refresh(gradients=True, moments=last)
-        self._traps.look(self.param_groups, self._walk)
-        try:
-            self._walk.step(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
-        finally:
-            self._state.show_position()
+        with uninterrupted():
+            self._watch.look((p for group in self.param_groups for p in group["params"]), closure)
+            last = self.cycle_position + 1 == self.inner_steps
+            agreement.compare_for_debugging(self._walk, self.param_groups, self.state, "in step()", averages=last)
+            self._state.refresh(gradients=True, moments=last)
+            self._traps.look(self.param_groups, self._walk)
+            try:
+                self._walk.step(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+            finally:
+                self._state.show_position()
         return loss
 
     @of_the_optimizer
@@ -230,13 +232,14 @@ class NexusAdamW(Optimizer):
             return
         everybody_is_here = False
         while not everybody_is_here:
-            here = self._walk, self.param_groups, self.state
-            agreement.compare_for_debugging(*here, "in outer_step()", averages=self._walk.is_local)
-            self._state.refresh(gradients=False, moments=True)
-            try:
-                everybody_is_here = self._walk.finish(None)
-            finally:
-                self._state.show_position()
+            with uninterrupted():
+                here = self._walk, self.param_groups, self.state
+                agreement.compare_for_debugging(*here, "in outer_step()", averages=self._walk.is_local)
+                self._state.refresh(gradients=False, moments=True)
+                try:
+                    everybody_is_here = self._walk.finish(None)
+                finally:
+                    self._state.show_position()
 
     @property
     def inner_steps(self) -> int:
@@ -262,13 +265,15 @@ class NexusAdamW(Optimizer):
         `state_dict()` then describes the boundary, and in mid-cycle warns once of what it leaves out. At a boundary
         loading (which ends it) and copying go on. Inside `outer_weights()` it and `train()` do nothing.
         """
-        self._state.show_theta()
+        with uninterrupted():
+            self._state.show_theta()
 
     @of_the_optimizer
     def train(self) -> None:
         """Puts the walk back after `eval()`, bit for bit; without it does nothing."""
         if not self._state.in_outer_weights:
-            self._state.show_walk()
+            with uninterrupted():
+                self._state.show_walk()
 
     @of_the_optimizer
     @contextlib.contextmanager
@@ -381,9 +386,10 @@ class NexusAdamW(Optimizer):
             self._compare_ranks("in load_state_dict()", error)
             raise
         self._compare_ranks("in load_state_dict()", loads=groups[0].get("cycle_position", 0) if groups else 0)
-        self._state.restore(groups, entries)
-        self._traps.knows_schedule = False
-        self.state.update(foreign)
+        with uninterrupted():
+            self._state.restore(groups, entries)
+            self._traps.knows_schedule = False
+            self.state.update(foreign)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

@@ -22,6 +22,9 @@ class FromAFile(Sequence):
     def __init__(self, *items):
         self.items = items
 
+    def __repr__(self):
+        return f"FromAFile{self.items}"
+
     def __len__(self):
         return len(self.items)
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
+import signal
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_same, assert_snapshot, build, make_params, run, set_grads, snapshot, values
+from conftest import BACKENDS, assert_same, assert_snapshot, build, make_params, run, set_grads, snapshot, values
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from two_models import TwoModels
 
+import nexus_fused
 from nexus_fused import NexusAdamW
 
 
@@ -156,6 +161,72 @@ def test_what_cannot_be_taken_over_is_refused(backend, break_it, said, call):
         getattr(optimizer, call)()
     optimizer.state[params[1]].update(kept)
     assert_snapshot(optimizer, before)
+
+
+def _interrupted_at(line, call):
+    """Runs `call` with Ctrl-C at a line of ours, by number; whether it came."""
+    left = [line]
+    package = str(Path(nexus_fused.__file__).parent)
+
+    def trace(frame, event, _):
+        if not frame.f_code.co_filename.startswith(package):
+            return None
+        left[0] -= event == "line"
+        if left[0] == 0:
+            sys.settrace(None)
+            signal.raise_signal(signal.SIGINT)
+        return trace
+
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+    return False
+
+
+@pytest.mark.parametrize("what", ["inner step", "outer step", "eval", "load"])
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name in ("reference", "cpu")])
+def test_an_interrupt_leaves_one_moment(backend, what):
+    """Ctrl-C at any line: what was called took place or did not, and the position tells."""
+    whole, theirs = build(backend=backend)
+    run(theirs, whole, 9)
+    saved = copy.deepcopy((theirs.state_dict(), values(whole)))
+    run(theirs, whole, 7, 20)
+    for line in range(1, 10_000, 41):
+        params, optimizer = build(backend=backend)
+        taken = 3 if what == "outer step" else 2
+        run(optimizer, params, taken)
+        if what == "load":
+            call = functools.partial(optimizer.load_state_dict, copy.deepcopy(saved[0]))
+        else:
+            set_grads(params, taken)
+            call = optimizer.eval if what == "eval" else optimizer.step
+        shown = values(params)
+        came = _interrupted_at(line, call)
+        if what == "load":
+            if optimizer.cycle_position != 1:
+                call()
+            for p, value in zip(params, saved[1], strict=True):
+                p.data.copy_(value)
+        elif what == "eval":
+            optimizer.train()
+            assert_same(values(params), shown)
+            run(optimizer, params, 9 - taken, taken)
+        else:
+            if optimizer.cycle_position == taken:
+                assert came
+                call()
+            assert optimizer.cycle_position == (taken + 1) % 4
+            run(optimizer, params, 9 - taken - 1, taken + 1)
+        run(optimizer, params, 7, 20)
+        assert_same(values(params), values(whole))
+        assert_same(*([o.state_dict()["state"][0]["exp_avg"]] for o in (optimizer, theirs)))
+        if not came:
+            break
+    assert 1 < line < 9_000
 
 
 class Hosts(RuleBasedStateMachine):
