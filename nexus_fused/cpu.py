@@ -37,9 +37,8 @@ def _threads(table: Table) -> int:
 
 
 def sq_norm(table: Table) -> Tensor:
-    """‖g‖² over the table's gradients: 0-dim float64. Reads each gradient once."""
-    norm = _C.sq_norm(*_table(table)[:3], table.partials.data_ptr(), _threads(table))
-    return torch.tensor(norm, dtype=torch.float64, device="cpu")
+    """‖g‖² over the table's gradients: [1] float64, the table's own. Reads each gradient once."""
+    return table.sq_norm.fill_(_C.sq_norm(*_table(table)[:3], table.partials.data_ptr(), _threads(table)))
 
 
 def _advance(cycle: Cycle, micro_batch: MicroBatch | None) -> None:
@@ -48,7 +47,7 @@ def _advance(cycle: Cycle, micro_batch: MicroBatch | None) -> None:
         cycle.advance(None)
         return
     sq_norms, position, grad_scale, found_inf = micro_batch.on(cycle.device)
-    sq_norm = sum(float(partial if partial.dim() == 0 else partial.sum()) for partial in sq_norms)
+    sq_norm = sum(float(partial if partial.numel() == 1 else partial.sum()) for partial in sq_norms)
     _C.advance(
         cycle.hyper.data_ptr(),
         cycle.factor.data_ptr(),
