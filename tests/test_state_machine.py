@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from conftest import BACKENDS, assert_same, make_params, set_grads, values
 from hypothesis import settings
@@ -11,6 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from nexus_fused import NexusAdamW
+
+pytestmark = pytest.mark.filterwarnings("ignore:no parameter had a gradient")  # it tries that, too
 
 
 class Machine(RuleBasedStateMachine):
