@@ -178,6 +178,7 @@ class NexusAdamW(Optimizer):
                     self._walk.follow_ranks([], self.param_groups)
                     raise
 
+    @on_its_own
     def _take_groups(self, first: int, when: str) -> None:
         """Gives the parameters of the groups from the first on state, if all ranks do."""
         entries = [
