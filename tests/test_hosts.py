@@ -254,6 +254,17 @@ class Hosts(RuleBasedStateMachine):
         self.optimizer.zero_grad()
         self.compare()
 
+    @rule(seed=st.integers(0, 5), line=st.integers(1, 1500))
+    def interrupted_step(self, seed, line):
+        set_grads(self.params, seed)
+        self.oracle.step([p.grad for p in self.params])
+        before = self.optimizer.cycle_position
+        _interrupted_at(line, self.optimizer.step)
+        if self.optimizer.cycle_position == before:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.compare()
+
     @rule(host=st.sampled_from(HOSTS), index=st.integers(0, 1))
     def handle(self, host, index):
         param = self.params[index]
