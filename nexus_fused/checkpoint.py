@@ -61,7 +61,7 @@ def check(
             warnings.warn(
                 f"group {index} was saved with replicated={loaded['replicated']}, this optimizer keeps its "
                 f"{own['replicated']}",
-                stacklevel=4,
+                stacklevel=7,
             )
     for group, own in zip(complete, groups, strict=True):
         if not own["params"]:  # torch.distributed.checkpoint loses its data, or leaves those that it had here

@@ -109,7 +109,8 @@ class Cycle:
             self.walk_length[group] = data["walk_length"]
             self.walk_sq_length[group] = data["walk_sq_length"]
             if "grad_norms" in data:
-                self.grad_norms.copy_(torch.stack([torch.as_tensor(norm).double() for norm in data["grad_norms"]]))
+                norms = [torch.as_tensor(norm, device=self.device).double().view(()) for norm in data["grad_norms"]]
+                self.grad_norms.copy_(torch.stack(norms))
 
     def set_hyper(self, rows: list[list[float | Tensor]]) -> None:
         """Brings the groups' hyperparameters, one row of HYPER each, to the device without waiting for it."""

@@ -236,7 +236,7 @@ class NexusAdamW(Optimizer):
             with uninterrupted():
                 here = self._walk, self.param_groups, self.state
                 agreement.compare_for_debugging(*here, "in outer_step()", averages=self._walk.is_local)
-                self._state.refresh(gradients=False, moments=True)
+                self._state.refresh(gradients=False)
                 try:
                     everybody_is_here = self._walk.finish(None)
                 finally:

@@ -19,10 +19,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 class Replica:
-    """One instance of DDP. reduced: whether it reduced the gradients of the last backward pass."""
+    """One instance of DDP. reduced: whether it reduced the gradients of the last backward pass; None before the first
+    that is seen."""
 
     def __init__(self, module: DistributedDataParallel, param: Tensor) -> None:
-        self.module, self.reduced = weakref.ref(module), True
+        self.module = weakref.ref(module)
+        self.reduced: bool | None = None
         param.register_post_accumulate_grad_hook(functools.partial(_note, weakref.ref(self)))
 
     @property
@@ -33,7 +35,7 @@ class Replica:
         its parameter had no part in it.
         """
         module = self.module()
-        return module is not None and not self.reduced and not module.require_forward_param_sync
+        return module is not None and self.reduced is False and not module.require_forward_param_sync
 
 
 def _note(replica: weakref.ref[Replica], _: Tensor) -> None:
@@ -50,6 +52,7 @@ class Replicas:
     def __init__(self) -> None:
         self.outdated = True  # parameters came
         self._found: list[Replica] = []
+        self._waited: bool | None = None  # whether the gradients of the last step were this rank's own, if known
 
     def find(self, groups: list[dict[str, Any]]) -> None:
         """Looks for instances that hold parameters of these groups, which takes some 0.1 s."""
@@ -67,18 +70,26 @@ class Replicas:
                 self._found.append(Replica(module, reduced[0]))
         self.outdated = not self._found
 
-    def check_reduced(self, groups: list[dict[str, Any]]) -> None:
-        """Raises RuntimeError where a step would take gradients that DDP did not reduce."""
+    def check_reduced(self, groups: list[dict[str, Any]], position: int) -> None:
+        """Raises RuntimeError where some steps take gradients that DDP reduced and others this rank's own.
+
+        None of them reduced is for those who average weights themselves, from a boundary on: position is 0 there.
+        """
         if self.outdated:
             self.find(groups)
             self.outdated = False
-        if any(replica.waits for replica in self._found):
+        if not self._found or self._found[0].reduced is None:
+            return
+        waits = any(replica.waits for replica in self._found)
+        if self._waited is not None and waits != self._waited and (position > 0 or self._waited):
             raise RuntimeError(
-                "DistributedDataParallel did not reduce the gradients of the last backward pass (its no_sync(), or "
-                "require_backward_grad_sync=False), so that replicas would part: leave that away and call step() once "
-                "after each backward pass, or only after the last one, which is reduced; or give displacement_group, "
-                "with which each rank walks on its own"
+                f"DistributedDataParallel {'did not reduce' if waits else 'reduced'} the gradients of this step() and "
+                f"{'reduced' if waits else 'did not reduce'} those of the one before (its no_sync(), or "
+                "require_backward_grad_sync), so that replicas part: leave that away and call step() once after each "
+                "backward pass, or only after the last one, which is reduced; or give displacement_group, with which "
+                "each rank walks on its own"
             )
+        self._waited = waits
 
     def compared(self, sq_norms: list[Tensor]) -> list[Tensor]:
         """`sq_norms` as they are. Where torch.distributed was asked to look for mistakes, compares ‖g‖ with the other

@@ -147,7 +147,7 @@ class State:
             table.set_touched([s for s in table.segments if s in moved], True)
         self._add(self._walk.segments)
 
-    def refresh(self, *, gradients: bool, moments: bool) -> None:
+    def refresh(self, *, gradients: bool, moments: bool = True) -> None:
         """Checks everything that may be wrong and takes over what is new, before anything is modified.
 
         gradients: whether those of a micro-batch are used; moments: whether they are, by an outer step.
@@ -161,7 +161,7 @@ class State:
             raise
         self._walk.check_writes()  # before anything has parameters taken as they are
         if gradients and not self._walk.is_local:
-            self._walk.ranks.replicas.check_reduced(self._groups)
+            self._walk.ranks.replicas.check_reduced(self._groups, self._walk.position)
         self.adopt(moments=moments)
         if waits:
             self._thaw()
@@ -243,7 +243,7 @@ class State:
                 "NexusAdamW's state_dict() after eval() describes the start of the cycle and leaves out "
                 f"{self._walk.position} micro-batch(es) since: to resume after them save before eval() or after "
                 f"train(), or evaluate at multiples of inner_steps ({self._walk.inner_steps}) only",
-                stacklevel=6,
+                stacklevel=8,
             )
 
     # Saving and loading

@@ -114,7 +114,8 @@ def test_taken(name, value, meaning, where):
             optimizer = NexusAdamW(params, **{name: given})
         else:
             group = {name: given} if where == "group" else {}
-            optimizer = NexusAdamW([{"params": params, **group}])
+            follows = where != "edited" or name != "lr"  # or γ would grow with it, of which there is a warning
+            optimizer = NexusAdamW([{"params": params, **group}], inner_lr_follows_lr=follows)
             run(optimizer, params, 1)
             if where == "edited":
                 optimizer.param_groups[0][name] = given

@@ -292,12 +292,15 @@ def test_a_group_for_each_parameter(backend, monkeypatch):
 
 def test_a_value_written_into_a_group_is_seen(backend):
     """Rows are kept while a group holds the same objects: lists and tensors may change and stay the same object."""
-    betas, lr = [0.9, 0.99], torch.tensor(1e-2)
-    a, optimizer = build((3,), backend=backend, betas=betas, lr=lr)
-    b, other = build((3,), backend=backend, betas=[0.9, 0.99], lr=float(lr))
+    lr = torch.tensor(1e-2)
+    a, optimizer = build((3,), backend=backend, lr=lr)
+    b, other = build((3,), backend=backend, lr=float(lr))
+    optimizer.param_groups[0]["betas"] = [0.9, 0.99]
+    other.param_groups[0]["betas"] = (0.9, 0.99)
     run(optimizer, a, 4)
     run(other, b, 4)
-    optimizer.param_groups[0]["betas"][0] = other.param_groups[0]["betas"][0] = 0.5
+    optimizer.param_groups[0]["betas"][0] = 0.5
+    other.param_groups[0]["betas"] = (0.5, 0.99)
     optimizer.param_groups[0]["lr"].fill_(5e-3)
     other.param_groups[0]["lr"] = float(torch.tensor(5e-3))
     run(optimizer, a, 4)

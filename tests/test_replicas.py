@@ -50,36 +50,49 @@ def _equal_on_ranks(optimizer):
     return True
 
 
-def _accumulates_under_no_sync(how):
+def _toggles(how, reduced):
+    """A step on reduced gradients and one on this rank's own, in a cycle: refused as often as it is tried."""
     parallel, optimizer = _build(optimizer_first=how == "optimizer first", compiled=how == "compiled")
     plain = getattr(parallel, "_orig_mod", parallel)
     first = 0
     if how == "optimizer first":  # DDP comes later than the look for it, and the first backward pass before the next
-        _backward(parallel, 0)
-        optimizer.step()
-        optimizer.zero_grad()
-        first = 1
-    for attempt in range(2):  # as long as it goes on
-        before = _weights(optimizer), optimizer.cycle_position
-        if how == "attribute":
-            plain.require_backward_grad_sync = False
-        with contextlib.nullcontext() if how == "attribute" else plain.no_sync():
-            _backward(parallel, first + attempt)
-        with pytest.raises(RuntimeError, match=r"did not reduce .* no_sync\(\).* displacement_group"):
+        for first in (1, 2):
+            _backward(parallel, first)
             optimizer.step()
-        assert optimizer.cycle_position == before[1]
-        assert all(torch.equal(a, b) for a, b in zip(_weights(optimizer), before[0], strict=True))
-    optimizer.outer_step()  # uses no gradients
-    plain.require_backward_grad_sync = True
-    optimizer.zero_grad()
-    _backward(parallel, 7)
+            optimizer.zero_grad()
+
+    def backward(step, reduces):
+        if how == "attribute":
+            plain.require_backward_grad_sync = reduces
+        with contextlib.nullcontext() if how == "attribute" or reduces else plain.no_sync():
+            _backward(parallel, step)
+
+    backward(first, reduced)
     optimizer.step()
+    optimizer.zero_grad()
+    assert optimizer.cycle_position == 1
+    backward(first + 1, not reduced)
+    for _ in range(2):
+        before = _weights(optimizer)
+        with pytest.raises(RuntimeError, match=r"replicas part.* displacement_group") as error:
+            optimizer.step()
+        assert ("did not reduce the gradients of this step()" in str(error.value)) == reduced
+        assert optimizer.cycle_position == 1
+        assert all(torch.equal(a, b) for a, b in zip(_weights(optimizer), before, strict=True))
+    optimizer.outer_step()  # uses no gradients
+    if reduced:
+        plain.require_backward_grad_sync = True
+        optimizer.zero_grad()
+        _backward(parallel, 7)
+        optimizer.step()
     return _equal_on_ranks(optimizer)
 
 
+@pytest.mark.parametrize("reduced", [True, False])
 @pytest.mark.parametrize("how", ["no_sync", "attribute", "optimizer first", "compiled"])
-def test_steps_on_gradients_that_were_not_reduced_are_refused(how):
-    assert on_ranks(2, _accumulates_under_no_sync, how) == [True, True]
+def test_steps_on_gradients_of_both_kinds_are_refused(how, reduced):
+    """What came first decides what can still be said: ranks that never reduce may average their weights themselves."""
+    assert on_ranks(2, _toggles, how, reduced) == [reduced, reduced]
 
 
 def _mean_of_several():
@@ -115,8 +128,6 @@ def test_accumulation_that_ends_with_a_reduction_is_allowed():
 
 def _added_later():
     parallel, optimizer = _build()
-    _backward(parallel, 0)
-    optimizer.step()
     late = DistributedDataParallel(nn.Linear(4, 1))
     optimizer.add_param_group({"params": list(late.parameters())})
     for step in (1, 2):
@@ -124,13 +135,17 @@ def _added_later():
         _backward(parallel, step)
         with late.no_sync() if step == 2 else contextlib.nullcontext():
             _backward(late, step)
-        with pytest.raises(RuntimeError, match="did not reduce") if step == 2 else contextlib.nullcontext():
+        with (
+            pytest.raises(RuntimeError, match="did not reduce the gradients of this")
+            if step == 2
+            else contextlib.nullcontext()
+        ):
             optimizer.step()
     return optimizer.cycle_position
 
 
 def test_modules_that_come_later_are_found():
-    assert on_ranks(2, _added_later) == [0, 0]
+    assert on_ranks(2, _added_later) == [1, 1]
 
 
 def test_one_process_looks_for_nothing(monkeypatch):
