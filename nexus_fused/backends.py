@@ -15,8 +15,12 @@ NAMES = ("reference", "cpu", "triton", "cuda")
 
 AGAIN = "this package again, in its checkout: pip install --force-reinstall --no-deps ."
 
-# The module a backend cannot do without.
-_NEEDS = {"cpu": "nexus_fused._C", "triton": "triton", "cuda": "nexus_fused._C"}
+# The modules a backend cannot do without. A source that was not installed has no triton_kernels beside it.
+_NEEDS = {
+    "cpu": ("nexus_fused._C",),
+    "triton": ("triton", "nexus_fused.triton_kernels"),
+    "cuda": ("nexus_fused._C",),
+}
 
 
 def available() -> dict[str, str | None]:
@@ -36,15 +40,17 @@ def why_not(
     """None where the backend can update tensors of these dtypes on `device`, else the reason why not and the remedy."""
     if name == "reference":
         return None
-    needed = _NEEDS[name]
-    try:
-        importlib.import_module(needed)
-    except ModuleNotFoundError as error:
-        remedy = {"triton": "pip install triton"}.get(error.name or "") or how_to_get_the_extension(Path(__file__))
-        return f"{needed} cannot be imported ({error}): {remedy}"
-    except ImportError as error:
-        again = "pip install --force-reinstall triton" if needed == "triton" else AGAIN
-        return f"{needed} is there and does not load ({error}): provide what it asks for, or install it again: {again}"
+    for needed in _NEEDS[name]:
+        try:
+            importlib.import_module(needed)
+        except ModuleNotFoundError as error:
+            remedy = {"triton": "pip install triton"}.get(error.name or "") or how_to_get_the_extension(Path(__file__))
+            return f"{needed} cannot be imported ({error}): {remedy}"
+        except ImportError as error:
+            again = "pip install --force-reinstall triton" if needed == "triton" else AGAIN
+            return (
+                f"{needed} is there and does not load ({error}): provide what it asks for, or install it again: {again}"
+            )
     module = importlib.import_module(f"nexus_fused.{name}")
     reason: str | None = module.why_not_on(device, dtype, displacement_dtype)
     return reason

@@ -21,13 +21,13 @@ Foreign = tuple[Segment, str, Any]  # a value that others put under a key
 class Entries:
     """The entries of an optimizer's state: tensors in the memory where kernels work.
 
-    optimizer: only its `state` is read, at each call, since torch.optim replaces it. shows_cycle: entries have
-    displacements.
+    optimizer: only its `state` is read, at each call, since others may replace it. shows_cycle: entries have
+    displacements. known: somebody looked at the state, and so may change it from then on; before, nobody can.
     """
 
     def __init__(self, optimizer: weakref.ref[Any]) -> None:
         self._optimizer = optimizer
-        self.shows_cycle = False
+        self.shows_cycle = self.known = False
         self._values: list[Any] = []  # of the state, as it was when all entries were in order
         self._moments, self._remainders, self._displacements = Shown([]), Shown([]), Shown([])
         self._entries: list[dict[str, Any]] = []  # of parameters, with what each shows in mid-cycle
@@ -35,8 +35,8 @@ class Entries:
 
     @property
     def state(self) -> dict[Any, dict[str, Any]]:
-        """As the optimizer has it now."""
-        state: dict[Any, dict[str, Any]] = self._optimizer().state  # type: ignore[union-attr]
+        """As the optimizer has it now; the optimizer's own `state` is for others."""
+        state: dict[Any, dict[str, Any]] = self._optimizer().__dict__["state"]
         return state
 
     def expect(self, params: Iterable[Any]) -> None:
@@ -92,7 +92,7 @@ class Entries:
         moments: whether those are looked at too. None where nothing changed. RuntimeError, TypeError or ValueError,
         naming the parameter, for what is gone or does not fit.
         """
-        if self._are_ours(moments=moments):
+        if not self.known or self._are_ours(moments=moments):
             return None
         found: list[Foreign] = []
         for segment in segments:

@@ -132,7 +132,7 @@ class NexusAdamW(Optimizer):
         options.group_row({"base_lr": lr, **defaults}, 0, steps)
         super().__init__(params, defaults)
         self._take_groups(0, "at construction")
-        self._built = True
+        self._built, self._state.entries.known = True, False
         if not self._walk.is_local:
             self._walk.ranks.replicas.find(self.param_groups)
 
@@ -211,7 +211,9 @@ class NexusAdamW(Optimizer):
         with uninterrupted():
             self._watch.look((p for group in self.param_groups for p in group["params"]), closure)
             last = self.cycle_position + 1 == self.inner_steps
-            agreement.compare_for_debugging(self._walk, self.param_groups, self.state, "in step()", averages=last)
+            agreement.compare_for_debugging(
+                self._walk, self.param_groups, self._state.entries.state, "in step()", averages=last
+            )
             self._state.refresh(gradients=True, moments=last)
             self._traps.look(self.param_groups, self._walk)
             try:
@@ -234,7 +236,7 @@ class NexusAdamW(Optimizer):
         everybody_is_here = False
         while not everybody_is_here:
             with uninterrupted():
-                here = self._walk, self.param_groups, self.state
+                here = self._walk, self.param_groups, self._state.entries.state
                 agreement.compare_for_debugging(*here, "in outer_step()", averages=self._walk.is_local)
                 self._state.refresh(gradients=False)
                 try:
@@ -258,6 +260,20 @@ class NexusAdamW(Optimizer):
         return self._walk.position == 0
 
     # Looking
+
+    @property  # type: ignore[override]
+    def state(self) -> dict[Any, Any]:
+        """Each parameter's state, as torch.optim's. What its reader changes, assigns or moves is taken over."""
+        optimizer: Any = self._itself()
+        optimizer._state.entries.known = True
+        state: dict[Any, Any] = optimizer.__dict__["state"]
+        return state
+
+    @state.setter
+    def state(self, state: dict[Any, Any]) -> None:
+        optimizer: Any = self._itself()
+        optimizer._state.entries.known = True
+        optimizer.__dict__["state"] = state
 
     @of_the_optimizer
     def eval(self) -> None:
@@ -338,10 +354,10 @@ class NexusAdamW(Optimizer):
         All of them call it. Where step() communicates that is done without asking, for the ranks it concerns, when the
         optimizer is built or loaded; use it for replicas that others keep equal, as DistributedDataParallel does.
         """
-        agreement.compare_replicas(self._walk, self.param_groups, self.state, group)
+        agreement.compare_replicas(self._walk, self.param_groups, self._state.entries.state, group)
 
     def _compare_ranks(self, when: str, error: Exception | None = None, **what: Any) -> None:
-        agreement.compare(self._walk, self.param_groups, self.state, when, error, **what)
+        agreement.compare(self._walk, self.param_groups, self._state.entries.state, when, error, **what)
 
     # Saving and loading
 
@@ -390,7 +406,7 @@ class NexusAdamW(Optimizer):
         with uninterrupted():
             self._state.restore(groups, entries)
             self._traps.knows_schedule = False
-            self.state.update(foreign)
+            self._state.entries.state.update(foreign)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -431,7 +447,8 @@ class NexusAdamW(Optimizer):
         self._traps.knows_schedule = False
         self._state.restore(loaded, {p: entry for p, entry in entries.items() if isinstance(p, Tensor)})
         self._built = True
-        self.state.update({key: value for key, value in entries.items() if not isinstance(key, Tensor)})
+        self._state.entries.state.update({key: value for key, value in entries.items() if not isinstance(key, Tensor)})
+        self._state.entries.known = False
         finished = state["_finished"]
         if finished is not None:
             sums, counts = finished

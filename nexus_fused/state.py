@@ -29,7 +29,7 @@ class State:
         self._optimizer, self._walk = weakref.ref(optimizer), walk
         self._frozen: list[Entry] = []  # no state yet
         self._members: list[list[Tensor]] = []  # each group's parameters, as registered
-        self._entries = Entries(self._optimizer)
+        self.entries = Entries(self._optimizer)
         self._is_fresh = True  # no step was taken, and no state came from elsewhere
         self.shows_theta = False  # parameters hold θ, and the groups describe the boundary
         self.in_outer_weights = False  # the with block, not eval(), asked for it
@@ -46,11 +46,11 @@ class State:
 
     def register(self, params: list[Entry], *, flatten: bool, known: Iterable[Any] = ()) -> None:
         """Gives parameters state and a place in a table; frozen ones wait for a gradient. known: have state to come."""
-        self._entries.expect(known)
+        self.entries.expect(known)
         live: list[Entry] = []
         waiting: list[Entry] = []
         for entry in params:
-            frozen = is_frozen(entry[2]) and not self._entries.state.get(entry[2])
+            frozen = is_frozen(entry[2]) and not self.entries.state.get(entry[2])
             (waiting if frozen else live).append(entry)
         segments = self._walk.add(live, self._groups, flatten=flatten)
         self._frozen += waiting
@@ -59,10 +59,10 @@ class State:
 
     def _add(self, segments: list[Segment]) -> None:
         """Gives parameters that came an entry, and entries the maxima that came."""
-        shows = self._entries.shows_cycle or self._walk.position > 0
+        shows = self.entries.shows_cycle or self._walk.position > 0
         if shows:
             self._walk.ensure_displacements()
-        self._entries.put(segments, self._walk.segments)
+        self.entries.put(segments, self._walk.segments)
         self.show(in_cycle=shows)
 
     def _thaw(self) -> None:
@@ -72,7 +72,7 @@ class State:
             check_param(param, f"parameter {index} of group {group}")
         if ready:
             self.register(ready, flatten=False)
-            self._frozen = [entry for entry in self._frozen if entry[2] not in self._entries.state]
+            self._frozen = [entry for entry in self._frozen if entry[2] not in self.entries.state]
 
     def follow_members(self) -> None:
         """Takes over groups that somebody put behind the known ones, and moves of parameters before the first step.
@@ -112,7 +112,7 @@ class State:
             check_param(segment.param, f"parameter {segment.index} of group {segment.group}")
         before = walk.tables, walk.cycles, walk.work
         walk.tables, walk.cycles, walk.work = {}, {}, []
-        self._entries.drop(segments)
+        self.entries.drop(segments)
         try:
             params = [(s.group, s.index, s.param) for s in segments]
             self.register(params, flatten=walk.flatten, known=[param for *_, param in params])
@@ -127,7 +127,7 @@ class State:
         moments: whether those are looked at too; inner steps use none. RuntimeError, TypeError or ValueError for what
         cannot be adopted; nothing is modified then.
         """
-        found = self._entries.foreign(self._walk.segments, moments=moments)
+        found = self.entries.foreign(self._walk.segments, moments=moments)
         if found is None:
             return
         self._is_fresh &= not found
@@ -200,8 +200,8 @@ class State:
         self._follow(in_cycle=in_cycle and not self.shows_theta)
 
     def _follow(self, *, in_cycle: bool) -> None:
-        comes = in_cycle and not self._entries.shows_cycle
-        self._entries.follow(self._walk.segments if comes else [], in_cycle=in_cycle)
+        comes = in_cycle and not self.entries.shows_cycle
+        self.entries.follow(self._walk.segments if comes else [], in_cycle=in_cycle)
 
     # θ in the place of the walk
 
@@ -215,7 +215,7 @@ class State:
             self._kept = theta.show_outer_weights(list(self._walk.tables.values()))
         else:  # θ is there, whatever became of the model for an evaluation
             self._walk.ranks.reshard()
-        self._showed_cycle, self.shows_theta = self._entries.shows_cycle, True
+        self._showed_cycle, self.shows_theta = self.entries.shows_cycle, True
         self.show(in_cycle=False)
 
     def show_walk(self) -> None:
@@ -265,7 +265,7 @@ class State:
             self._walk.clear_untouched()
         if self._walk.follow_amsgrad(self._groups):
             self._add(self._walk.segments)
-        self.show(in_cycle=self._entries.shows_cycle)
+        self.show(in_cycle=self.entries.shows_cycle)
 
     def materialize_displacements(self) -> None:
         """Shows zero displacements at a boundary, until the end of the next cycle."""
@@ -283,9 +283,9 @@ class State:
             self.register(late, flatten=False, known=[param for *_, param in late])  # not frozen any more
         except BaseException:
             for *_, param in late:
-                del self._entries.state[param]
+                del self.entries.state[param]
             raise
-        self._frozen = [entry for entry in self._frozen if not self._entries.state.get(entry[2])]
+        self._frozen = [entry for entry in self._frozen if not self.entries.state.get(entry[2])]
         for group, other in zip(self._groups, loaded, strict=True):
             group.update({key: value for key, value in other.items() if key not in GROUP_KEYS and key != "params"})
         walk, position = self._walk, loaded[0].get("cycle_position", 0) if loaded else 0
@@ -302,5 +302,5 @@ class State:
                 cycle.load_group_data(index, group, running=position > 0 and "walk_length" in group)
         for table in walk.tables.values():
             table.set_touched([s for s in table.segments if position > 0 and loaded[s.group]["touched"][s.index]], True)
-        self._entries.hide()  # what is shown from here on is the loaded position's
+        self.entries.hide()  # what is shown from here on is the loaded position's
         self._add(walk.segments)

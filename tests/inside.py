@@ -57,6 +57,11 @@ def split_work(optimizer: NexusAdamW) -> None:
     walk.cycles = {(cycle.device, Spread()): cycle, (torch.device("meta"), Spread()): second}
 
 
+def state_is_known(optimizer: NexusAdamW) -> bool:
+    """Whether others may change `optimizer.state`."""
+    return optimizer._state.entries.known
+
+
 def backends_of(optimizer: NexusAdamW) -> list[str]:
     """The name of the backend that runs on each device."""
     return [cycle.backend.__name__.rpartition(".")[2] for cycle in cycles(optimizer)]

@@ -10,6 +10,7 @@ import signal
 import sys
 from pathlib import Path
 
+import inside
 import pytest
 import torch
 from conftest import BACKENDS, assert_same, assert_snapshot, build, make_params, run, set_grads, snapshot, values
@@ -119,6 +120,25 @@ def test_a_displacement_for_one_that_has_not_moved(backend):
     optimizer.outer_step()
     assert (optimizer.state[q]["exp_avg"] > 0).all()
     assert optimizer.state[q]["step"] == 1
+
+
+@pytest.mark.parametrize("through", ["state", "state_dict"])
+def test_what_was_looked_at_long_ago_may_change(backend, through):
+    """Nothing is looked for before somebody had a look, and everything from then on."""
+    results = []
+    for moved in (False, True):
+        params, optimizer = build(backend=backend)
+        assert not inside.state_is_known(optimizer)
+        run(optimizer, params, 5)
+        kept = optimizer.state[params[0]] if through == "state" else optimizer.state_dict()["state"][0]
+        assert inside.state_is_known(optimizer)
+        run(optimizer, params, 4, 5)
+        if moved:
+            kept["exp_avg"].share_memory_()
+            kept["exp_avg_sq"].data = kept["exp_avg_sq"].clone()
+        run(optimizer, params, 7, 9)
+        results.append([*values(params), *(optimizer.state_dict()["state"][0][key] for key in ("step", "exp_avg"))])
+    assert_same(*results)
 
 
 def test_a_load_wins_over_what_was_assigned_before(backend):

@@ -70,9 +70,13 @@ class TestWhyThereIsNoExtension:
 
     @staticmethod
     def said_in(folder, *paths):
-        """The line about the CPU kernels that `python -m nexus_fused` prints in a folder."""
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "TRITON_INTERPRET": "0"}
-        command = [sys.executable, "-m", "nexus_fused"]
+        """The line about the CPU kernels that `python -m nexus_fused` prints in a folder.
+
+        -S: without what an editable install puts before all paths.
+        """
+        everything = [*paths, Path(torch.__file__).parents[1]]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, everything)), "TRITON_INTERPRET": "0"}
+        command = [sys.executable, "-S", "-m", "nexus_fused"]
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
         return re.search(r"^  cpu +(.*)$", done.stdout, re.MULTILINE)[1]
 
