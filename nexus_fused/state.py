@@ -100,10 +100,11 @@ class State:
         optimizer.param_groups = groups[:known]
         try:
             for group in groups[known:]:
-                optimizer.add_param_group({key: value for key, value in group.items() if key not in GROUP_KEYS})
-        except BaseException:
-            optimizer.param_groups = groups
-            raise
+                for key in GROUP_KEYS:  # of a cycle that another optimizer was in
+                    group.pop(key, None)
+                optimizer.add_param_group(group)
+        finally:  # after an error the rest waits
+            optimizer.param_groups += groups[len(optimizer.param_groups) :]
 
     def _rebuild(self) -> None:
         """Gives all parameters memory, where and as they are now."""

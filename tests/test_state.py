@@ -559,16 +559,17 @@ def test_groups_put_behind_the_known_ones_are_added(backend):
     run(whole, [a, b], 6, 20)
     run(optimizer, [a2, b2], 6, 20)
     assert_same(values([a, b]), values([a2, b2]))
-    optimizer.param_groups.append({"params": [c2], "lr": 0.25})
-    run(optimizer, [a2, b2, c2], 4, 40)
-    assert optimizer.state[c2]["step"] == 1
-    assert optimizer.param_groups[2]["inner_lr"] == 0.05
-    optimizer.param_groups.append({"params": [c], "lr": -1.0})
+    good, bad = {"params": [c2], "lr": 0.25}, {"params": [c], "lr": -1.0}
+    optimizer.param_groups += [good, bad]
     for _ in range(2):
         with pytest.raises(ValueError, match="lr of parameter group 3 must be >= 0"):
             optimizer.step()
-    optimizer.param_groups.pop()
-    run(optimizer, [a2, b2, c2], 1)
+    assert optimizer.param_groups[2] is good
+    assert optimizer.param_groups[3] is bad
+    bad["lr"] = 1.0
+    run(optimizer, [a2, b2, c2, c], 4, 40)
+    assert good["inner_lr"] == bad["inner_lr"] == 0.05
+    assert [optimizer.state[p]["step"] for p in (a2, c2, c)] == [4, 1, 1]
 
 
 @pytest.mark.parametrize("empty", [False, True])
