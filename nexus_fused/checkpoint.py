@@ -290,6 +290,18 @@ def _copied(value: Any, copies: dict[int, torch.UntypedStorage]) -> Any:
     return own.set_(copies[storage.data_ptr()], value.storage_offset(), value.shape, value.stride())
 
 
+def apart(values: list[tuple[Segment, str, Any]], segments: list[Segment]) -> list[tuple[Segment, str, Any]]:
+    """The values, with copies of those that lie in memory of ours where another value goes: to copy may be to swap."""
+    ours = {local_part(tensor).data_ptr() for segment in segments for tensor in segment.shown.values()}
+
+    def own(segment: Segment, name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor) or value is segment.shown.get(name):
+            return value
+        return value.clone() if local_part(value).untyped_storage().data_ptr() in ours else value
+
+    return [(segment, name, own(segment, name, value)) for segment, name, value in values]
+
+
 def restore_entry(segment: Segment, entry: dict[str, Any]) -> None:
     """Copies a checked entry, zeros for what it lacks, into the memory where kernels work."""
     for name in segment.names(in_cycle=True):

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from . import checkpoint
+from .dtensor import local_part
 from .flat import IN_CYCLE, Segment
 from .observer import Shown
 
@@ -43,18 +44,28 @@ class Entries:
         """Has parameters count as having state, before it comes."""
         for param in params:
             if isinstance(param, Tensor):
-                self.state[param]["step"] = None
+                self.state.setdefault(param, {})["step"] = None
 
     def put(self, coming: list[Segment], everything: list[Segment]) -> None:
         """Shows the memory of parameters that came, and of what came to others; displacements are hidden."""
         self.hide()
+        taken: set[int] = set()
         for segment in coming:
-            self.state[segment.param].update({name: segment.show(name) for name in segment.names()})
+            entry = self.state.setdefault(segment.param, {})  # the state may be a plain dict by now
+            if id(entry) in taken:  # somebody gave two parameters one entry
+                entry = self.state[segment.param] = dict(entry)
+            taken.add(id(entry))
+            entry.update({name: segment.show(name) for name in segment.names()})
         self._entries = []
         items = [(self.state[s.param], name, s.shown[name]) for s in everything for name in s.names()]
         self._moments = Shown([item for item in items if item[1] != "remainder"])
         self._remainders = Shown([item for item in items if item[1] == "remainder"])
         self._values = list(self.state.values())
+
+    def holds_values(self, segments: list[Segment]) -> bool:
+        """Whether somebody wrote anything but zeros into entries that were made; waits for the device."""
+        values = (self.state.get(s.param, {}).get(name) for s in segments if self.known for name in s.names())
+        return any(bool(local_part(value).any()) if isinstance(value, Tensor) else bool(value) for value in values)
 
     def drop(self, segments: list[Segment]) -> None:
         """Takes our keys out of entries."""

@@ -72,7 +72,9 @@ class uninterrupted:
     def __exit__(self, *_: object) -> None:
         if self._handler is not None:
             signal.signal(signal.SIGINT, self._handler)
-            if self._came:
+            if self._came and callable(self._handler):  # not raised again: wake-up fds were told
+                self._handler(signal.SIGINT, sys._getframe(1))
+            elif self._came:
                 signal.raise_signal(signal.SIGINT)
 
 

@@ -152,11 +152,28 @@ class NexusAdamW(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a parameter group as torch.optim does; in mid-cycle it joins the walk from here, with a Γ of its own."""
         self._refuse_inside_outer_weights("add_param_group()")
+        if self._built:
+            self._state.follow_members()
         self._walk.check_writes()
+        self._state.adopt()
         index = len(self.param_groups)
         unique = options.check_new_group(param_group, self.defaults, index, self.inner_steps, self._known)
-        super().add_param_group(param_group)
-        group = self.param_groups[index]
+        with uninterrupted():
+            super().add_param_group(param_group)
+            group = self.param_groups[index]
+            try:
+                self._complete(group, unique)
+                if self._built:  # the constructor takes all groups at once
+                    self._take_groups(index, "in add_param_group()")
+            except BaseException:
+                self.param_groups.pop()
+                self._known.difference_update(unique)
+                if self._built:
+                    self._walk.follow_ranks([], self.param_groups)
+                raise
+
+    def _complete(self, group: dict[str, Any], unique: list[Tensor]) -> None:
+        """Makes a group that torch.optim has appended one of ours."""
         options.tidy(group)
         if len(unique) < len(group["params"]):  # the base class has warned
             if "param_names" in group:
@@ -168,15 +185,6 @@ class NexusAdamW(Optimizer):
                 group[key] = group[key].detach().clone()
         group["base_lr"] = float(group["lr"])
         self._known.update(unique)
-        if self._built:  # the constructor takes all groups at once
-            with uninterrupted():
-                try:
-                    self._take_groups(index, "in add_param_group()")
-                except BaseException:
-                    self.param_groups.pop()
-                    self._known.difference_update(unique)
-                    self._walk.follow_ranks([], self.param_groups)
-                    raise
 
     @on_its_own
     def _take_groups(self, first: int, when: str) -> None:
@@ -210,6 +218,7 @@ class NexusAdamW(Optimizer):
                 loss = closure()
         with uninterrupted():
             self._watch.look((p for group in self.param_groups for p in group["params"]), closure)
+            self._state.follow_members()
             last = self.cycle_position + 1 == self.inner_steps
             agreement.compare_for_debugging(
                 self._walk, self.param_groups, self._state.entries.state, "in step()", averages=last
@@ -236,6 +245,7 @@ class NexusAdamW(Optimizer):
         everybody_is_here = False
         while not everybody_is_here:
             with uninterrupted():
+                self._state.follow_members()
                 here = self._walk, self.param_groups, self._state.entries.state
                 agreement.compare_for_debugging(*here, "in outer_step()", averages=self._walk.is_local)
                 self._state.refresh(gradients=False)
@@ -354,6 +364,7 @@ class NexusAdamW(Optimizer):
         All of them call it. Where step() communicates that is done without asking, for the ranks it concerns, when the
         optimizer is built or loaded; use it for replicas that others keep equal, as DistributedDataParallel does.
         """
+        self._state.follow_members()
         agreement.compare_replicas(self._walk, self.param_groups, self._state.entries.state, group)
 
     def _compare_ranks(self, when: str, error: Exception | None = None, **what: Any) -> None:

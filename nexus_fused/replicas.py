@@ -70,7 +70,11 @@ class Replicas:
                 self._found.append(Replica(module, reduced[0]))
         self.outdated = not self._found
 
-    def check_reduced(self, groups: list[dict[str, Any]], position: int) -> None:
+    def forget(self) -> None:
+        """Has the next step's gradients be of either kind: a state was loaded, which replicas have in common."""
+        self._waited = None
+
+    def check_reduced(self, groups: list[dict[str, Any]], position: int, inner_steps: int) -> None:
         """Raises RuntimeError where some steps take gradients that DDP reduced and others this rank's own.
 
         None of them reduced is for those who average weights themselves, from a boundary on: position is 0 there.
@@ -81,7 +85,7 @@ class Replicas:
         if not self._found or self._found[0].reduced is None:
             return
         waits = any(replica.waits for replica in self._found)
-        if self._waited is not None and waits != self._waited and (position > 0 or self._waited):
+        if self._waited is not None and waits != self._waited and (position > 0 or (inner_steps == 1 and self._waited)):
             raise RuntimeError(
                 f"DistributedDataParallel {'did not reduce' if waits else 'reduced'} the gradients of this step() and "
                 f"{'reduced' if waits else 'did not reduce'} those of the one before (its no_sync(), or "

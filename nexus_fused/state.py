@@ -90,28 +90,31 @@ class State:
             )
         self._take_groups()
         if self._is_fresh and not all(segment.fits for segment in self._walk.segments):
-            self._rebuild()
+            self._is_fresh = not self.entries.holds_values(self._walk.segments)
+            if self._is_fresh:
+                self._rebuild()
 
     def _take_groups(self) -> None:
         optimizer: Any = self._optimizer()
         groups, known = optimizer.param_groups, len(self._members)
         if len(groups) <= known:
             return
-        optimizer.param_groups = groups[:known]
+        waiting = groups[known:]
+        del groups[known:]  # the list itself: wrappers of frameworks hold it too
         try:
-            for group in groups[known:]:
+            for group in waiting:
                 for key in GROUP_KEYS:  # of a cycle that another optimizer was in
                     group.pop(key, None)
                 optimizer.add_param_group(group)
         finally:  # after an error the rest waits
-            optimizer.param_groups += groups[len(optimizer.param_groups) :]
+            groups += waiting[len(groups) - known :]
 
     def _rebuild(self) -> None:
         """Gives all parameters memory, where and as they are now."""
         walk, segments = self._walk, self._walk.segments
         for segment in segments:
             check_param(segment.param, f"parameter {segment.index} of group {segment.group}")
-        before = walk.tables, walk.cycles, walk.work
+        before, shows_cycle = (walk.tables, walk.cycles, walk.work), self.entries.shows_cycle
         walk.tables, walk.cycles, walk.work = {}, {}, []
         self.entries.drop(segments)
         try:
@@ -121,6 +124,8 @@ class State:
             walk.tables, walk.cycles, walk.work = before
             self._add(segments)
             raise
+        if shows_cycle:
+            self.materialize_displacements()
 
     def adopt(self, *, moments: bool = True) -> None:
         """Copies what others put into the state, or moved, to where kernels work, and shows that again.
@@ -138,7 +143,7 @@ class State:
                 "cycle before the capture"
             )
         moved: set[Segment] = set()
-        for segment, name, value in found:
+        for segment, name, value in checkpoint.apart(found, self._walk.segments):
             before = segment.buffer(name).clone() if name == "displacement" and not segment.touched else None
             checkpoint.copy_in(segment, name, value)
             # Before the first gradient it holds anything; a host that gives just that back has displaced nothing.
@@ -151,9 +156,9 @@ class State:
     def refresh(self, *, gradients: bool, moments: bool = True) -> None:
         """Checks everything that may be wrong and takes over what is new, before anything is modified.
 
-        gradients: whether those of a micro-batch are used; moments: whether they are, by an outer step.
+        After `follow_members`. gradients: whether those of a micro-batch are used; moments: whether they are, by an
+        outer step.
         """
-        self.follow_members()
         waits = any(not is_frozen(param) for *_, param in self._frozen)
         try:
             self._walk.follow_capture(self._groups, waits)
@@ -162,8 +167,10 @@ class State:
             raise
         self._walk.check_writes()  # before anything has parameters taken as they are
         if gradients and not self._walk.is_local:
-            self._walk.ranks.replicas.check_reduced(self._groups, self._walk.position)
-        self.adopt(moments=moments)
+            self._walk.ranks.replicas.check_reduced(self._groups, self._walk.position, self._walk.inner_steps)
+        buckets = [bucket for table in self._walk.tables.values() for bucket in table.buckets]
+        maxima_come = any(bucket.amsgrad != self._groups[bucket.group]["amsgrad"] for bucket in buckets)
+        self.adopt(moments=moments or maxima_come)  # they are shown with all the rest
         if waits:
             self._thaw()
         if self._walk.refresh(self._groups, gradients=gradients):
@@ -175,19 +182,20 @@ class State:
 
     def show_position(self) -> None:
         """Puts the position into the groups, and displacements into the entries or out of them."""
-        for group in self._groups:
+        for group in self._groups[: len(self._members)]:
             group["cycle_position"] = self._walk.position
         self._follow(in_cycle=self._walk.position > 0)
         self._is_fresh = False
 
     def show(self, *, in_cycle: bool) -> None:
         """Puts the cycle's own data into groups and entries, the groups' under the same keys at every position."""
-        sizes = [len(group["params"]) for group in self._groups]
+        groups = self._groups[: len(self._members)]  # those put behind are taken over later
+        sizes = [len(group["params"]) for group in groups]
         cycle = next(iter(self._walk.cycles.values()))
         touched = [[False] * size for size in sizes]
         for segment in [] if self.shows_theta else self._walk.segments:
             touched[segment.group][segment.index] = segment.touched
-        groups, position = self._groups, 0 if self.shows_theta else self._walk.position
+        position = 0 if self.shows_theta else self._walk.position
         first = next((group for group in groups if group["params"]), groups[0])
         for index, group in enumerate(groups):
             for key in OPTIMIZER_KEYS:
@@ -211,6 +219,7 @@ class State:
         if self.shows_theta:
             return
         if self._walk.position > 0:
+            self.follow_members()
             # FSDP2 gathers anew: what it has gathered would hide θ here
             self.refresh(gradients=False, moments=False)
             self._kept = theta.show_outer_weights(list(self._walk.tables.values()))
@@ -270,6 +279,7 @@ class State:
 
     def materialize_displacements(self) -> None:
         """Shows zero displacements at a boundary, until the end of the next cycle."""
+        self.follow_members()
         self._thaw()
         self._walk.ensure_displacements()
         self._walk.clear_untouched()
@@ -277,6 +287,7 @@ class State:
 
     def restore(self, loaded: list[dict[str, Any]], entries: dict[Tensor, dict[str, Any]]) -> None:
         """Copies checked groups and entries into place, zeros where there are none, and the position with them."""
+        self._walk.ranks.replicas.forget()
         self.shows_theta = False  # eval() at a boundary, which hid nothing
         self._is_fresh &= not entries
         late = [entry for entry in self._frozen if entries.get(entry[2])]
@@ -294,8 +305,12 @@ class State:
             walk.ensure_displacements()
         kept = {s.group for s in walk.segments if "max_exp_avg_sq" in (entries.get(s.param) or ())}
         walk.follow_amsgrad([{"amsgrad": group["amsgrad"] or i in kept} for i, group in enumerate(loaded)])
-        for segment in walk.segments:
-            checkpoint.restore_entry(segment, entries.get(segment.param) or {})
+        values = [(s, name, value) for s in walk.segments for name, value in (entries.get(s.param) or {}).items()]
+        apart: dict[Segment, dict[str, Any]] = {segment: {} for segment in walk.segments}
+        for segment, name, value in checkpoint.apart(values, walk.segments):
+            apart[segment][name] = value
+        for segment, entry in apart.items():
+            checkpoint.restore_entry(segment, entry)
         walk.follow_amsgrad(loaded)
         walk.start_from(position)
         for cycle in walk.cycles.values():

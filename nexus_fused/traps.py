@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import graphs
 from .flat import GRAD
 from .options import INNER_LR_FLOOR
 from .walk import Walk
@@ -117,9 +118,10 @@ class _Pile:
         self._param, self.times = weakref.ref(param), 0
         known = weakref.ref(self)
 
+        @torch.utils.hooks.unserializable_hook  # else to save a plain tensor warns of it
         def before_a_pass_adds(_: Tensor) -> None:
             pile = known()
-            if pile is not None and not torch.compiler.is_compiling() and (pile._passes or pile._has_writes(0)):
+            if pile is not None and not torch.compiler.is_compiling() and (pile._passes or pile._holds_values()):
                 pile._passes += 1
 
         self.hook = param.register_hook(before_a_pass_adds)
@@ -132,6 +134,16 @@ class _Pile:
         """Whether the gradient is the one that the last step saw, written so many times since."""
         grad: Any = getattr(self._param(), "grad", None)
         return grad is self._grad() and grad is not None and bool(grad._version == self._version + count)
+
+    def _holds_values(self) -> bool:
+        """Whether the gradient is as the last step saw it; one zeroed through `.data` has the same version.
+
+        Waits for the device, in the first cycle only, and not while a CUDA graph is captured.
+        """
+        if not self._has_writes(0):
+            return False
+        grad: Any = self._grad()
+        return graphs.capture_id([grad.device]) is not None or bool(grad.any())
 
     def grew(self) -> bool:
         """Whether it did since the last step."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import io
+import os
 import pickle
 import signal
 import sys
@@ -21,6 +22,7 @@ from two_models import TwoModels
 
 import nexus_fused
 from nexus_fused import NexusAdamW
+from nexus_fused.frameworks import uninterrupted
 
 
 def _tensors(entry):
@@ -106,6 +108,63 @@ def test_other_values_are_taken_over(backend, dtype, when, taken):
         assert state[0]["step"] == 7 + (taken + 6) // 4 - taken // 4
         results.append([*values(params), *(state[0][key] for key in ("exp_avg", "exp_avg_sq"))])
     assert_same(*results)
+
+
+@pytest.mark.parametrize("how", ["tensors", "entries", "a view", "one entry for both", "loaded"])
+def test_what_is_assigned_may_lie_in_our_own_memory(backend, how):
+    """Tensors of the state are live: to copy may be to swap."""
+    (p, q), optimizer = build((3, 3), (3, 3), backend=backend)
+    run(optimizer, [p, q], 5)
+    ours, theirs = (dict(optimizer.state[x]) for x in (p, q))
+    first, second = (entry["exp_avg"].clone() for entry in (ours, theirs))
+    state = optimizer.state
+    if how == "tensors":
+        state[p]["exp_avg"], state[q]["exp_avg"] = theirs["exp_avg"], ours["exp_avg"]
+        expected = second, first
+    elif how == "entries":
+        state[p], state[q] = state[q], state[p]
+        expected = second, first
+    elif how == "a view":
+        state[p]["exp_avg"] = state[p]["exp_avg"].t()
+        expected = first.t().clone(), second
+    elif how == "one entry for both":
+        state[q] = state[p]
+        expected = first, first
+    else:
+        saved = optimizer.state_dict()
+        saved["state"][0], saved["state"][1] = saved["state"][1], saved["state"][0]
+        optimizer.load_state_dict(saved)
+        expected = second, first
+    assert_same([optimizer.state_dict()["state"][i]["exp_avg"] for i in (0, 1)], expected)
+    assert_same([optimizer.state[x]["exp_avg"] for x in (p, q)], expected)
+    run(optimizer, [p], 3)
+    assert optimizer.state[p]["step"] == 2
+    assert state[p] is not state[q]
+
+
+@pytest.mark.parametrize("taken", [1, 4])
+@pytest.mark.parametrize("what", ["a group", "maxima", "a plain dict"])
+def test_what_was_assigned_is_looked_at_before_others_come(backend, what, taken):
+    (p, q), optimizer = build((3,), (4,), backend=backend, amsgrad=what == "a group")
+    run(optimizer, [p, q], taken)
+    assigned = torch.full((3,), 0.25)
+    entry = optimizer.state[p]
+    entry["exp_avg"] = assigned
+    if taken == 1:
+        entry["displacement"] = torch.full_like(entry["displacement"], 2**-7)
+    if what == "maxima":
+        optimizer.param_groups[0]["amsgrad"] = True
+        set_grads([q], 9)
+        p.grad = None
+        optimizer.step()
+    else:
+        if what == "a plain dict":
+            optimizer.state = {key: dict(value) for key, value in optimizer.state.items()}
+        optimizer.add_param_group({"params": make_params((2,))})
+    assert_same([optimizer.state[p]["exp_avg"]], [assigned])
+    if taken == 1:
+        assert (optimizer.state[p]["displacement"] == 2**-7).all()
+    run(optimizer, [q, *optimizer.param_groups[-1]["params"]], 4, 30)
 
 
 def test_a_displacement_for_one_that_has_not_moved(backend):
@@ -205,6 +264,43 @@ def _interrupted_at(line, call):
     finally:
         sys.settrace(None)
     return False
+
+
+@pytest.mark.parametrize("seen", ["a handler", "a wake-up fd"])
+def test_an_interrupt_comes_once(seen):
+    """As asyncio counts them: the first stops, the second kills."""
+    came, (read, write) = [], os.pipe()
+    os.set_blocking(read, False)
+    os.set_blocking(write, False)
+    handler, wakeup = signal.signal(signal.SIGINT, lambda *args: came.append(args[0])), signal.set_wakeup_fd(write)
+    try:
+        with uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+            assert not came
+        assert came == [signal.SIGINT]
+        assert seen == "a handler" or len(os.read(read, 9)) == 1
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        signal.signal(signal.SIGINT, handler)
+        os.close(read)
+        os.close(write)
+
+
+def test_an_interrupted_group_was_added_or_was_not():
+    for line in range(1, 10_000, 29):
+        params, optimizer = build()
+        run(optimizer, params, 2)
+        (late,) = make_params((2,))
+        came = _interrupted_at(line, functools.partial(optimizer.add_param_group, {"params": [late]}))
+        if len(optimizer.param_groups) == 1:
+            optimizer.add_param_group({"params": [late]})
+        optimizer.eval()
+        optimizer.train()
+        run(optimizer, [*params, late], 2)
+        assert optimizer.state[late]["step"] == 1
+        if not came:
+            break
+    assert 100 < line < 9_000
 
 
 @pytest.mark.parametrize("what", ["inner step", "outer step", "eval", "load"])

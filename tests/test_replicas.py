@@ -95,6 +95,38 @@ def test_steps_on_gradients_of_both_kinds_are_refused(how, reduced):
     assert on_ranks(2, _toggles, how, reduced) == [reduced, reduced]
 
 
+def _averages_then_reduces():
+    """A block of Accelerate's LocalSGD, and DDP goes on."""
+    parallel, optimizer = _build()
+    with parallel.no_sync():
+        for step in range(4):
+            _backward(parallel, step)
+            optimizer.step()
+            optimizer.zero_grad()
+        for p in parallel.parameters():
+            dist.all_reduce(p.data, op=dist.ReduceOp.SUM)
+            p.data /= 2
+    _backward(parallel, 5)
+    optimizer.step()
+    return optimizer.cycle_position
+
+
+def test_whole_cycles_of_both_kinds_are_allowed():
+    assert on_ranks(2, _averages_then_reduces) == [1, 1]
+
+
+def _groups_behind():
+    _, optimizer = _build()
+    late = nn.Linear(2, 2)
+    optimizer.param_groups.append({"params": list(late.parameters())})
+    optimizer.check_ranks()
+    return len(optimizer.state)
+
+
+def test_ranks_compare_groups_put_behind_too():
+    assert on_ranks(2, _groups_behind) == [6, 6]
+
+
 def _mean_of_several():
     """Several backward passes for a step, only the last of them reduced; evaluations wherever one likes."""
     parallel, optimizer = _build()

@@ -560,7 +560,10 @@ def test_groups_put_behind_the_known_ones_are_added(backend):
     run(optimizer, [a2, b2], 6, 20)
     assert_same(values([a, b]), values([a2, b2]))
     good, bad = {"params": [c2], "lr": 0.25}, {"params": [c], "lr": -1.0}
-    optimizer.param_groups += [good, bad]
+    groups = optimizer.param_groups  # as wrappers of frameworks hold it
+    groups += [good, bad]
+    with optimizer.outer_weights():
+        pass
     for _ in range(2):
         with pytest.raises(ValueError, match="lr of parameter group 3 must be >= 0"):
             optimizer.step()
@@ -570,6 +573,12 @@ def test_groups_put_behind_the_known_ones_are_added(backend):
     run(optimizer, [a2, b2, c2, c], 4, 40)
     assert good["inner_lr"] == bad["inner_lr"] == 0.05
     assert [optimizer.state[p]["step"] for p in (a2, c2, c)] == [4, 1, 1]
+    assert optimizer.param_groups is groups
+    later, last = make_params((2,), (2,))
+    groups.append({"params": [later]})
+    optimizer.add_param_group({"params": [last]})
+    run(optimizer, [later, last], 4)
+    assert optimizer.state[later]["step"] == optimizer.state[last]["step"] == 1
 
 
 @pytest.mark.parametrize("empty", [False, True])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
+import pickle
 import warnings
 
 import pytest
@@ -231,3 +233,27 @@ class TestPile:
                 assert not self.said_of(parallel, optimizer, lambda o=optimizer, n=set_to_none: o.zero_grad(n))
         finally:
             torch.distributed.destroy_process_group()
+
+
+def test_a_gradient_zeroed_through_data_is_no_pile():
+    """`.data` counts its writes for itself."""
+    model = nn.Linear(3, 1)
+    optimizer = NexusAdamW(model.parameters(), inner_steps=2)
+
+    def train():
+        for _ in range(8):
+            model(torch.ones(4, 3)).sum().backward()
+            optimizer.step()
+            for p in model.parameters():
+                p.grad.data.zero_()
+
+    assert not said(train)
+
+
+def test_saving_a_tensor_says_nothing_of_our_hook():
+    p = torch.ones(3, requires_grad=True)
+    optimizer = NexusAdamW([p])
+    p.sum().backward()
+    optimizer.step()
+    assert not said(lambda: torch.save({"p": p}, io.BytesIO()))
+    assert not said(lambda: pickle.dumps(optimizer))

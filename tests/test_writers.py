@@ -194,6 +194,33 @@ def test_a_model_converted_before_the_first_step_is_followed(backend, convert, l
     assert_same(*results)
 
 
+@pytest.mark.parametrize("how", ["in place", "assigned"])
+def test_moments_that_somebody_filled_in_stay(backend, how):
+    """A state that is not fresh is none to begin anew with."""
+    (p,), optimizer = build((3,), backend=backend, inner_steps=1)
+    if how == "in place":
+        optimizer.state[p]["exp_avg"].fill_(7.0)
+    else:
+        optimizer.state[p]["exp_avg"] = torch.full((3,), 7.0)
+    p.data = p.data.bfloat16()
+    set_grads([p], 0)
+    with pytest.raises(RuntimeError, match="build the optimizer after it"):
+        optimizer.step()
+    p.data = p.data.float()
+    assert (optimizer.state_dict()["state"][0]["exp_avg"] == 7).all()
+
+
+@pytest.mark.parametrize("converted_first", [False, True])
+def test_displacements_are_there_after_a_conversion_too(backend, converted_first):
+    model = nn.Linear(3, 2)
+    optimizer = NexusAdamW(model.parameters(), backend=backend)
+    if converted_first:
+        model.bfloat16()
+    optimizer.materialize_displacements()
+    model.bfloat16()
+    assert all("displacement" in entry for entry in optimizer.state_dict()["state"].values())
+
+
 def test_a_conversion_that_cannot_be_followed_changes_nothing(backend):
     (a, b), optimizer = build((3,), (4,), backend=backend)
     a.data = a.data.to(torch.float8_e5m2)
