@@ -256,6 +256,7 @@ def _interrupted_at(line, call):
             signal.raise_signal(signal.SIGINT)
         return trace
 
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have had us ignore it
     sys.settrace(trace)
     try:
         call()
@@ -263,6 +264,7 @@ def _interrupted_at(line, call):
         return True
     finally:
         sys.settrace(None)
+        signal.signal(signal.SIGINT, handler)
     return False
 
 
