@@ -462,6 +462,7 @@ class NexusAdamW(Optimizer):
         self._state.entries.known = False
         finished = state["_finished"]
         if finished is not None:
-            sums, counts = finished
             of_all = next(iter(self._walk.cycles.values()))
-            of_all.finished = torch.tensor(sums, dtype=torch.float64), torch.tensor(counts, dtype=torch.int64)
+            with torch.device("cpu"):  # whatever the default device is
+                sums, counts = finished
+                of_all.finished = torch.tensor(sums, dtype=torch.float64), torch.tensor(counts, dtype=torch.int64)

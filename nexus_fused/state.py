@@ -88,13 +88,13 @@ class State:
                 f"the parameters of group {index} were exchanged, added or removed behind the optimizer's back: add "
                 "groups with add_param_group(), or build a new optimizer and load this one's state into it"
             )
-        self._take_groups()
+        self._add_groups_behind()
         if self._is_fresh and not all(segment.fits for segment in self._walk.segments):
             self._is_fresh = not self.entries.holds_values(self._walk.segments)
             if self._is_fresh:
                 self._rebuild()
 
-    def _take_groups(self) -> None:
+    def _add_groups_behind(self) -> None:
         optimizer: Any = self._optimizer()
         groups, known = optimizer.param_groups, len(self._members)
         if len(groups) <= known:

@@ -348,5 +348,6 @@ def test_default_device(backend):
             optimizer.load_state_dict(optimizer.state_dict())
             optimizer.outer_step()
             assert optimizer.metrics()["grad_norms"]
+            assert copy.deepcopy(optimizer).metrics() == optimizer.metrics()
         results.append(values(params))
     assert_same(*results)
