@@ -38,15 +38,16 @@ struct Kernels {
   decltype(&baseline::sum_squares) sum_squares;
   decltype(&baseline::inner_step) inner_step;
   decltype(&baseline::end_walk) end_walk;
+  decltype(&baseline::gradients) gradients;
   decltype(&baseline::outer_step) outer_step;
 };
 
 constexpr Kernels kVariants[] = {
 #if defined(NEXUS_HAVE_X86_VARIANTS)
-    {"avx512", avx512::sum_squares, avx512::inner_step, avx512::end_walk, avx512::outer_step},
-    {"avx2", avx2::sum_squares, avx2::inner_step, avx2::end_walk, avx2::outer_step},
+    {"avx512", avx512::sum_squares, avx512::inner_step, avx512::end_walk, avx512::gradients, avx512::outer_step},
+    {"avx2", avx2::sum_squares, avx2::inner_step, avx2::end_walk, avx2::gradients, avx2::outer_step},
 #endif
-    {"baseline", baseline::sum_squares, baseline::inner_step, baseline::end_walk, baseline::outer_step},
+    {"baseline", baseline::sum_squares, baseline::inner_step, baseline::end_walk, baseline::gradients, baseline::outer_step},
 };
 
 #if defined(NEXUS_HAVE_X86_VARIANTS)
@@ -98,11 +99,12 @@ void advance(int64_t hyper, int64_t factor, int64_t sums, int64_t totals, int64_
   pointer<double>(sums)[3 * groups + position] = step.unscaled(grad_scale);
 }
 
-void inner_step(int64_t rows, int64_t n, int64_t chunks, int dtype, int of_displacement, int64_t factor, int64_t moves,
-                int64_t lost_moves, int threads) {
+void inner_step(int64_t rows, int64_t n, int64_t chunks, int dtype, int of_displacement, int64_t factor,
+                bool of_parameter, int64_t moves, int64_t lost_moves, int threads) {
   py::gil_scoped_release released;
   kernels->inner_step(pointer<const Segment>(rows), n, chunks, {DType(dtype), DType(of_displacement)},
-                      pointer<const double>(factor), pointer<int64_t>(moves), pointer<int64_t>(lost_moves), threads);
+                      pointer<const double>(factor), of_parameter, pointer<int64_t>(moves), pointer<int64_t>(lost_moves),
+                      threads);
 }
 
 void end_walk(int64_t rows, int64_t n, int64_t chunks, int dtype, int of_displacement, int64_t factor, double share,
@@ -110,6 +112,13 @@ void end_walk(int64_t rows, int64_t n, int64_t chunks, int dtype, int of_displac
   py::gil_scoped_release released;
   kernels->end_walk(pointer<const Segment>(rows), n, chunks, {DType(dtype), DType(of_displacement)},
                     pointer<const double>(factor), share, threads);
+}
+
+void gradients(int64_t rows, int64_t n, int64_t chunks, int dtype, int of_displacement, int64_t scale,
+               int64_t displacement_sq, int64_t partials, int threads) {
+  py::gil_scoped_release released;
+  kernels->gradients(pointer<const Segment>(rows), n, chunks, {DType(dtype), DType(of_displacement)},
+                     pointer<const double>(scale), pointer<double>(displacement_sq), pointer<double>(partials), threads);
 }
 
 void outer_step(int64_t rows, int64_t n, int64_t chunks, int dtype, int of_displacement, bool has_ended, int64_t hyper,
@@ -143,6 +152,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("advance", &advance);
   m.def("inner_step", &inner_step);
   m.def("end_walk", &end_walk);
+  m.def("gradients", &gradients);
   m.def("outer_step", &outer_step);
   m.def("instruction_sets", &instruction_sets, "Those that were built and run on this processor, best first.");
   m.def("instruction_set", [] { return kernels->name; }, "The one in use.");

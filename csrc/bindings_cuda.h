@@ -47,9 +47,10 @@ inline void define_cuda(pybind11::module_& m) {
   });
   m.def("cuda_inner_step", [](const std::array<int64_t, 7>& table, const std::array<int, 2>& dtypes,
                               const std::array<int64_t, 8>& cycle, const Integers& norms,
-                              const std::array<int64_t, 3>& micro_batch, const std::array<int64_t, 4>& where) {
+                              const std::array<int64_t, 3>& micro_batch, bool of_parameter,
+                              const std::array<int64_t, 4>& where) {
     inner_step(table_from(table), dtypes_from(dtypes), cycle_from(cycle), micro_batch_from(norms, micro_batch),
-               where_from(where));
+               of_parameter, where_from(where));
   });
   m.def("cuda_end_walk", [](const std::array<int64_t, 7>& table, const std::array<int, 2>& dtypes,
                             const std::array<int64_t, 8>& cycle, const Integers& norms,

@@ -209,9 +209,10 @@ double chunk_sum_squares(const Segment& segment, int64_t begin, int64_t end) {
 // D' = Q(D + γ·g/n);  w ← (w + D) − D'. Bytes per element, float32 with D in bfloat16: reads w D g, writes w D (16), the
 // first time in a cycle, when D is not read, 14; bfloat16 (w is the parameter and its remainder): 14 and 12. With an
 // anchor it keeps w there, the first time (4 more). G: what gradients are read as, the parameter's dtype or `State`.
+// of_parameter: a move is lost that leaves the parameter where it was, not w.
 template <class T, class D, class G, bool touched>
-void chunk_inner_step(const Segment& segment, int64_t begin, int64_t end, double factor, int64_t& moves,
-                      int64_t& lost_moves) {
+void chunk_inner_step(const Segment& segment, int64_t begin, int64_t end, double factor, bool of_parameter,
+                      int64_t& moves, int64_t& lost_moves) {
   using State = typename T::State;
   const GradientScale<State> scale(factor);
   for_each_block(begin, end, [&](int64_t i, auto n) NEXUS_INLINED {
@@ -240,9 +241,10 @@ void chunk_inner_step(const Segment& segment, int64_t begin, int64_t end, double
       rounded[j] = D::store(before + step);
       const State old = read_weight<T>(parameter, remainder, j);
       const State moved = walked_weight(outer_weight(old, before), D::load(rounded[j]));
+      const auto shown = parameter[j];
       write_weight<T>(moved, parameter, remainder, j);
       block_moves += step != 0;
-      block_lost += (step != 0) & (moved == old);
+      block_lost += (step != 0) & (of_parameter ? parameter[j] == shown : moved == old);
     }
     moves += block_moves;
     lost_moves += block_lost;
@@ -259,14 +261,15 @@ auto inner_step_of(const Segment& segment) {
 }
 
 template <class T, class D>
-void table_inner_step(const Segment* segments, int64_t n, int64_t chunks, const double* factor, int64_t* moves,
-                      int64_t* lost_moves, int threads) {
+void table_inner_step(const Segment* segments, int64_t n, int64_t chunks, const double* factor, bool of_parameter,
+                      int64_t* moves, int64_t* lost_moves, int threads) {
   int64_t total_moves = 0, total_lost = 0;
   for_each_chunk(segments, n, chunks, threads,
                  [=, &total_moves, &total_lost](const Segment& segment, int64_t begin, int64_t end, int64_t) {
                    if (!segment.grad) return;
                    int64_t chunk_moves = 0, chunk_lost = 0;
-                   inner_step_of<T, D>(segment)(segment, begin, end, factor[segment.group], chunk_moves, chunk_lost);
+                   const auto inner_step = inner_step_of<T, D>(segment);
+                   inner_step(segment, begin, end, factor[segment.group], of_parameter, chunk_moves, chunk_lost);
 #pragma omp atomic
                    total_moves += chunk_moves;  // integers: the order does not matter
 #pragma omp atomic
@@ -309,6 +312,33 @@ void table_end_walk(const Segment* segments, int64_t n, int64_t chunks, const do
   for_each_chunk(segments, n, chunks, threads, [=](const Segment& segment, int64_t begin, int64_t end, int64_t) {
     chunk_end_walk<T, D>(segment, begin, end, factor[segment.group], share);
   });
+}
+
+// G ← D · scale, after the end of a walk; `grad` is where G goes, in the parameter's dtype. Returns ‖D‖² of the chunk.
+// Bytes per element, D in bfloat16: reads D, writes G (float32 6, bfloat16 4).
+template <class T, class D>
+double chunk_gradient(const Segment& segment, int64_t begin, int64_t end, double scale) {
+  using State = typename T::State;
+  const State factor = State(scale);
+  const auto* displacement = pointer<const typename D::Storage>(segment.displacement);
+  auto* target = pointer<typename T::Storage>(segment.grad);
+  double lanes[kLanes] = {};
+  for_each_block(begin, end, [&](int64_t i, auto n) NEXUS_INLINED {
+    State values[kBlock];
+    for (int64_t j = 0; j < n; ++j) values[j] = D::load(displacement[i + j]);
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) target[i + j] = T::store(values[j] * factor);
+    add_squares(values, n, lanes);
+  });
+  return sum_lanes(lanes);
+}
+
+// Adds the partial sums of chunks up, for each group, in their order.
+void add_to_groups(const Segment* segments, int64_t n, int64_t chunks, const double* partials, double* sums) {
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t end = i + 1 < n ? segments[i + 1].chunk : chunks;
+    for (int64_t chunk = segments[i].chunk; chunk < end; ++chunk) sums[segments[i].group] += partials[chunk];
+  }
 }
 
 // θ = w + D, or w where the walk has ended;  D ← D + γ·g/n;  w ← AdamW(θ, D/Γ). Returns ‖D‖² of the chunk. Bytes per
@@ -386,10 +416,7 @@ void table_outer_step(const Segment* segments, int64_t n, int64_t chunks, bool h
     partials[chunk] = outer_step(segment, begin, end, has_ended, factor[group],
                                  hyper[group].normalize != 0 ? 1 / walk_length[group] : 1, adamw[&segment - segments]);
   });
-  for (int64_t i = 0; i < n; ++i) {
-    const int64_t end = i + 1 < n ? segments[i + 1].chunk : chunks;
-    for (int64_t chunk = segments[i].chunk; chunk < end; ++chunk) displacement_sq[segments[i].group] += partials[chunk];
-  }
+  add_to_groups(segments, n, chunks, partials, displacement_sq);
 }
 
 }  // namespace
@@ -400,10 +427,11 @@ void sum_squares(const Segment* segments, int64_t n, int64_t chunks, double* par
   });
 }
 
-void inner_step(const Segment* segments, int64_t n, int64_t chunks, DTypes dtypes, const double* factor, int64_t* moves,
-                int64_t* lost_moves, int threads) {
+void inner_step(const Segment* segments, int64_t n, int64_t chunks, DTypes dtypes, const double* factor,
+                bool of_parameter, int64_t* moves, int64_t* lost_moves, int threads) {
   with_dtypes(dtypes, [=](auto type, auto of_displacement) {
-    table_inner_step<decltype(type), decltype(of_displacement)>(segments, n, chunks, factor, moves, lost_moves, threads);
+    table_inner_step<decltype(type), decltype(of_displacement)>(segments, n, chunks, factor, of_parameter, moves,
+                                                                lost_moves, threads);
   });
 }
 
@@ -412,6 +440,17 @@ void end_walk(const Segment* segments, int64_t n, int64_t chunks, DTypes dtypes,
   with_dtypes(dtypes, [=](auto type, auto of_displacement) {
     table_end_walk<decltype(type), decltype(of_displacement)>(segments, n, chunks, factor, share, threads);
   });
+}
+
+void gradients(const Segment* segments, int64_t n, int64_t chunks, DTypes dtypes, const double* scale,
+               double* displacement_sq, double* partials, int threads) {
+  with_dtypes(dtypes, [=](auto type, auto of_displacement) {
+    for_each_chunk(segments, n, chunks, threads, [=](const Segment& segment, int64_t begin, int64_t end, int64_t chunk) {
+      const auto gradient = chunk_gradient<decltype(type), decltype(of_displacement)>;
+      partials[chunk] = segment.grad ? gradient(segment, begin, end, scale[segment.group]) : 0;
+    });
+  });
+  add_to_groups(segments, n, chunks, partials, displacement_sq);
 }
 
 void outer_step(const Segment* segments, int64_t n, int64_t chunks, DTypes dtypes, bool has_ended, const Hyper* hyper,

@@ -389,8 +389,15 @@ struct Move {
   State* anchor;    // null where it is not written
   Gradient g;       // none where the step is skipped
   GradientScale<State> scale;
-  bool first;       // D is not valid yet
-  uint32_t counts;  // moves and, times 65536, those that rounding swallowed: a block has fewer
+  bool first;         // D is not valid yet
+  bool of_parameter;  // a move is lost that leaves the parameter where it was, not w
+  uint32_t counts;    // moves and, times 65536, those that rounding swallowed: a block has fewer
+
+  __device__ __forceinline__ bool is_lost(typename T::Storage shown, State old, State next) const {
+    typename T::Storage parameter{}, remainder;
+    if constexpr (T::low_precision) T::write(next, parameter, remainder);
+    return T::low_precision && of_parameter ? parameter == shown : next == old;
+  }
 
   template <int width, int batch, bool aligned, bool aligned_g>
   __device__ __forceinline__ void apply(int i) {
@@ -414,7 +421,7 @@ struct Move {
         old[j] = w[b][j];
         rounded[j] = D::store(from + step);
         next[j] = walked_weight(outer_weight(old[j], from), D::load(rounded[j]));
-        counts += step != 0 ? next[j] == old[j] ? 0x10001u : 1u : 0u;
+        counts += step != 0 ? is_lost(w[b].parameter[j], old[j], next[j]) ? 0x10001u : 1u : 0u;
       }
       if (anchor) store<aligned>(anchor + i + b * stride, old);
       store<aligned>(displacement + i + b * stride, rounded);
@@ -429,7 +436,7 @@ struct Move {
 // 3 of arXiv 2604.09258.
 template <class T, class D>
 __global__ void __launch_bounds__(kThreads, 4)
-    inner_step_kernel(Table table, Cycle cycle, MicroBatch micro_batch, bool last_table) {
+    inner_step_kernel(Table table, Cycle cycle, MicroBatch micro_batch, bool of_parameter, bool last_table) {
   using State = typename T::State;
   const Part part(table, blockIdx.x, uint32_t(table.parts));
   const Segment& row = part.row;
@@ -437,7 +444,8 @@ __global__ void __launch_bounds__(kThreads, 4)
   step.compute(micro_batch, cycle.hyper[row.group]);
   const bool first = !is_touched(row, table.touch);
   Move<T, D> work{Weights<T>(part), part.at<typename D::Storage>(row.displacement),
-                  first ? part.at<State>(row.anchor) : nullptr, Gradient(part, step.taken), step.scale, first, 0};
+                  first ? part.at<State>(row.anchor) : nullptr, Gradient(part, step.taken), step.scale, first,
+                  of_parameter, 0};
   const bool aligned = work.weights.aligned() && all_aligned(work.displacement, work.anchor);
   if (row.grad && (step.taken || first)) for_each_element<width_of<State>, 2>(work, part.n, aligned, work.g.aligned());
   const uint32_t counts = block_sum(work.counts);
@@ -720,11 +728,11 @@ void sq_norm(const Table& table, double* partials, double* sq_norm, uint32_t* ar
   launch("sq_norm", sq_norm_kernel, blocks, where, table, partials, sq_norm, arrivals);
 }
 
-void inner_step(const Table& table, DTypes dtypes, const Cycle& cycle, const MicroBatch& micro_batch,
+void inner_step(const Table& table, DTypes dtypes, const Cycle& cycle, const MicroBatch& micro_batch, bool of_parameter,
                 const Where& where) {
   with_dtypes(dtypes, [&](auto type, auto of_displacement) {
     launch("inner_step", inner_step_kernel<decltype(type), decltype(of_displacement)>, table.chunks * table.parts, where,
-           table, cycle, micro_batch, where.last);
+           table, cycle, micro_batch, of_parameter, where.last);
   });
 }
 

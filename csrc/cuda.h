@@ -52,7 +52,8 @@ uint64_t capture_id(void* stream);
 // sq_norm, partials [chunks]; arrivals: one zero, and zero again afterwards.
 void sq_norm(const Table& table, double* partials, double* sq_norm, uint32_t* arrivals, const Where& where);
 
-void inner_step(const Table& table, DTypes dtypes, const Cycle& cycle, const MicroBatch& micro_batch, const Where& where);
+void inner_step(const Table& table, DTypes dtypes, const Cycle& cycle, const MicroBatch& micro_batch, bool of_parameter,
+                const Where& where);
 
 void end_walk(const Table& table, DTypes dtypes, const Cycle& cycle, const MicroBatch& micro_batch, double share,
               const Where& where);

@@ -27,6 +27,7 @@ def inner_step(
     dtype: int,
     of_displacement: int,
     factor: int,
+    of_parameter: bool,
     moves: int,
     lost_moves: int,
     threads: int,
@@ -34,6 +35,18 @@ def inner_step(
 ) -> None: ...
 def end_walk(
     rows: int, n: int, chunks: int, dtype: int, of_displacement: int, factor: int, share: float, threads: int, /
+) -> None: ...
+def gradients(
+    rows: int,
+    n: int,
+    chunks: int,
+    dtype: int,
+    of_displacement: int,
+    scale: int,
+    displacement_sq: int,
+    partials: int,
+    threads: int,
+    /,
 ) -> None: ...
 def outer_step(
     rows: int,
@@ -68,6 +81,7 @@ def cuda_inner_step(
     cycle: tuple[int, ...],
     norms: list[int],
     micro_batch: tuple[int, ...],
+    of_parameter: bool,
     where: tuple[int, ...],
     /,
 ) -> None: ...

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from .dtensor import local_part, part_like
 from .flat import STATE_DTYPE, Segment, real_dtype
-from .options import GROUP_KEYS, group_row, keys_of_group
+from .options import GROUP_KEYS, OPTIMIZER, group_row, has_maxima, keys_of_group
 from .walk import Walk
 
 _KEYS = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "remainder", "displacement", "anchor"}
@@ -90,9 +90,7 @@ def check(
         for i, param in enumerate(groups[index]["params"]):
             where = f"parameter {i} of group {index}"
             if entries.get(param):
-                _check_entry(
-                    entries[param], param, where, amsgrad=group["amsgrad"], position=position, local=walk.is_local
-                )
+                _check_entry(entries[param], param, where, group, position=position, local=walk.is_local)
             elif position > 0 and group["touched"][i]:
                 raise ValueError(
                     f"the loaded state is of position {position} of a cycle, but {_lacks('displacement', where, param)}"
@@ -186,7 +184,7 @@ def _lacks(key: str, where: str, param: Tensor) -> str:
     )
 
 
-def _check_entry(entry: Any, param: Tensor, where: str, *, amsgrad: bool, position: int, local: bool) -> None:
+def _check_entry(entry: Any, param: Tensor, where: str, group: Any, *, position: int, local: bool) -> None:
     """One parameter's state: complete, of the parameter's shape, nothing unknown in it."""
     if not isinstance(entry, dict):
         raise TypeError(f"the loaded state of {where} must be a dict, but is a {type(entry).__name__}")
@@ -202,7 +200,8 @@ def _check_entry(entry: Any, param: Tensor, where: str, *, amsgrad: bool, positi
             f"the loaded state of {where} is of an older form, with 'anchor', 'master' or 'walk': this version keeps a "
             "'displacement' and a 'remainder'. Load the model's weights, and of this state step, exp_avg and exp_avg_sq"
         )
-    needed = {"step", "exp_avg", "exp_avg_sq"} | ({"max_exp_avg_sq"} if amsgrad else set())
+    needed = {"step", "exp_avg", "exp_avg_sq"} if OPTIMIZER not in group else set()
+    needed |= {"max_exp_avg_sq"} if has_maxima(group) else set()
     low_precision = STATE_DTYPE[real_dtype(param.dtype)] != real_dtype(param.dtype)
     missing, unknown = sorted(needed - entry.keys()), sorted(entry.keys() - _KEYS)
     if missing or unknown:
@@ -269,7 +268,7 @@ def pack(packed: dict[str, Any]) -> dict[str, Any]:
     copies: dict[int, torch.UntypedStorage] = {}
     packed["state"] = {key: dict(value) if isinstance(value, dict) else value for key, value in packed["state"].items()}
     for group in packed["param_groups"]:
-        if not (group["fused"] or group["capturable"]):
+        if OPTIMIZER not in group and not (group["fused"] or group["capturable"]):
             for key in group["params"]:
                 if "step" in packed["state"].get(key, {}):
                     packed["state"][key]["step"] = packed["state"][key]["step"].cpu()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import _C
 from .cycle import Cycle, MicroBatch
+from .flat import GRAD
 from .table import Table
 
 ONE_THREAD = 100_000  # elements up to here: to wake others takes longer than they save, on busy cores 16 ms
@@ -66,7 +67,7 @@ def inner_step(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch) -> No
     _advance(cycle, micro_batch)
     counts = cycle.moves.data_ptr(), cycle.lost_moves.data_ptr()
     for table in tables:
-        _C.inner_step(*_table(table), cycle.factor.data_ptr(), *counts, _threads(table))
+        _C.inner_step(*_table(table), cycle.factor.data_ptr(), table.counts_parameters, *counts, _threads(table))
 
 
 def outer_step(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch | None, taken: int) -> None:
@@ -82,6 +83,14 @@ def end_walk(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch | None, 
     _advance(cycle, micro_batch)
     for table in tables:
         _C.end_walk(*_table(table), cycle.factor.data_ptr(), share, _threads(table))
+
+
+def gradients(table: Table, cycle: Cycle, scale: Tensor, targets: list[Tensor | None]) -> None:
+    """D · scale in memory of its own, and ‖D‖²: 6 bytes per element (float32), 4 (below)."""
+    rows = table.rows.clone()
+    rows[:, GRAD] = torch.tensor([0 if target is None else target.data_ptr() for target in targets], device="cpu")
+    sums = cycle.displacement_sq.data_ptr(), table.displacement_sq.data_ptr()
+    _C.gradients(*_table(table, rows), scale.data_ptr(), *sums, _threads(table))
 
 
 def adamw(tables: list[Table], cycle: Cycle, moved: list[Tensor], taken: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _C
+from . import _C, reference
 from .cycle import Cycle, MicroBatch
 from .table import Table
 
@@ -89,7 +89,7 @@ def inner_step(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch) -> No
         of_cycle, norms, rest = _scalars(cycle, readable)
         for table in tables:
             ends = _where(cycle.device, last=table is tables[-1])
-            _C.cuda_inner_step(_table(table), table.dtypes, of_cycle, norms, rest, ends)
+            _C.cuda_inner_step(_table(table), table.dtypes, of_cycle, norms, rest, table.counts_parameters, ends)
 
 
 def outer_step(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch | None, taken: int) -> None:
@@ -105,6 +105,9 @@ def end_walk(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch | None, 
         for table in tables:
             ends = _where(cycle.device, last=table is tables[-1])
             _C.cuda_end_walk(_table(table), table.dtypes, of_cycle, norms, rest, share, ends)
+
+
+gradients = reference.gradients
 
 
 def adamw(tables: list[Table], cycle: Cycle, moved: list[Tensor], taken: int) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import checkpoint
 from .dtensor import local_part
-from .flat import IN_CYCLE, Segment
+from .flat import Segment
 from .observer import Shown
 
 Foreign = tuple[Segment, str, Any]  # a value that others put under a key
@@ -24,15 +24,19 @@ class Entries:
 
     optimizer: only its `state` is read, at each call, since others may replace it. shows_cycle: entries have
     displacements. known: somebody looked at the state, and so may change it from then on; before, nobody can.
+    are_guests: the entries are other optimizers', who make them at their first step and would take ours for their own:
+    ours are there in mid-cycle only, and only once somebody has looked.
     """
 
-    def __init__(self, optimizer: weakref.ref[Any]) -> None:
-        self._optimizer = optimizer
+    def __init__(self, optimizer: weakref.ref[Any], *, are_guests: bool) -> None:
+        self._optimizer, self._are_guests = optimizer, are_guests
         self.shows_cycle = self.known = False
         self._values: list[Any] = []  # of the state, as it was when all entries were in order
         self._moments, self._remainders, self._displacements = Shown([]), Shown([]), Shown([])
         self._entries: list[dict[str, Any]] = []  # of parameters, with what each shows in mid-cycle
         self._in_cycle: list[dict[str, Tensor]] = []
+        self._names: set[str] = set()
+        self._hidden: list[Segment] = []  # what nobody has looked at yet
 
     @property
     def state(self) -> dict[Any, dict[str, Any]]:
@@ -42,7 +46,7 @@ class Entries:
 
     def expect(self, params: Iterable[Any]) -> None:
         """Has parameters count as having state, before it comes."""
-        for param in params:
+        for param in [] if self._are_guests else params:
             if isinstance(param, Tensor):
                 self.state.setdefault(param, {})["step"] = None
 
@@ -50,13 +54,15 @@ class Entries:
         """Shows the memory of parameters that came, and of what came to others; displacements are hidden."""
         self.hide()
         taken: set[int] = set()
-        for segment in coming:
+        for segment in [] if self._are_guests else coming:
             entry = self.state.setdefault(segment.param, {})  # the state may be a plain dict by now
             if id(entry) in taken:  # somebody gave two parameters one entry
                 entry = self.state[segment.param] = dict(entry)
             taken.add(id(entry))
             entry.update({name: segment.show(name) for name in segment.names()})
         self._entries = []
+        if self._are_guests:
+            return
         items = [(self.state[s.param], name, s.shown[name]) for s in everything for name in s.names()]
         self._moments = Shown([item for item in items if item[1] != "remainder"])
         self._remainders = Shown([item for item in items if item[1] == "remainder"])
@@ -82,20 +88,34 @@ class Entries:
         if not in_cycle:
             self.hide()
         elif not self.shows_cycle:
-            if not self._entries:
-                self._entries = [self.state[segment.param] for segment in segments]
-                self._in_cycle = [{n: s.show(n) for n in IN_CYCLE if n in s.bucket.buffers} for s in segments]
-                items = zip(self._entries, self._in_cycle, strict=True)
-                self._displacements = Shown([(entry, n, t) for entry, shown in items for n, t in shown.items()])
-            deque(map(dict.update, self._entries, self._in_cycle), maxlen=0)  # the quickest loop there is
             self.shows_cycle = True
+            self._hidden = segments
+            if self.known or not self._are_guests:
+                self.reveal()
+
+    def reveal(self) -> None:
+        """Puts in what `follow` has left out."""
+        segments, self._hidden = self._hidden, []
+        if not segments:
+            return
+        if not self._entries:
+            self._entries = [self.state.setdefault(segment.param, {}) for segment in segments]
+            self._in_cycle = [{n: s.show(n) for n in s.bucket.buffers if n not in s.bucket.keeps} for s in segments]
+            self._names = set().union(*self._in_cycle)
+            items = zip(self._entries, self._in_cycle, strict=True)
+            self._displacements = Shown([(entry, n, t) for entry, shown in items for n, t in shown.items()])
+        deque(map(dict.update, self._entries, self._in_cycle), maxlen=0)  # the quickest loop there is
 
     def hide(self) -> None:
-        """Takes displacements and anchors out of the entries."""
+        """Takes what is there in mid-cycle only out of the entries."""
         if self.shows_cycle:
-            for name in IN_CYCLE:
+            for name in self._names:
                 deque(map(dict.pop, self._entries, repeat(name), repeat(None)), maxlen=0)
-            self.shows_cycle = False
+            self.shows_cycle, self._hidden = False, []
+            if self._are_guests and self._entries:  # who exchange their entries as they like
+                for param in [param for param, entry in self.state.items() if entry == {}]:
+                    del self.state[param]
+                self._entries, self._in_cycle = [], []
 
     def foreign(self, segments: list[Segment], *, moments: bool) -> list[Foreign] | None:
         """What others put in the place of our tensors, or moved elsewhere, once it is known that it can be copied.
@@ -124,6 +144,8 @@ class Entries:
     def _are_ours(self, *, moments: bool) -> bool:
         """Whether the state holds just what we put there, in our memory."""
         state = self.state
+        if self._are_guests:
+            return not self.shows_cycle or self._displacements.unchanged()
         return (
             len(state) == len(self._values)
             and all(map(operator.is_, state.values(), self._values))

@@ -34,7 +34,8 @@ STATE_DTYPE = {
 }
 
 
-IN_CYCLE = ("displacement", "anchor")  # the keys of the state that exist in mid-cycle only
+# The keys of the state that exist at a boundary too, where AdamW is ours; others' optimizers keep their own.
+KEPT = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "remainder")
 
 
 def real_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -88,6 +89,7 @@ class Bucket:
     group: int
     numel: int
     device: torch.device
+    keeps: tuple[str, ...] = ()  # KEPT, or nothing
     amsgrad: bool = False
     buffers: dict[str, Tensor] = field(default_factory=dict)  # by their key in the state
 
@@ -158,7 +160,9 @@ class Segment:
 
     def names(self, *, in_cycle: bool = False) -> list[str]:
         """The keys of its state, at a boundary or in mid-cycle."""
-        return ["step", *(name for name in self.bucket.buffers if in_cycle or name not in IN_CYCLE)]
+        keeps = self.bucket.keeps
+        names = [name for name in self.bucket.buffers if in_cycle or name in keeps]
+        return ["step", *names] if "step" in keeps else names
 
     def show(self, name: str) -> Tensor:
         """What the state shows under a key: the same tensor every time, unless somebody gave it other memory."""

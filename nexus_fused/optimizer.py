@@ -1,29 +1,22 @@
-"""NexusAdamW: options, groups and state of an optimizer as torch.optim knows it. For what a cycle does, see walk.py."""
+"""NexusAdamW: options, groups and state of an optimizer as torch.optim knows it. For what it does, see base.py."""
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-import weakref
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import agreement, backends, checkpoint, options
-from .cycle import combine, summarize
-from .frameworks import AccumulationWatch, of_the_optimizer, on_its_own, uninterrupted
-from .options import GROUP_KEYS, is_frozen
+from . import checkpoint, options
+from .base import WalkingOptimizer
+from .frameworks import of_the_optimizer, on_its_own, uninterrupted
 from .ranks import Ranks
-from .state import State
-from .traps import Traps
-from .walk import Choices, Walk
+from .walk import entries_of
 
 
-class NexusAdamW(Optimizer):
+class NexusAdamW(WalkingOptimizer):
     """AdamW whose gradient is the displacement of a short walk of normalized SGD steps, one per micro-batch.
 
     Call `step()` after the backward pass of every micro-batch, without gradient accumulation or clipping. Of
@@ -76,8 +69,6 @@ class NexusAdamW(Optimizer):
     Raises ValueError or TypeError that names the parameter group before anything is modified.
     """
 
-    _step_supports_amp_scaling = True  # torch.amp.GradScaler hands over `grad_scale` and `found_inf`
-
     def __init__(
         self,
         params: Any,
@@ -111,6 +102,7 @@ class NexusAdamW(Optimizer):
             options.displacement_dtype(displacement_dtype, steps),
         )
         self._build(choices, Ranks(norm_group, displacement_group))
+        self._known: set[Tensor] = set()  # the parameters of all groups
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -135,16 +127,6 @@ class NexusAdamW(Optimizer):
         self._built, self._state.entries.known = True, False
         if not self._walk.is_local:
             self._walk.ranks.replicas.find(self.param_groups)
-
-    def _build(self, choices: Choices, ranks: Ranks) -> None:
-        self._itself = weakref.ref(self)
-        self._watch, self._traps = AccumulationWatch(), Traps()
-        backends.check_choice(*choices[1:3])
-        self._choices = choices  # of the constructor, as `Walk` takes them
-        self._walk = Walk(choices, ranks)
-        self._state = State(self, self._walk)
-        self._built = False
-        self._known: set[Tensor] = set()  # the parameters of all groups
 
     # Parameters
 
@@ -186,283 +168,37 @@ class NexusAdamW(Optimizer):
         group["base_lr"] = float(group["lr"])
         self._known.update(unique)
 
-    @on_its_own
-    def _take_groups(self, first: int, when: str) -> None:
-        """Gives the parameters of the groups from the first on state, if all ranks do."""
-        entries = [
-            (g, i, p) for g, group in enumerate(self.param_groups[first:], first) for i, p in enumerate(group["params"])
-        ]
-        live = [entry for entry in entries if not is_frozen(entry[2])]
-        self._walk.follow_ranks(live, self.param_groups)
-        self._compare_ranks(when, weights=[p for *_, p in entries])
-        self._state.register(entries, flatten=self._walk.flatten)
-
-    # Stepping
-
-    @on_its_own
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Consumes the gradients of one micro-batch: an inner step, or in the last of a cycle also the outer step.
-
-        Updates weights and state in place; waits for a device only if other parameters lie on the CPU.
-        Returns what `closure` returns. Captured into a CUDA graph, it reads gradients where they lie now, and
-        hyperparameters that are tensors on the device, at every replay; others keep their values. A capture holds whole
-        cycles, after one outside of it: replays of a part of one would never reach AdamW, and nobody could tell. It
-        must be repeated after groups were added, parameters unfrozen or moved, or amsgrad changed.
-        RuntimeError, ValueError or TypeError for a gradient, parameter or hyperparameter that cannot be used, naming
-        its group; nothing is modified then.
-        """
-        self._refuse_inside_outer_weights("step()")
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        with uninterrupted():
-            self._watch.look((p for group in self.param_groups for p in group["params"]), closure)
-            self._state.follow_members()
-            last = self.cycle_position + 1 == self.inner_steps
-            agreement.compare_for_debugging(
-                self._walk, self.param_groups, self._state.entries.state, "in step()", averages=last
-            )
-            self._state.refresh(gradients=True, moments=last)
-            self._traps.look(self.param_groups, self._walk)
-            try:
-                self._walk.step(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
-            finally:
-                self._state.show_position()
-        return loss
-
-    @of_the_optimizer
-    def outer_step(self) -> None:
-        """Ends a partial cycle: applies the displacement so far. Gradients that wait are not used.
-
-        Without any inner step it does nothing. Errors as `step()`. With a `displacement_group` all ranks call it once
-        their micro-batches are used up, however many each had: it takes part in the averages of those that still call
-        `step()`, returns when all have come, and waits for the device.
-        """
-        self._refuse_inside_outer_weights("outer_step()")
-        if self.at_boundary and not self._walk.is_local:
-            return
-        everybody_is_here = False
-        while not everybody_is_here:
-            with uninterrupted():
-                self._state.follow_members()
-                here = self._walk, self.param_groups, self._state.entries.state
-                agreement.compare_for_debugging(*here, "in outer_step()", averages=self._walk.is_local)
-                self._state.refresh(gradients=False)
-                try:
-                    everybody_is_here = self._walk.finish(None)
-                finally:
-                    self._state.show_position()
-
-    @property
-    def inner_steps(self) -> int:
-        """K, micro-batches in a cycle."""
-        return self._walk.inner_steps
-
-    @property
-    def cycle_position(self) -> int:
-        """Inner steps taken in the running cycle, 0 … inner_steps-1."""
-        return self._walk.position
-
-    @property
-    def at_boundary(self) -> bool:
-        """Whether the parameters hold θ: the time for averages of weights, checkpoints and evaluations."""
-        return self._walk.position == 0
-
-    # Looking
-
-    @property  # type: ignore[override]
-    def state(self) -> dict[Any, Any]:
-        """Each parameter's state, as torch.optim's. What its reader changes, assigns or moves is taken over."""
-        optimizer: Any = self._itself()
-        optimizer._state.entries.known = True
-        state: dict[Any, Any] = optimizer.__dict__["state"]
-        return state
-
-    @state.setter
-    def state(self, state: dict[Any, Any]) -> None:
-        optimizer: Any = self._itself()
-        optimizer._state.entries.known = True
-        optimizer.__dict__["state"] = state
-
-    @of_the_optimizer
-    def eval(self) -> None:
-        """Shows θ in the parameters until `train()`, as `outer_weights()` does; for trainers that call it by itself.
-
-        `state_dict()` then describes the boundary, and in mid-cycle warns once of what it leaves out. At a boundary
-        loading (which ends it) and copying go on. Inside `outer_weights()` it and `train()` do nothing.
-        """
-        with uninterrupted():
-            self._state.show_theta()
-
-    @of_the_optimizer
-    def train(self) -> None:
-        """Puts the walk back after `eval()`, bit for bit; without it does nothing."""
-        if not self._state.in_outer_weights:
-            with uninterrupted():
-                self._state.show_walk()
-
-    @of_the_optimizer
-    @contextlib.contextmanager
-    def outer_weights(self) -> Iterator[None]:
-        """Shows θ in the parameters, for evaluations and checkpoints in mid-cycle; puts the walk back, bit for bit.
-
-        Holds a copy of the weights that walk. Inside, `state_dict()` describes the boundary; `step()`, `outer_step()`
-        and loading raise RuntimeError. A value written into a parameter inside becomes θ, and the walk moves along. May
-        be nested; after `eval()` θ stays until `train()`.
-        """
-        state = self._state
-        shown, inside = state.shows_theta, state.in_outer_weights
-        self.eval()
-        state.in_outer_weights = True
-        try:
-            yield
-        finally:
-            state.in_outer_weights = inside
-            if not shown:
-                self.train()
-
-    @of_the_optimizer
-    def metrics(self) -> dict[str, Any]:
-        """Figures of the last finished cycle, partial ones too; waits for the device, not for other ranks.
-
-        alignment: mean pairwise cosine similarity of the cycle's unit gradients, each at its own point of the walk;
-        NaN where fewer than two were taken. grad_norms: ‖g_k‖ of each micro-batch, unscaled. lost_fraction: the share
-        of element moves in the walk, since a load in it, that left the weight where it was; where it is not small,
-        inner_lr is too small for the model. skipped_inner_steps, skipped_outer_steps: totals of steps and cycles in
-        which nothing moved.
-        """
-        cycles = list(self._walk.cycles.values())
-        return {
-            **summarize(combine(cycles), self.inner_steps),
-            "skipped_inner_steps": int(cycles[0].skipped_inner_steps),
-            "skipped_outer_steps": int(cycles[0].skipped_outer_steps),
-        }
-
-    def __repr__(self) -> str:
-        lines = [f"{type(self).__name__} (inner_steps: {self.inner_steps}, cycle_position: {self.cycle_position}"]
-        for index, group in enumerate(self.param_groups):
-            lines.append(f"Parameter Group {index}")
-            hidden = ("params", "inner_steps", *GROUP_KEYS)
-            lines += [f"    {key}: {group[key]}" for key in sorted(group) if key not in hidden]
-        return "\n".join(lines) + "\n)"
-
-    def _refuse_inside_outer_weights(self, what: str) -> None:
-        if self._state.shows_theta:
-            inside = self._state.in_outer_weights
-            where = "inside outer_weights()" if inside else "after eval()"
-            remedy = "leave the with block" if inside else "call train()"
-            raise RuntimeError(f"{what} {where}: the parameters show θ there; {remedy} first")
-
-    @of_the_optimizer
-    def check_ranks(self, group: Any = None) -> None:
-        """Raises RuntimeError on all ranks of a process group (None: the default one), naming the first difference,
-        unless inner_steps, cycle_position, hyperparameters and the parameters' shapes, dtypes, shardings and
-        requires_grad are the same, and so are the norms that it has taken last. The values of parameters are not
-        compared. Waits for the device.
-
-        All of them call it. Where step() communicates that is done without asking, for the ranks it concerns, when the
-        optimizer is built or loaded; use it for replicas that others keep equal, as DistributedDataParallel does.
-        """
-        self._state.follow_members()
-        agreement.compare_replicas(self._walk, self.param_groups, self._state.entries.state, group)
-
-    def _compare_ranks(self, when: str, error: Exception | None = None, **what: Any) -> None:
-        agreement.compare(self._walk, self.param_groups, self._state.entries.state, when, error, **what)
-
     # Saving and loading
 
-    @of_the_optimizer
-    def state_dict(self) -> dict[str, Any]:
-        """torch.optim.AdamW's state, below float32 with each parameter's remainder, in mid-cycle with its displacement.
-
-        Saving and loading it after any micro-batch continues bit for bit, together with the model's state of the
-        same moment. Tensors are the live ones, as torch.optim's.
-        """
-        if self._walk.is_local and not self.at_boundary and not self._state.shows_theta:
-            warnings.warn(
-                f"state_dict() in mid-cycle ({self.cycle_position} of {self.inner_steps} inner steps), where each rank "
-                "of displacement_group has a walk of its own: have every rank save its model and optimizer for itself, "
-                "or save inside outer_weights() or at a boundary",
-                stacklevel=6,
-            )
-        self._state.prepare_to_save()
+    def _pack(self) -> dict[str, Any]:
         hooks, self._optimizer_state_dict_post_hooks = self._optimizer_state_dict_post_hooks, OrderedDict()
         try:
-            packed = checkpoint.pack(super().state_dict())
+            return checkpoint.pack(Optimizer.state_dict(self))
         finally:
             self._optimizer_state_dict_post_hooks = hooks
-        for hook in hooks.values():
-            packed = hook(self, packed) or packed
-        return packed
 
-    @of_the_optimizer
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads NexusAdamW's state of any position, or AdamW's, in place. Only displacements are narrowed.
+    def _check(self, state_dict: dict[str, Any]) -> tuple[Any, ...]:
+        return checkpoint.check(state_dict, self.param_groups, self._walk)
 
-        ValueError or TypeError, naming group and parameter, for a state that does not fit; nothing is modified then.
-        """
-        if self._state.hides_walk:
-            self._refuse_inside_outer_weights("load_state_dict()")
-        state_dict = state_dict.copy()
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = pre_hook(self, state_dict) or state_dict
-        self._state.follow_members()
-        try:
-            groups, entries, foreign = checkpoint.check(state_dict, self.param_groups, self._walk)
-        except Exception as error:  # whatever it is, others must not wait for this rank
-            self._compare_ranks("in load_state_dict()", error)
-            raise
-        self._compare_ranks("in load_state_dict()", loads=groups[0].get("cycle_position", 0) if groups else 0)
-        with uninterrupted():
-            self._state.restore(groups, entries)
-            self._traps.knows_schedule = False
-            self._state.entries.state.update(foreign)
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
-
-    @of_the_optimizer
-    def materialize_displacements(self) -> None:
-        """Makes the state hold zero displacements, so that a load that fills only keys it finds can receive a
-        checkpoint of mid-cycle. They are dropped again if the loaded position is 0, or at the end of the next cycle.
-        """
-        self._refuse_inside_outer_weights("materialize_displacements()")
-        if self.inner_steps > 1:
-            self._state.materialize_displacements()
+    def _restore(self, groups: Any, entries: Any, foreign: Any) -> None:
+        self._state.restore(groups, entries)
+        self._state.entries.state.update(foreign)
 
     @on_its_own
     def __getstate__(self) -> dict[str, Any]:
-        if self._state.hides_walk:
-            self._refuse_inside_outer_weights("copying or pickling the optimizer")
-        if self._walk.ranks.has_groups:
-            raise RuntimeError(
-                "an optimizer with a process group cannot be copied or pickled: save its state_dict(), build another "
-                "one with its own group and load that"
-            )
-        self._state.prepare_to_save()
-        finished = combine(list(self._walk.cycles.values()))
-        # As lists: other processes are sent where a tensor lies, and these would be gone when they look.
-        kept = None if finished is None else [sums.tolist() for sums in finished]
-        return {**super().__getstate__(), "_choices": self._choices, "_finished": kept}
+        return {**self._state_to_copy(), **super().__getstate__()}
 
     @on_its_own
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Builds tables around copied or unpickled parameters and state."""
         groups, entries = state["param_groups"], dict(state["state"])
         self._build(state["_choices"], Ranks())
+        self._known = set()
         super().__setstate__({"defaults": state["defaults"], "param_groups": groups, "state": defaultdict(dict)})
         loaded = [dict(group) for group in groups]
-        params = [(g, i, p) for g, group in enumerate(groups) for i, p in enumerate(group["params"])]
+        params = entries_of(groups)
         self._known.update(p for *_, p in params)
         self._state.register(params, flatten=self._walk.flatten, known=entries)
-        self._traps.knows_schedule = False
         self._state.restore(loaded, {p: entry for p, entry in entries.items() if isinstance(p, Tensor)})
-        self._built = True
         self._state.entries.state.update({key: value for key, value in entries.items() if not isinstance(key, Tensor)})
-        self._state.entries.known = False
-        finished = state["_finished"]
-        if finished is not None:
-            of_all = next(iter(self._walk.cycles.values()))
-            with torch.device("cpu"):  # whatever the default device is
-                sums, counts = finished
-                of_all.finished = torch.tensor(sums, dtype=torch.float64), torch.tensor(counts, dtype=torch.int64)
+        self._take_finished(state["_finished"])

@@ -48,8 +48,12 @@ FLAGS["fused"] = (None, True, False)
 FLAGS["replicated"] = (True, False)  # only of groups: see norm_group
 _MAY_BE_NONE = ("amsgrad", "maximize", "capturable", "differentiable")  # which AdamW takes for False
 
+# The options of a group that are the walk's, whatever optimizer follows it; with the key that says whose group it is.
+WALK_OPTIONS = ("inner_lr", "inner_steps", "normalize_displacement", "inner_lr_follows_lr", "base_lr", "replicated")
+OPTIMIZER = "optimizer"  # of Nexus: which of the wrapped ones, from 0
+
 KeptRows = list[tuple[tuple[Any, ...], list["float | Tensor"]]]  # what each group's row was made of, and the row
-_VALUES = operator.itemgetter(*FLAGS, "inner_steps", "lr", "inner_lr", "eps", "weight_decay", "base_lr")
+_VALUES = (*FLAGS, "inner_steps", "lr", "inner_lr", "eps", "weight_decay", "base_lr", "betas", "max_lr")
 
 # Keys of a parameter group that belong to the running cycle; the same keys at every position, and lists of the same
 # length: where it changes, torch.distributed.checkpoint mixes them with those that were there. What is one for the
@@ -122,17 +126,28 @@ def plain(name: str, value: Any) -> Any:
 
 
 def tidy(group: dict[str, Any]) -> None:
-    """Makes the options of a group `plain`, in place."""
-    group.update((key, plain(key, value)) for key, value in group.items() if key not in ("params", *GROUP_KEYS))
+    """Makes the options of a group `plain`, in place; of others' optimizers only those that are ours."""
+    ours = WALK_OPTIONS if OPTIMIZER in group else [key for key in group if key not in ("params", *GROUP_KEYS)]
+    group.update((key, plain(key, group[key])) for key in ours if key in group)
 
 
 def group_row(group: dict[str, Any], index: int, steps: int) -> list[float | Tensor]:
     """Checks a parameter group and returns its row of `Cycle.hyper`; an option that is not `plain` becomes so."""
+    row = _walk_row if OPTIMIZER in group else _row
     try:
-        return _row(group, index, steps)
+        return row(group, index, steps)
     except TypeError:
         tidy(group)  # here only: it takes longer than all the rest
-    return _row(group, index, steps)
+    return row(group, index, steps)
+
+
+def _walk_row(group: dict[str, Any], index: int, steps: int) -> list[float | Tensor]:
+    """The row of a group of another optimizer, zeros in AdamW's columns; a group without `lr` has a constant γ."""
+    ours = {key: group[key] for key in WALK_OPTIONS} | {"lr": 0.0, "betas": (0.0, 0.0), "eps": 0.0, "weight_decay": 0.0}
+    ours |= dict.fromkeys(FLAGS, False) | {key: group[key] for key in FLAGS if key in WALK_OPTIONS}
+    ours |= {key: bool(group.get(key)) for key in ("maximize", "differentiable")}
+    ours |= {key: group[key] for key in ("lr", "max_lr") if key in group}
+    return _row(ours, index, steps)
 
 
 def _row(group: dict[str, Any], index: int, steps: int) -> list[float | Tensor]:
@@ -181,14 +196,23 @@ def group_rows(groups: list[dict[str, Any]], steps: int, kept: KeptRows) -> list
     before = kept.copy()
     kept.clear()
     for index, group in enumerate(groups):
-        betas = group["betas"]
-        values = (*_VALUES(group), *betas, group.get("max_lr")) if type(betas) in (tuple, list) else ()
+        values = tuple(map(group.get, _VALUES))
+        betas = values[-2]
+        if isinstance(betas, (tuple, list)):
+            values = *values, *betas
+        elif OPTIMIZER not in group:
+            values = ()
         known, row = before[index] if index < len(before) else ((), [])
         if not values or len(values) != len(known) or not all(map(operator.is_, values, known)):
             row = group_row(group, index, steps)
             values = () if any(isinstance(value, Tensor) for value in (*values, *row)) else values
         kept.append((values, row))
     return [row for _, row in kept]
+
+
+def has_maxima(group: dict[str, Any]) -> bool:
+    """Whether we keep the maxima of amsgrad for a group."""
+    return bool(OPTIMIZER not in group and group["amsgrad"])
 
 
 def keys_of_group(groups: list[dict[str, Any]], index: int) -> tuple[str, ...]:

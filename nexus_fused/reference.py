@@ -15,8 +15,8 @@ A backend is a module with the functions `sq_norm` of one `table.Table` (weights
 `outer_step`, `end_walk` and `adamw` of all tables of a device, with a `cycle.Cycle` (that device's scalars) and a
 `cycle.MicroBatch`. They update weights, state and scalars in place and return nothing but a norm. `outer_step` is the
 last inner step, the end of the walk and AdamW in one. Where something happens to D in between, such as a mean over
-ranks, `end_walk` leaves w = θ and D in its memory, and `adamw` goes on from there. This module spends memory for
-clarity.
+ranks, `end_walk` leaves w = θ and D in its memory, and `adamw` goes on from there; for other optimizers, `gradients`
+does. This module spends memory for clarity.
 
 Rounding: scalars are computed in float64, elements in the state's dtype (float32, for float64 parameters float64),
 each operation rounded on its own, in the order written here.
@@ -168,9 +168,11 @@ def inner_step(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch) -> No
             rounded = (D + step).to(table.displacement_dtype)
             moved = walked_weight(outer_weight(w, D), rounded.to(w.dtype))
             cycle.moves += (step != 0).sum()
-            cycle.lost_moves += ((step != 0) & (moved == w)).sum()
+            shown = segment.weight.clone()
             segment.buffer("displacement").copy_(rounded)
             set_weight(segment, moved, factor != 0)
+            same = segment.weight == shown if table.counts_parameters else moved == w
+            cycle.lost_moves += ((step != 0) & same).sum()
 
 
 def outer_step(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch | None, taken: int) -> None:
@@ -201,6 +203,18 @@ def end_walk(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch | None, 
                 anchor = segment.buffer("anchor") if table.keeps_anchor else outer_weight(weight(segment), D)
                 set_weight(segment, anchor)
             segment.buffer("displacement").copy_(_last_displacement(table, segment, cycle, D) * share)
+
+
+def gradients(table: Table, cycle: Cycle, scale: Tensor, targets: list[Tensor | None]) -> None:
+    """Writes D · scale, after `end_walk`, in the parameters' dtype, and counts ‖D‖².
+
+    scale: [groups] float64, on the device. targets: for each segment flat memory, or None for what takes no part.
+    """
+    for segment, target in zip(table.segments, targets, strict=True):
+        if target is not None:
+            D = segment.buffer("displacement").to(STATE_DTYPE[table.dtype])
+            target.copy_(D * scale[segment.group])
+            cycle.displacement_sq[segment.group] += D.double().square().sum()
 
 
 def adamw(tables: list[Table], cycle: Cycle, moved: list[Tensor], taken: int) -> None:

@@ -15,8 +15,8 @@ from torch import Tensor
 from . import checkpoint, theta
 from .entries import Entries
 from .flat import Segment
-from .options import GROUP_KEYS, OPTIMIZER_KEYS, check_param, is_frozen, tidy
-from .walk import Entry, Walk
+from .options import GROUP_KEYS, OPTIMIZER_KEYS, check_param, has_maxima, is_frozen, tidy
+from .walk import Entry, Walk, entries_of
 
 
 class State:
@@ -29,7 +29,7 @@ class State:
         self._optimizer, self._walk = weakref.ref(optimizer), walk
         self._frozen: list[Entry] = []  # no state yet
         self._members: list[list[Tensor]] = []  # each group's parameters, as registered
-        self.entries = Entries(self._optimizer)
+        self.entries = Entries(self._optimizer, are_guests=not walk.keeps)
         self._is_fresh = True  # no step was taken, and no state came from elsewhere
         self.shows_theta = False  # parameters hold θ, and the groups describe the boundary
         self.in_outer_weights = False  # the with block, not eval(), asked for it
@@ -46,11 +46,13 @@ class State:
 
     def register(self, params: list[Entry], *, flatten: bool, known: Iterable[Any] = ()) -> None:
         """Gives parameters state and a place in a table; frozen ones wait for a gradient. known: have state to come."""
+        known = list(known)
         self.entries.expect(known)
+        has_state = {id(param) for param in known}
         live: list[Entry] = []
         waiting: list[Entry] = []
         for entry in params:
-            frozen = is_frozen(entry[2]) and not self.entries.state.get(entry[2])
+            frozen = is_frozen(entry[2]) and id(entry[2]) not in has_state and not self.entries.state.get(entry[2])
             (waiting if frozen else live).append(entry)
         segments = self._walk.add(live, self._groups, flatten=flatten)
         self._frozen += waiting
@@ -79,6 +81,9 @@ class State:
 
         RuntimeError where the known ones hold other parameters than before: those would never be stepped.
         """
+        if not self._walk.keeps:
+            self._follow_guests()
+            return
         groups = [group["params"] for group in self._groups[: len(self._members)]]
         pairs = zip_longest(groups, self._members, fillvalue=())
         same = [len(now) == len(then) and all(map(operator.is_, now, then)) for now, then in pairs]
@@ -93,6 +98,34 @@ class State:
             self._is_fresh = not self.entries.holds_values(self._walk.segments)
             if self._is_fresh:
                 self._rebuild()
+
+    def _follow_guests(self) -> None:
+        """Takes the parameters of others' optimizers as they are, at a boundary."""
+        optimizer: Any = self._optimizer()
+        groups = optimizer.param_groups
+        optimizer.check_others()
+        pairs = zip_longest((group["params"] for group in groups), self._members, fillvalue=())
+        same = all(len(now) == len(then) and all(map(operator.is_, now, then)) for now, then in pairs)
+        if same and not (self._is_fresh and not all(segment.fits for segment in self._walk.segments)):
+            return
+        if self._walk.position > 0:
+            raise RuntimeError(
+                "the parameters of an optimizer behind the walk were exchanged, added or removed in mid-cycle: do it "
+                "at a boundary (optimizer.at_boundary, or after outer_step())"
+            )
+        optimizer.check_groups()
+        walk, frozen = self._walk, self._frozen
+        before = walk.tables, walk.cycles, walk.work
+        self.entries.hide()
+        walk.tables, walk.work, self._frozen = {}, [], []
+        if len(groups) < len(self._members):
+            walk.cycles = {}
+        try:
+            self.register(entries_of(groups), flatten=walk.flatten)
+        except BaseException:
+            walk.tables, walk.cycles, walk.work = before
+            self._frozen = frozen
+            raise
 
     def _add_groups_behind(self) -> None:
         optimizer: Any = self._optimizer()
@@ -169,7 +202,7 @@ class State:
         if gradients and not self._walk.is_local:
             self._walk.ranks.replicas.check_reduced(self._groups, self._walk.position, self._walk.inner_steps)
         buckets = [bucket for table in self._walk.tables.values() for bucket in table.buckets]
-        maxima_come = any(bucket.amsgrad != self._groups[bucket.group]["amsgrad"] for bucket in buckets)
+        maxima_come = any(bucket.amsgrad != has_maxima(self._groups[bucket.group]) for bucket in buckets)
         self.adopt(moments=moments or maxima_come)  # they are shown with all the rest
         if waits:
             self._thaw()
@@ -290,28 +323,28 @@ class State:
         self._walk.ranks.replicas.forget()
         self.shows_theta = False  # eval() at a boundary, which hid nothing
         self._is_fresh &= not entries
-        late = [entry for entry in self._frozen if entries.get(entry[2])]
+        late = [entry for entry in self._frozen if entries.get(entry[2]) or self.entries.state.get(entry[2])]
         try:
             self.register(late, flatten=False, known=[param for *_, param in late])  # not frozen any more
         except BaseException:
             for *_, param in late:
-                del self.entries.state[param]
+                self.entries.state.pop(param, None)
             raise
-        self._frozen = [entry for entry in self._frozen if not self.entries.state.get(entry[2])]
+        self._frozen = [entry for entry in self._frozen if entry not in late]
         for group, other in zip(self._groups, loaded, strict=True):
             group.update({key: value for key, value in other.items() if key not in GROUP_KEYS and key != "params"})
         walk, position = self._walk, loaded[0].get("cycle_position", 0) if loaded else 0
         if position > 0:
             walk.ensure_displacements()
         kept = {s.group for s in walk.segments if "max_exp_avg_sq" in (entries.get(s.param) or ())}
-        walk.follow_amsgrad([{"amsgrad": group["amsgrad"] or i in kept} for i, group in enumerate(loaded)])
+        walk.follow_amsgrad([{"amsgrad": has_maxima(group) or i in kept} for i, group in enumerate(self._groups)])
         values = [(s, name, value) for s in walk.segments for name, value in (entries.get(s.param) or {}).items()]
         apart: dict[Segment, dict[str, Any]] = {segment: {} for segment in walk.segments}
         for segment, name, value in checkpoint.apart(values, walk.segments):
             apart[segment][name] = value
         for segment, entry in apart.items():
             checkpoint.restore_entry(segment, entry)
-        walk.follow_amsgrad(loaded)
+        walk.follow_amsgrad(self._groups)
         walk.start_from(position)
         for cycle in walk.cycles.values():
             for index, group in enumerate(loaded):

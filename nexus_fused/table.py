@@ -8,6 +8,7 @@ kernel is started once for a table, not once for a parameter.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import defaultdict
 
 import torch
@@ -19,6 +20,7 @@ from .flat import (
     COLUMNS,
     DTYPES,
     GRAD,
+    KEPT,
     STATE_DTYPE,
     TOUCHED,
     Bucket,
@@ -32,14 +34,25 @@ from .observer import Observer
 from .ranks import WHOLE, Spread
 
 CHUNK_ELEMENTS = 16384  # one partial sum each: fixes the order of summation, whatever the number of threads
+LARGEST = 0x7FF7  # remainder: leaves room for the rounding of θ = w + D, which shall come back to the same parameter
 PARTS = 4  # of a chunk, for kernels on a GPU that sum nothing over it: memory likes small blocks (docs/gpu.md)
+
+
+@functools.cache
+def hashed(device: torch.device) -> Tensor:
+    """Numbers that look random, [65521] int16; a prime, so that they do not stand below each other in a matrix."""
+    number = torch.arange(65521, dtype=torch.int64, device="cpu") + 1
+    for factor in (0x85EBCA6B, 0xC2B2AE35):  # MurmurHash3's last steps, on 32 bits
+        number = ((number ^ (number >> 16)) * factor) & 0xFFFFFFFF
+    return (number >> 16).to(torch.int16).to(device)
 
 
 class Table:
     """All segments of one device and dtype, of all groups, and the flat buffers behind them.
 
     displacement_dtype: of D. spread: the ranks that the parameters, all of them DTensors then, are sharded over, and
-    whether they are replicated. keeps_anchor: θ is kept beside w, for ranks that walk on their own.
+    whether they are replicated. keeps_anchor: θ is kept beside w, for ranks that walk on their own. keeps: the keys of
+    a state that outlives a cycle, flat.KEPT, or () where others' optimizers have theirs.
     elements, chunks: how many; parts: into how many a GPU's blocks divide each chunk where they may, 1 where most of
     them are small. `segments` stand in the order of `rows`.
     """
@@ -52,9 +65,10 @@ class Table:
         spread: Spread = WHOLE,
         *,
         keeps_anchor: bool = False,
+        keeps: tuple[str, ...] = KEPT,
     ) -> None:
         self.device, self.dtype, self.displacement_dtype, self.spread = device, dtype, displacement_dtype, spread
-        self.keeps_anchor = keeps_anchor
+        self.keeps_anchor, self.keeps = keeps_anchor, keeps
         self._dtype_of = defaultdict(lambda: STATE_DTYPE[dtype], remainder=dtype, displacement=displacement_dtype)
         self.segments: list[Segment] = []
         self.buckets: list[Bucket] = []
@@ -78,6 +92,11 @@ class Table:
         return DTYPES[self.dtype], DTYPES[self.displacement_dtype]
 
     @property
+    def counts_parameters(self) -> bool:
+        """Whether a move is lost that leaves the parameter where it was, not only w: where remainders are dropped."""
+        return self.low_precision and not self.keeps
+
+    @property
     def low_precision(self) -> bool:
         """Whether weights have a remainder."""
         return self.dtype != STATE_DTYPE[self.dtype]
@@ -88,9 +107,10 @@ class Table:
         """Gives the segments zero moments, and moves their weights into flat memory if allowed."""
         buckets: list[Bucket] = []
         for members, numel in bucketed(segments, STATE_DTYPE[self.dtype].itemsize):
-            bucket = Bucket(members[0].group, numel, self.device)
+            bucket = Bucket(members[0].group, numel, self.device, self.keeps)
             buckets.append(bucket)
-            for name in ("exp_avg", "exp_avg_sq", *(["remainder"] if self.low_precision else [])):
+            remainder = ["remainder"] if self.low_precision else []
+            for name in ["exp_avg", "exp_avg_sq", *remainder] if self.keeps else []:
                 bucket.ensure(name, self._dtype_of[name])
             steps = torch.zeros(len(members), dtype=torch.float32, device=self.device)
             for i, segment in enumerate(members):
@@ -134,11 +154,40 @@ class Table:
             segment.param.data = shaped_like(target, segment)
 
     def ensure_displacements(self) -> None:
-        """Allocates displacements (and anchors) where they are missing."""
-        names = ("displacement", "anchor") if self.keeps_anchor else ("displacement",)
-        made = [bucket.ensure(name, self._dtype_of[name]) for bucket in self.buckets for name in names]
-        self._outdated |= any(made)
+        """Allocates displacements (and anchors, and remainders of a walk alone) where they are missing."""
+        names = ["displacement"] + ["anchor"] * self.keeps_anchor + ["remainder"] * self.low_precision
+        for bucket in self.buckets:
+            for name in names:
+                if bucket.ensure(name, self._dtype_of[name]):
+                    self._outdated = True
+                    if name == "remainder":
+                        self._fill_remainder(bucket, torch.zeros((), dtype=torch.float64, device=self.device))
         self.refresh()
+
+    def fill_remainders(self, seed: Tensor) -> None:
+        """Makes every remainder, if weights have one, another number within the rounding of its parameter, which stays.
+
+        seed: 0-dim float64, on the device; the same one gives the same numbers. Moves 2 bytes for each element.
+        """
+        for bucket in self.buckets if self.low_precision else []:
+            self._fill_remainder(bucket, seed)
+
+    def _fill_remainder(self, bucket: Bucket, seed: Tensor) -> None:
+        # The middle of a float64's bits: the last ones depend on the order of a sum, the first ones hardly ever change.
+        shift = (seed.view(torch.int64) >> 28).to(torch.int16)
+        numbers = (hashed(self.device) ^ shift).clamp_(-LARGEST, LARGEST)
+        sign = torch.iinfo(torch.int16).min
+        if self.dtype == torch.float16:  # sign and magnitude
+            numbers = torch.where(numbers < 0, -numbers | sign, numbers)
+        flat = bucket.buffers["remainder"].view(torch.int16)
+        whole = len(flat) // len(numbers) * len(numbers)
+        flat[:whole].view(-1, len(numbers)).copy_(numbers)
+        flat[whole:].copy_(numbers[: len(flat) - whole])
+        if self.dtype == torch.float16:  # whose neighbours below a power of two are half as far
+            for segment in [s for s in self.segments if s.bucket is bucket]:
+                number, parameter = segment.buffer("remainder").view(torch.int16), segment.weight.view(torch.int16)
+                near = (number < 0) & (parameter & 0x3FF == 0)
+                number.copy_(torch.where(near, (number & 0x7FFF) >> 1 | sign, number))
 
     def follow_amsgrad(self, wanted: list[bool]) -> bool:
         """Switches each group's maxima on, zeros if it never had them, or off; returns whether it allocated some."""

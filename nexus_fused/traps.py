@@ -77,7 +77,7 @@ class Traps:
 
         Below γ's floor a schedule that still rises, or rests, may be a warm-up; one that falls has had its peak.
         """
-        lr, base_lr = group["lr"], group.get("max_lr", group["base_lr"])
+        lr, base_lr = group.get("lr"), group.get("max_lr", group["base_lr"])
         if type(lr) is not float or type(base_lr) is not float or not base_lr or not group["inner_lr_follows_lr"]:
             return
         share = lr / base_lr

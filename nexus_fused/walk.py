@@ -6,6 +6,7 @@ The walk knows tables, their scalars and ranks, nothing of the keys of a state. 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from itertools import zip_longest
 from types import ModuleType
 from typing import Any
@@ -16,26 +17,38 @@ from torch import Tensor
 from . import backends, dtensor, graphs, reference
 from .cycle import Cycle, MicroBatch
 from .dtensor import local_part
-from .flat import Segment, make_segment, real_dtype
-from .options import KeptRows, group_rows
+from .flat import KEPT, Segment, flat_view, make_segment, real_dtype
+from .options import NORMALIZE, SIGN, KeptRows, group_rows, has_maxima
 from .ranks import WHOLE, Ranks, Spread
 from .table import Table
 
 Entry = tuple[int, int, Tensor]  # group, index in it, parameter
 Choices = tuple[int, "str | None", "bool | None", bool, torch.dtype]  # inner_steps, backend, fused, flatten, D's dtype
+Outer = Callable[[list[tuple[Tensor, Tensor]]], None]  # an optimizer of others: steps parameters, given their gradients
+
+
+def entries_of(groups: list[dict[str, Any]]) -> list[Entry]:
+    """Each parameter of these groups, once."""
+    found: dict[int, Entry] = {}
+    for index, group in enumerate(groups):
+        for i, param in enumerate(group["params"]):
+            found.setdefault(id(param), (index, i, param))
+    return list(found.values())
 
 
 class Walk:
     """The running cycle of one optimizer: `position` of `inner_steps` inner steps are taken.
 
-    backend, fused, flatten: as the optimizer's. displacement_dtype: of D, but for float64 parameters. tables: by
-    device, dtype and where parameters' elements lie; cycles: by device and that. work: each cycle with its
+    outer: takes the parameters that moved and their G, where that is not AdamW; all of them hold θ then, and a new
+    cycle begins. backend, fused, flatten: as the optimizer's. displacement_dtype: of D, but for float64 parameters.
+    tables: by device, dtype and where parameters' elements lie; cycles: by device and that. work: each cycle with its
     tables.
     """
 
-    def __init__(self, choices: Choices, ranks: Ranks) -> None:
+    def __init__(self, choices: Choices, ranks: Ranks, outer: Outer | None = None) -> None:
         self.inner_steps, self.backend, self.fused, self.flatten, self.displacement_dtype = choices
-        self.ranks = ranks
+        self.ranks, self.outer = ranks, outer
+        self.keeps = KEPT if outer is None else ()  # of a state that outlives a cycle
         self.position = 0
         self.tables: dict[tuple[torch.device, torch.dtype, Spread], Table] = {}
         self.cycles: dict[tuple[torch.device, Spread], Cycle] = {}
@@ -115,7 +128,8 @@ class Walk:
             fresh[local_part(param).device, real_dtype(param.dtype), spread].append(made[-1])
         for (device, dtype, spread), segments in fresh.items():
             anchor = self.is_local and self.inner_steps > 1
-            new = Table(device, dtype, self._displacement_dtype(dtype), spread, keeps_anchor=anchor)
+            of_d = self._displacement_dtype(dtype)
+            new = Table(device, dtype, of_d, spread, keeps_anchor=anchor, keeps=self.keeps)
             table = self.tables.setdefault((device, dtype, spread), new)
             table.extend(segments, flatten=flatten)
             if self.position > 0:
@@ -142,7 +156,7 @@ class Walk:
 
     def follow_amsgrad(self, groups: list[dict[str, Any]]) -> bool:
         """Gives groups maxima, or lets them rest, as their option says now; whether some came."""
-        wanted, came = [group["amsgrad"] for group in groups], False
+        wanted, came = [has_maxima(group) for group in groups], False
         for table in self.tables.values():
             came |= table.follow_amsgrad(wanted)
         return came
@@ -164,6 +178,8 @@ class Walk:
         if not last:
             self.ensure_displacements()
         sq_norms = self.ranks.replicas.compared(self.sq_norms(found_inf))
+        if self.outer is not None and self.position == 0 and not last:
+            self._fill_remainders(sq_norms)
         micro_batch = MicroBatch(sq_norms, self.position, grad_scale, found_inf)
         if last:
             self.finish(micro_batch)
@@ -205,16 +221,21 @@ class Walk:
         whether every rank is in outer_step() now."""
         taken = self.position + (micro_batch is not None)
         everybody_is_here = True
-        if self.is_local:
+        given: list[tuple[Tensor, Tensor]] = []
+        if self.is_local or self.outer is not None:
             votes, moved = self._end_walk(micro_batch)
-            if micro_batch is None:  # only here does the host wait for them
+            if micro_batch is None and self.is_local:  # only here does the host wait for them
                 waiting, walking = votes.tolist()
                 everybody_is_here = bool(waiting == self.ranks.walkers)
                 if walking == 0:
                     self.discard()
                     return everybody_is_here
             for (cycle, tables), who in zip(self.work, moved, strict=True):
-                cycle.backend.adamw(tables, cycle, who, taken)
+                if self.outer is None:
+                    cycle.backend.adamw(tables, cycle, who, taken)
+                else:
+                    given += self._displacements(cycle, tables, who)
+                    cycle.finish(taken)
         else:
             for cycle, tables in self.work:
                 cycle.backend.outer_step(tables, cycle, micro_batch, taken)
@@ -222,20 +243,64 @@ class Walk:
             table.finish_outer_step(everything=self.is_local)
         self.position, self._warm = 0, True
         self._share_results()
+        if self.outer is not None:
+            self.outer(given)
         return everybody_is_here
 
+    def _displacements(self, cycle: Cycle, tables: list[Table], moved: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """The parameters that take part in the outer step, each with G = D/Γ in its dtype (−G for `maximize`).
+
+        After `_end_walk`. Lets the last gradients go first, so that memory does not grow. Waits for the device, once in
+        a cycle: a group that has not walked must not be stepped.
+        """
+        walked = (cycle.walk_length > 0).tolist()
+        scale = cycle.hyper[:, SIGN] / torch.where(cycle.hyper[:, NORMALIZE] != 0, cycle.walk_length, 1.0)
+        for table in tables:
+            table.observer.copies.clear()
+            for param in table.observer.params:
+                param.grad = None
+        given: list[tuple[Tensor, Tensor]] = []
+        for table, who in zip(tables, moved, strict=True):
+            # Of the sizes that were just let go, which allocators have ready.
+            made = [
+                torch.empty_strided(s.shape, s.strides, dtype=s.dtype, device=table.device)
+                if takes and walked[s.group]
+                else None
+                for s, takes in zip(table.segments, who.tolist(), strict=True)
+            ]
+            cycle.backend.gradients(table, cycle, scale, [G if G is None else flat_view(G) for G in made])
+            pairs = zip(table.segments, made, strict=True)
+            given += [(s.param, dtensor.as_part_of(G, s.param)) for s, G in pairs if G is not None]
+        return given
+
+    def _fill_remainders(self, sq_norms: list[Tensor]) -> None:
+        """Begins the walk of weights below float32 anywhere within the rounding of their parameters.
+
+        With empty remainders the model would see nothing of a walk whose steps are smaller than that. Other places in
+        each cycle, as its first gradient has it, so that runs repeat and replicas stay equal.
+        """
+        for cycle, tables in self.work:
+            seed = sum((part.to(cycle.device).sum() for part in sq_norms), cycle.totals.new_zeros(()))
+            for table in tables:
+                table.fill_remainders(seed)
+
     def _end_walk(self, micro_batch: MicroBatch | None) -> tuple[Tensor, list[list[Tensor]]]:
-        """Returns to θ, and replaces D and Γ by their means over `displacement_group`.
+        """Returns to θ, and replaces D and Γ by their means over `displacement_group`, if there is one.
 
         Sends a vector of each cycle and the flat buckets as they lie. Returns how many ranks are in outer_step() and
-        how many took an inner step, [2] float64; and of each cycle and table how many had a gradient for each segment.
+        how many took an inner step, [2]; and of each cycle and table how many had a gradient for each segment.
         """
         votes = [micro_batch is None, self.position > 0 or micro_batch is not None]
         self.ensure_displacements()
-        self._rows = []  # the mean over ranks takes their place
         moved: list[list[Tensor]] = []
+        share = 1 / self.ranks.walkers if self.is_local else 1.0
         for cycle, tables in self.work:
-            cycle.backend.end_walk(tables, cycle, micro_batch, 1 / self.ranks.walkers)
+            cycle.backend.end_walk(tables, cycle, micro_batch, share)
+            moved.append([table.took_part() for table in tables])
+        if not self.is_local:
+            return torch.tensor(votes), moved
+        self._rows = []  # the mean over ranks takes their place
+        moved = []
         try:
             for cycle, tables in self.work:
                 vector = cycle.walk_to_average(votes, [table.took_part() for table in tables])
@@ -289,13 +354,18 @@ class Walk:
         self._check_cut()
         current, tables = graphs.capture_id(self._devices), list(self.tables.values())
         if current is not None:
+            if self.outer is not None:
+                raise RuntimeError(
+                    "step() of Nexus is being captured into a CUDA graph, but the host steps the optimizers behind the "
+                    "walk: leave step() out of the graph, or use NexusAdamW(capturable=True)"
+                )
             amsgrad = [bucket.amsgrad == groups[bucket.group]["amsgrad"] for t in tables for bucket in t.buckets]
             ready = self._warm and not waits and all(amsgrad)
             graphs.check_can_be_replayed(
                 groups, communicates=self.ranks.communicates, ready=ready, inner_steps=self.inner_steps
             )
         self.capture.begin(current)
-        capturable = any(group["capturable"] for group in groups)
+        capturable = self.outer is None and any(group["capturable"] for group in groups)
         prepares = capturable and current is None and self._devices[0].type == "cuda"
         count = graphs.PREPARED_CYCLES * self.inner_steps if prepares else 0
         for table in tables:

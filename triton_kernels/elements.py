@@ -250,9 +250,10 @@ def joined(w, STORAGE: tl.constexpr):
 
 @triton.jit
 def store_weight(weight, remainder, offsets, n, w, STORAGE: tl.constexpr, WIDE: tl.constexpr, valid=True):
-    """Writes w, below float32 in two parts: reference.write_weight."""
+    """Writes w, below float32 in two parts: reference.write_weight. Returns the parameter, below float32 its bits."""
     if STORAGE.primitive_bitwidth > 16:
         store(weight, offsets, n, w, STORAGE, WIDE, valid)
+        return w
     else:
         bits = w.to(tl.uint32, bitcast=True)
         if STORAGE == tl.bfloat16:
@@ -273,6 +274,7 @@ def store_weight(weight, remainder, offsets, n, w, STORAGE: tl.constexpr, WIDE: 
             low = tl.where(number < 0, 0x8000 | (0 - number & 0x7FFF), number)
         store(weight, offsets, n, high, STORAGE, WIDE, valid)
         store(remainder, offsets, n, low, STORAGE, WIDE, valid)
+        return high.to(tl.int32)
 
 
 @triton.jit

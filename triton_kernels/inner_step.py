@@ -12,27 +12,30 @@ from . import elements
 
 @triton.jit
 def _move(
-    walk, step, offsets, n, counts, STATE: tl.constexpr, STORAGE: tl.constexpr, OF_D: tl.constexpr, WIDE: tl.constexpr
-):
+    walk, step, offsets, n, counts, of_parameter,
+    STATE: tl.constexpr, STORAGE: tl.constexpr, OF_D: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     """One block; returns `counts` with each lane's moves in the lower, lost moves in the upper 16 bits."""
     weight, remainder, displacement, anchor, touched = walk
-    w = elements.load_weight(weight, remainder, offsets, n, STORAGE, WIDE)
+    parts = elements.load_weight(weight, remainder, offsets, n, STORAGE, WIDE)
     D = elements.load(displacement, offsets, n, OF_D, WIDE, touched)
     change = elements.load_step(step, offsets, n, STATE, WIDE)
-    w, D = elements.joined(w, STORAGE), elements.widened(D, OF_D)
+    w, D = elements.joined(parts, STORAGE), elements.widened(D, OF_D)
     theta = elements.outer_weight(w, D)
     if (anchor != 0) & (touched == 0):
         elements.store(anchor, offsets, n, w, STATE, WIDE)
     D = elements.store_rounded(displacement, offsets, n, D + change, OF_D, WIDE)
     w_next = tl.where(D != 0, theta - D, theta)
-    elements.store_weight(weight, remainder, offsets, n, w_next, STORAGE, WIDE, step[2])
-    moved = change != 0
-    return counts + moved.to(tl.int32) + ((moved & (w_next == w)).to(tl.int32) << 16)
+    parameter = elements.store_weight(weight, remainder, offsets, n, w_next, STORAGE, WIDE, step[2])
+    moved, stays = change != 0, w_next == w
+    if STORAGE.primitive_bitwidth == 16:
+        stays = tl.where(of_parameter != 0, ((parameter ^ parts[0].to(tl.int32)) & 0xFFFF) == 0, stays)
+    return counts + moved.to(tl.int32) + ((moved & stays).to(tl.int32) << 16)
 
 
-@triton.jit(do_not_specialize=["touch", "parts"])
+@triton.jit(do_not_specialize=["touch", "parts", "of_parameter"])
 def inner_step_kernel(
-    rows, row_of_chunk, factor, counts, touch, parts,
+    rows, row_of_chunk, factor, counts, touch, parts, of_parameter,
     STORAGE: tl.constexpr, STATE: tl.constexpr, OF_D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """D' = Q(D + γ·g/n), w ← (w + D) − D', D ← D'; anchor ← w before the first move of a cycle, where there is one.
@@ -40,7 +43,8 @@ def inner_step_kernel(
     factor: ±γ/n per group; where it is 0 nothing moves, but a first step leaves D = 0. Bytes per element, float32 with
     D in bfloat16: reads w D g, writes w D (16), the first time, when D is not read, 14. bfloat16 (w is the parameter
     and its remainder): 14 and 12. An anchor is 4 more, the first time. Counts are integers, whose atomic sum does not
-    depend on an order. Source: Algorithm 3 of arXiv 2604.09258.
+    depend on an order. of_parameter: a move is lost that leaves the parameter where it was, not w. Source: Algorithm 3
+    of arXiv 2604.09258.
     """
     row, begin, n = elements.part_of(rows, row_of_chunk, parts)
     weight, remainder, displacement, anchor, touched = elements.walk_of(row, begin, touch, STORAGE, STATE, OF_D)
@@ -51,11 +55,15 @@ def inner_step_kernel(
         NARROW: tl.constexpr = BLOCK // 2
         of_lane = tl.zeros([BLOCK], tl.int32)
         for start in range(0, wide, BLOCK):
-            of_lane = _move(walk, step, start + tl.arange(0, BLOCK), n, of_lane, STATE, STORAGE, OF_D, True)
+            of_lane = _move(
+                walk, step, start + tl.arange(0, BLOCK), n, of_lane, of_parameter, STATE, STORAGE, OF_D, True
+            )
         made = tl.sum(of_lane)
         of_lane = tl.zeros([NARROW], tl.int32)
         for start in range(wide, n, NARROW):
-            of_lane = _move(walk, step, start + tl.arange(0, NARROW), n, of_lane, STATE, STORAGE, OF_D, False)
+            of_lane = _move(
+                walk, step, start + tl.arange(0, NARROW), n, of_lane, of_parameter, STATE, STORAGE, OF_D, False
+            )
         made += tl.sum(of_lane)
         tl.atomic_add(counts, (made & 0xFFFF).to(tl.int64), sem="relaxed")
         tl.atomic_add(counts + 1, (made >> 16).to(tl.int64), sem="relaxed")
@@ -67,5 +75,5 @@ def inner_step(table: Table, cycle: Cycle) -> None:
     constants = elements.constants_of(table, block=1024) | elements.at_most_registers(64)
     elements.launch(
         inner_step_kernel, table.chunks * table.parts,
-        rows, row_of_chunk, cycle.factor, cycle.counts, touch, table.parts, **constants,
+        rows, row_of_chunk, cycle.factor, cycle.counts, touch, table.parts, int(table.counts_parameters), **constants,
     )  # fmt: skip

@@ -1,0 +1,441 @@
+"""Nexus: the walk in front of other optimizers. For what it does, see base.py; for the arithmetic, reference.py."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import itertools
+from collections.abc import Callable, Iterator, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import checkpoint, options
+from .base import WalkingOptimizer
+from .dtensor import local_part
+from .frameworks import of_the_optimizer, on_its_own
+from .options import GROUP_KEYS, OPTIMIZER, WALK_OPTIONS
+from .ranks import Ranks
+from .walk import entries_of
+
+_OURS = ("displacement", "remainder", "anchor")  # keys of the state
+
+
+class Nexus(WalkingOptimizer):
+    """A walk of normalized SGD steps, one per micro-batch, in front of others: its displacement is their gradient.
+
+    Call `step()` after the backward pass of every micro-batch, without gradient accumulation or clipping. Of
+    `inner_steps` calls (K, one cycle) the first K-1 move the weights along the walk. The last one takes the last step,
+    returns to the start θ, puts D/Γ into `p.grad`, in the parameter's dtype, and calls each optimizer's `step()`; then
+    `p.grad` is None. What had no gradient in the whole cycle has none there either. Source: arXiv 2604.09258.
+
+        optimizer = Nexus(torch.optim.Muon(matrices, lr=1e-3), torch.optim.AdamW(rest, lr=1e-3), inner_lr=0.01)
+
+    Args:
+        optimizers: torch.optim.Optimizer, one or several that share a model, each parameter in one of them; one norm
+            over all of them. Their `step()` is called without arguments; call none yourself in mid-cycle. Options that
+            are the walk's may stand in their groups: inner_lr, normalize_displacement, inner_lr_follows_lr.
+        inner_lr, inner_steps, normalize_displacement, inner_lr_follows_lr, displacement_dtype, backend, flatten,
+            norm_group: as for NexusAdamW.
+        displacement_group: as for NexusAdamW; the optimizers' hyperparameters must be the same on all of its ranks.
+
+    `param_groups` and `state` are those of the optimizers, one after another, so a scheduler may be built around this
+    one or around one of them. Each group has the walk's options beside its own.
+
+    Below float32 the walk is float32: in mid-cycle a `remainder` of 16 bits holds what the parameter does not. It
+    begins anywhere within the parameter's rounding, so that the model sees the walk on average, and is dropped at the
+    end, where the parameter is θ as it was. What the optimizer makes of it is its affair.
+
+    Raises ValueError, TypeError or RuntimeError that names the optimizer and the parameter group before anything is
+    modified.
+    """
+
+    def __init__(
+        self,
+        *optimizers: Optimizer,
+        inner_lr: float | Tensor = 1e-2,
+        inner_steps: int = 4,
+        normalize_displacement: bool = True,
+        inner_lr_follows_lr: bool = True,
+        displacement_dtype: torch.dtype | None = None,
+        backend: str | None = None,
+        flatten: bool = True,
+        norm_group: Any = None,
+        displacement_group: Any = None,
+    ) -> None:
+        steps = options.inner_steps(inner_steps)
+        choices = (steps, backend, None, flatten, options.displacement_dtype(displacement_dtype, steps))
+        _check_optimizers(optimizers)
+        defaults = {
+            "inner_lr": inner_lr,
+            "inner_steps": steps,
+            "normalize_displacement": normalize_displacement,
+            "inner_lr_follows_lr": inner_lr_follows_lr,
+            "replicated": False,
+        }
+        options.group_row({"base_lr": 0.0, OPTIMIZER: 0, **defaults}, 0, steps)
+        _check_groups([{"base_lr": 0.0, **defaults, **_without_walk(group)} for group in _groups_of(optimizers)], steps)
+        for group in _groups_of(optimizers):  # of a Nexus before this one
+            for key in group.keys() - _without_walk(group).keys():
+                del group[key]
+        self._wrap(optimizers, defaults, choices, Ranks(norm_group, displacement_group))
+        self._take_groups(0, "at construction")
+        self._built = True
+        if not self._walk.is_local:
+            self._walk.ranks.replicas.find(self.param_groups)
+
+    def _wrap(self, optimizers: tuple[Optimizer, ...], walk: dict[str, Any], choices: Any, ranks: Ranks) -> None:
+        """Takes the optimizers, before any parameter. walk: its options, for groups that lack them."""
+        self.optimizers, self._options = optimizers, walk
+        self._seen: list[list[dict[str, Any]]] = [[] for _ in optimizers]  # their groups, when we last looked
+        self._at_work = False  # it is we who step or load them
+        self._meddled: str | None = None  # what others did to them in mid-cycle
+        self._build(choices, ranks, self._step_optimizers)
+        first, *others = (o.defaults for o in optimizers)  # schedulers look for momentum there
+        defaults = {key: value for key, value in first.items() if all(key in other for other in others)}
+        Optimizer.__setstate__(self, {"defaults": {**defaults, **walk}, "state": _States(optimizers)})
+        itself: Any = self._itself
+        for index in range(len(optimizers)):
+
+            def note(*_: Any, index: int = index) -> None:
+                known = itself()
+                if known is not None:
+                    known._note(index, "stepped")
+
+            optimizers[index].register_step_post_hook(note)
+
+    def _note(self, index: int, what: str) -> None:
+        """Remembers what happened to an optimizer, where others did it in mid-cycle."""
+        if not self._at_work and not self.at_boundary:
+            self._meddled = (
+                f"optimizer {index} ({type(self.optimizers[index]).__name__}) was {what} in mid-cycle, after "
+                f"{self.cycle_position} of {self.inner_steps} inner steps: call only Nexus's own step(), which steps "
+                "it at the end of each cycle, and its load_state_dict(); change an optimizer itself at a boundary only "
+                "(at_boundary, or after outer_step()). To go on, load a checkpoint"
+            )
+
+    def check_others(self) -> None:
+        """Raises RuntimeError where others stepped, loaded or extended an optimizer in this cycle."""
+        if self.at_boundary:
+            self._meddled = None
+        elif self._meddled is not None:
+            raise RuntimeError(self._meddled)
+
+    def check_groups(self) -> None:
+        """Raises ValueError or TypeError, naming group and parameter, where the walk cannot take the groups' own."""
+        _check_groups(self.param_groups, self.inner_steps)
+
+    # Parameters
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The optimizers' own groups, one after another; the walk's options are put back where a load dropped them."""
+        for index, o in enumerate(self.optimizers):
+            seen = self._seen[index]
+            if len(seen) != len(o.param_groups) or any(a is not b for a, b in zip(seen, o.param_groups, strict=True)):
+                self._complete(index)
+        return [group for o in self.optimizers for group in o.param_groups]
+
+    def _complete(self, index: int) -> None:
+        """Makes the groups of an optimizer ones of ours."""
+        groups, seen = self.optimizers[index].param_groups, self._seen[index]
+        if seen:
+            self._note(index, "loaded" if len(seen) == len(groups) else "given another number of parameter groups")
+        for i, group in enumerate(groups):
+            base_lr = group.get("max_lr", group.get("initial_lr", group.get("lr", 0.0)))
+            before = seen[i] if i < len(seen) else {**self._options, "base_lr": float(base_lr)}
+            group.update({key: before[key] for key in WALK_OPTIONS if key not in group}, **{OPTIMIZER: index})
+            options.tidy(group)
+            if isinstance(group["inner_lr"], Tensor) and i >= len(seen):  # each group needs its own
+                group["inner_lr"] = group["inner_lr"].detach().clone()
+        self._seen[index] = list(groups)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Raises RuntimeError: which optimizer a group belongs to is for the caller to say."""
+        raise RuntimeError(
+            "Nexus has no parameter groups of its own: at a boundary, call add_param_group() of the optimizer that "
+            f"shall step them ({', '.join(f'{i}: {type(o).__name__}' for i, o in enumerate(self.optimizers))})"
+        )
+
+    # Stepping
+
+    @on_its_own
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Consumes the gradients of one micro-batch: an inner step, in the last of a cycle also the optimizers' steps.
+
+        As NexusAdamW's. A step with learning rate and gradients of 0 before any other, as torch.distributed.checkpoint
+        takes it to have something to load into, is handed to the optimizers, and no micro-batch. An optimizer's own
+        error ends the cycle: the parameters that it did not step hold θ.
+        """
+        if closure is None and self._is_initialization():
+            self._at_work = True
+            try:
+                for o in self.optimizers:
+                    o.step()
+            finally:
+                self._at_work = False
+            return None
+        return super().step(closure)
+
+    def _is_initialization(self) -> bool:
+        if not self.at_boundary or any(o.state for o in self.optimizers):
+            return False
+        groups = self.param_groups
+        if any("lr" not in group or group["lr"] != 0 for group in groups):
+            return False
+        gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+        return bool(gradients) and not any(bool(local_part(gradient).any()) for gradient in gradients)
+
+    def _step_optimizers(self, given: list[tuple[Tensor, Tensor]]) -> None:
+        """Has the optimizers step these parameters along these gradients, whose memory is free afterwards."""
+        self._state.show_position()  # and what is ours is gone from their state
+        self._at_work = True
+        moved = {id(param) for param, _ in given}
+        try:
+            with contextlib.ExitStack() as stack:
+                for param, gradient in given:
+                    _let_have(param, gradient, stack)
+                for o in self.optimizers:
+                    o._opt_called = True  # type: ignore[attr-defined]  # or a scheduler of its own would warn
+                    if any(id(param) in moved for group in o.param_groups for param in group["params"]):
+                        o.step()
+        finally:
+            self._at_work = False
+            for param, _ in given:
+                param.grad = None
+            given.clear()
+
+    @of_the_optimizer
+    def eval(self) -> None:
+        """Shows θ in the parameters until `train()`, and calls `eval()` of those optimizers that have it."""
+        if not self._state.in_outer_weights:
+            super().eval()
+            for o in self.optimizers:
+                getattr(o, "eval", lambda: None)()
+
+    @of_the_optimizer
+    def train(self) -> None:
+        """Calls `train()` of those optimizers that have it, and puts the walk back after `eval()`."""
+        if not self._state.in_outer_weights:
+            for o in self.optimizers:
+                getattr(o, "train", lambda: None)()
+            super().train()
+
+    # Saving and loading
+
+    def _pack(self) -> dict[str, Any]:
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        ours = self._ours_in_cycle()
+        packed: dict[str, Any] = {"state": {}, "param_groups": []}
+        params = 0
+        for o in self.optimizers:
+            theirs = o.state_dict()
+            number: dict[Any, int] = {}
+            for group, shown in zip(o.param_groups, theirs["param_groups"], strict=True):
+                for param, key in zip(group["params"], shown["params"], strict=True):
+                    if key in number:
+                        continue
+                    number[key] = params + len(number)
+                    entry = {**theirs["state"].get(key, {}), **ours.get(param, {})}
+                    if entry or key in theirs["state"]:
+                        packed["state"][number[key]] = entry
+                packed["param_groups"].append({**shown, "params": [number[key] for key in shown["params"]]})
+            packed["state"].update({key: value for key, value in theirs["state"].items() if key not in number})
+            packed.update({key: value for key, value in theirs.items() if key not in packed})
+            params += len(number)
+        return checkpoint.pack(packed)
+
+    def _ours_in_cycle(self) -> dict[Tensor, dict[str, Tensor]]:
+        """What we add to the optimizers' entries now."""
+        segments = self._walk.segments if self._state.entries.shows_cycle else []
+        return {
+            segment.param: {name: segment.show(name) for name in segment.names(in_cycle=True)} for segment in segments
+        }
+
+    def _check(self, state_dict: dict[str, Any]) -> tuple[Any, ...]:
+        state, saved = (state_dict.get(key) for key in ("state", "param_groups"))
+        ours = state_dict
+        if isinstance(state, dict):
+            entries = {key: entry for key, entry in state.items() if isinstance(entry, dict)}
+            ours = {**state_dict, "state": {k: {n: e[n] for n in _OURS if n in e} for k, e in entries.items()}}
+        if isinstance(saved, (list, tuple)) and all(isinstance(group, dict) for group in saved):
+            wrapped = [group[OPTIMIZER] for group in saved if OPTIMIZER in group]
+            here = [group[OPTIMIZER] for group in self.param_groups]
+            if wrapped and wrapped != here:
+                raise ValueError(
+                    f"the loaded state dict is of {len(set(wrapped))} optimizer(s) with {len(saved)} parameter groups, "
+                    f"this Nexus has {len(self.optimizers)} with {len(here)}: build it with those it was saved with"
+                )
+        groups, of_params, _ = checkpoint.check(ours, self.param_groups, self._walk)
+        groups = [{key: group[key] for key in (*WALK_OPTIONS, *GROUP_KEYS) if key in group} for group in groups]
+        return groups, of_params, state_dict
+
+    def _restore(self, groups: Any, *rest: Any) -> None:
+        entries, state_dict = rest
+        before = [(o.state, o.param_groups) for o in self.optimizers]
+        self._at_work = True
+        try:
+            first = 0
+            for o in self.optimizers:
+                saved = state_dict["param_groups"][first : first + len(o.param_groups)]
+                first += len(saved)
+                o.load_state_dict(_part_of(state_dict, saved))
+            self._state.restore(groups, entries)
+            self._meddled = None
+        except BaseException:
+            for o, (state, param_groups) in zip(self.optimizers, before, strict=True):
+                o.state, o.param_groups = state, param_groups
+            raise
+        finally:
+            self._at_work = False
+
+    @of_the_optimizer
+    def materialize_displacements(self) -> None:
+        """As NexusAdamW's; optimizers without any state get theirs by a step with learning rate and gradients of 0."""
+        self._refuse_inside_outer_weights("materialize_displacements()")
+        for o in self.optimizers:
+            if not o.state:
+                self._initialize(o)
+        super().materialize_displacements()
+
+    def _initialize(self, o: Optimizer) -> None:
+        """Has an optimizer make its state."""
+        lrs = [(group, group["lr"]) for group in o.param_groups if "lr" in group]
+        gradients = [(p, p.grad) for group in o.param_groups for p in group["params"] if p.requires_grad]
+        self._at_work = True
+        try:
+            for group, lr in lrs:
+                group["lr"] = torch.zeros_like(lr) if isinstance(lr, Tensor) else 0.0
+            for param, _ in gradients:
+                param.grad = torch.zeros_like(param)
+            o.step()
+        finally:
+            self._at_work = False
+            for group, lr in lrs:
+                group["lr"] = lr
+            for param, gradient in gradients:
+                param.grad = gradient
+
+    @on_its_own
+    def __getstate__(self) -> dict[str, Any]:
+        state, entries = self._state_to_copy(), self._state.entries
+        ours, shown = self._ours_in_cycle(), entries.shows_cycle
+        entries.hide()
+        entries.known = False  # the optimizers are copied without what is ours
+        self._state.show(in_cycle=shown)
+        return {**state, "optimizers": self.optimizers, "_options": self._options, "_ours": ours}
+
+    @on_its_own
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Builds tables around copied or unpickled optimizers."""
+        self._wrap(state["optimizers"], state["_options"], state["_choices"], Ranks())
+        loaded = [{key: group[key] for key in GROUP_KEYS if key in group} for group in self.param_groups]
+        self._state.register(entries_of(self.param_groups), flatten=self._walk.flatten, known=state["_ours"])
+        self._state.restore(loaded, state["_ours"])
+        self._take_finished(state["_finished"])
+
+
+class _States(MutableMapping[Any, Any]):
+    """The optimizers' states in one; each entry stands in that of the optimizer whose parameter it is."""
+
+    def __init__(self, optimizers: tuple[Optimizer, ...]) -> None:
+        self._optimizers = optimizers
+
+    def _holder(self, key: Any) -> Any:
+        for o in self._optimizers:
+            if key in o.state:
+                return o.state
+        raise KeyError(key)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._holder(key)[key]
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        owners = (o for o in self._optimizers if any(key is p for group in o.param_groups for p in group["params"]))
+        next(owners, self._optimizers[0]).state[key] = value
+
+    def __delitem__(self, key: Any) -> None:
+        del self._holder(key)[key]
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.chain.from_iterable(o.state for o in self._optimizers)
+
+    def __len__(self) -> int:
+        return sum(len(o.state) for o in self._optimizers)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+
+def _groups_of(optimizers: tuple[Optimizer, ...]) -> list[dict[str, Any]]:
+    return [group for o in optimizers for group in o.param_groups]
+
+
+def _without_walk(group: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a group without what the walk of another Nexus put there."""
+    ours = (*WALK_OPTIONS, *GROUP_KEYS, OPTIMIZER) if OPTIMIZER in group else ()
+    return {key: value for key, value in group.items() if key not in ours}
+
+
+def _part_of(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """The state of one optimizer, whose groups are given, without what is ours."""
+    ours = {key for group in groups for key in group["params"]}
+    others = {key for group in state_dict["param_groups"] for key in group["params"]} - ours
+    state = {}
+    for key, entry in state_dict["state"].items():
+        kept = {k: v for k, v in entry.items() if k not in _OURS} if key in ours and isinstance(entry, dict) else entry
+        if key not in others and (kept or not entry):
+            state[key] = kept
+    return {**state_dict, "state": state, "param_groups": [_without_walk(group) for group in groups]}
+
+
+def _check_optimizers(optimizers: tuple[Any, ...]) -> None:
+    """Whether the walk can stand in front of these."""
+    if not optimizers:
+        raise ValueError("Nexus needs an optimizer to hand the displacement to: Nexus(torch.optim.AdamW(...), ...)")
+    for index, o in enumerate(optimizers):
+        what = f"optimizer {index} ({type(o).__name__})"
+        if not isinstance(o, Optimizer):
+            hint = ": give each one as an argument, Nexus(*optimizers, ...)" if isinstance(o, (list, tuple)) else ""
+            raise TypeError(f"{what} is no torch.optim.Optimizer{hint}")
+        if isinstance(o, WalkingOptimizer):
+            raise TypeError(f"{what} takes a walk of its own: give Nexus the optimizer that shall follow the walk")
+        if any(o is other for other in optimizers[:index]):
+            raise ValueError(f"{what} is given twice: leave it out once")
+        needed = [
+            parameter.name
+            for parameter in inspect.signature(o.step).parameters.values()
+            if parameter.default is parameter.empty
+            and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        ]
+        if needed:
+            raise ValueError(
+                f"{what} cannot follow a walk: its step() needs {', '.join(needed)}, and evaluates the model by itself"
+            )
+        if isinstance(o, torch.optim.SparseAdam):
+            raise ValueError(f"{what} needs sparse gradients, and a displacement is dense: use torch.optim.Adam")
+
+
+def _check_groups(groups: list[dict[str, Any]], steps: int) -> None:
+    """Whether the walk can take the parameters of these groups, and their options."""
+    known: set[Tensor] = set()
+    for index, group in enumerate(groups):
+        new = {key: value for key, value in group.items() if key not in GROUP_KEYS} | {OPTIMIZER: 0}
+        known.update(options.check_new_group(new, {"lr": 0.0}, index, steps, known))
+
+
+def _let_have(param: Any, gradient: Tensor, stack: contextlib.ExitStack) -> None:
+    """Sets a parameter's gradient, of the parameter's own dtype even where it takes others (`p.grad_dtype`)."""
+    dtype = getattr(param, "grad_dtype", None)
+    if dtype is not None and dtype != gradient.dtype:
+        param.grad_dtype = None
+        stack.callback(_take, param, dtype)
+    param.grad = gradient
+
+
+def _take(param: Any, dtype: torch.dtype) -> None:
+    param.grad = None
+    param.grad_dtype = dtype
