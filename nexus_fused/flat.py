@@ -33,9 +33,21 @@ STATE_DTYPE = {
     torch.float16: torch.float32,
 }
 
+# The state by its keys, which are the names of buffers too: what always exists, and what does in mid-cycle only.
+MOMENTS = ("exp_avg", "exp_avg_sq")
+IN_CYCLE = ("displacement", "anchor")
 
-# The keys of the state that exist at a boundary too, where AdamW is ours; others' optimizers keep their own.
-KEPT = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "remainder")
+# Those that exist at a boundary too, where AdamW is ours; others' optimizers keep their own.
+KEPT = ("step", *MOMENTS, "max_exp_avg_sq", "remainder")
+
+
+def state_dtypes(dtype: torch.dtype, displacement_dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The dtype of each buffer that parameters of `dtype` may have; of D as given, but for float64 parameters."""
+    own = STATE_DTYPE[dtype]
+    dtypes = dict.fromkeys((*MOMENTS, "max_exp_avg_sq", "anchor"), own)
+    if own != dtype:
+        dtypes["remainder"] = dtype
+    return {**dtypes, "displacement": own if dtype == torch.float64 else displacement_dtype}
 
 
 def real_dtype(dtype: torch.dtype) -> torch.dtype:

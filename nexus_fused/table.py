@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections import defaultdict
 
 import torch
 from torch import Tensor
@@ -20,7 +19,9 @@ from .flat import (
     COLUMNS,
     DTYPES,
     GRAD,
+    IN_CYCLE,
     KEPT,
+    MOMENTS,
     STATE_DTYPE,
     TOUCHED,
     Bucket,
@@ -28,6 +29,7 @@ from .flat import (
     bucketed,
     owns_its_memory,
     shaped_like,
+    state_dtypes,
 )
 from .graphs import Replayed, upload
 from .observer import Observer
@@ -69,7 +71,7 @@ class Table:
     ) -> None:
         self.device, self.dtype, self.displacement_dtype, self.spread = device, dtype, displacement_dtype, spread
         self.keeps_anchor, self.keeps = keeps_anchor, keeps
-        self._dtype_of = defaultdict(lambda: STATE_DTYPE[dtype], remainder=dtype, displacement=displacement_dtype)
+        self._dtype_of = state_dtypes(dtype, displacement_dtype)
         self.segments: list[Segment] = []
         self.buckets: list[Bucket] = []
         self.rows = torch.empty(0, len(COLUMNS), dtype=torch.int64, device="cpu")
@@ -109,8 +111,7 @@ class Table:
         for members, numel in bucketed(segments, STATE_DTYPE[self.dtype].itemsize):
             bucket = Bucket(members[0].group, numel, self.device, self.keeps)
             buckets.append(bucket)
-            remainder = ["remainder"] if self.low_precision else []
-            for name in ["exp_avg", "exp_avg_sq", *remainder] if self.keeps else []:
+            for name in (*MOMENTS, *(["remainder"] if self.low_precision else [])) if self.keeps else ():
                 bucket.ensure(name, self._dtype_of[name])
             steps = torch.zeros(len(members), dtype=torch.float32, device=self.device)
             for i, segment in enumerate(members):
@@ -155,7 +156,7 @@ class Table:
 
     def ensure_displacements(self) -> None:
         """Allocates displacements (and anchors, and remainders of a walk alone) where they are missing."""
-        names = ["displacement"] + ["anchor"] * self.keeps_anchor + ["remainder"] * self.low_precision
+        names = [*(IN_CYCLE if self.keeps_anchor else IN_CYCLE[:1]), *(["remainder"] if self.low_precision else [])]
         for bucket in self.buckets:
             for name in names:
                 if bucket.ensure(name, self._dtype_of[name]):

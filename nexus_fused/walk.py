@@ -17,7 +17,7 @@ from torch import Tensor
 from . import backends, dtensor, graphs, reference
 from .cycle import Cycle, MicroBatch
 from .dtensor import local_part
-from .flat import KEPT, Segment, flat_view, make_segment, real_dtype
+from .flat import KEPT, Segment, flat_view, make_segment, real_dtype, state_dtypes
 from .options import NORMALIZE, SIGN, KeptRows, group_rows, has_maxima
 from .ranks import WHOLE, Ranks, Spread
 from .table import Table
@@ -117,7 +117,7 @@ class Walk:
         self.ranks.follow(sorted([*known, *coming], key=lambda entry: entry[:2]), groups)
 
     def _displacement_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        return dtype if dtype == torch.float64 else self.displacement_dtype
+        return state_dtypes(dtype, self.displacement_dtype)["displacement"]
 
     def _extend(self, params: list[Entry], made: list[Segment], groups: list[dict[str, Any]], *, flatten: bool) -> bool:
         """Appends the segments of parameters to `made`, and gives them rows and memory; whether maxima came."""
