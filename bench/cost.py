@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 
+from nexus_fused import memory
 from nexus_fused.flat import BUCKET_BYTES
 from nexus_fused.options import displacement_dtype
 
@@ -95,11 +96,6 @@ def _walk_traffic(inner_steps: int, gradient: int, displacement: int) -> int:
     return inner_steps * gradient + (inner_steps - 1) * (8 + gradient + 2 * displacement) - displacement
 
 
-def nexus_memory(inner_steps: int, gradient: int, displacement: int = 2, *, local: bool = False) -> int:
-    """Bytes per parameter at the peak of a training step: w g m v and D; local walks always have D, and the anchor."""
-    return 12 + gradient + displacement * (inner_steps > 1 or local) + 4 * local
-
-
 def costs(
     *,
     parameters: float,
@@ -115,7 +111,8 @@ def costs(
     shards: 1, DistributedDataParallel on all ranks; as many as ranks, FSDP2; between, FSDP2 within each `shards` ranks
     and replicas across. blocks: modules under `fully_shard`. tensors: parameters of the model. dtype: of parameters and
     gradients, torch.float32, or torch.bfloat16: AdamW has a float32 master then, Nexus a remainder. D has the dtype
-    that NexusAdamW gives it, but for LOCAL_F32. ValueError for numbers that do not fit together.
+    that NexusAdamW gives it, but for LOCAL_F32. Memory is nexus_fused.memory's. ValueError for numbers that do not fit
+    together.
     """
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, but is {dtype}")
@@ -142,28 +139,32 @@ def costs(
     gathers = within("all_gather", 2 * steps, size)  # before each forward pass and again before each backward pass
     nexus = [gathers, within("all_reduce", steps, 8, 1), within("all_reduce", 1, 24, 1)]  # norms in float64; metrics
     adamw = [gathers, within("all_reduce", 1, tensors * itemsize, 1)]  # clipping: each tensor's norm
-    found = {ADAMW: Cost([*adamw, *gradients(steps, 1)], mine * adamw_traffic(steps, itemsize), mine * 16)}
+    held = memory.adamw(dtype, master=True)
+    found = {ADAMW: Cost([*adamw, *gradients(steps, 1)], mine * adamw_traffic(steps, itemsize), mine * held.device)}
     if narrow:
         traffic = mine * adamw_traffic(steps, itemsize, wide=True)
         clipping = within("all_reduce", 1, tensors * 4, 1)
-        found[WIDE] = Cost([gathers, clipping, *gradients(steps, 1, wide_size)], traffic, mine * 18)
+        wide_held = memory.adamw(dtype, gradients=torch.float32, master=True)
+        found[WIDE] = Cost([gathers, clipping, *gradients(steps, 1, wide_size)], traffic, mine * wide_held.device)
     if not replicated:
         later = (steps - 1) * 3 * itemsize  # accumulation, here of whole gradients
         traffic = mine * (adamw_traffic(steps, itemsize) - later) + parameters * later
-        memory = mine * (16 - itemsize) + (size if steps > 1 else mine * itemsize)
-        found[UNSHARDED] = Cost([*adamw, *gradients(1, 1)], traffic, memory)
-    of_d = displacement_dtype(None, steps).itemsize
-    traffic, memory = nexus_traffic(steps, itemsize, of_d), nexus_memory(steps, itemsize, of_d)
-    found[SYNCHRONIZED] = Cost([*nexus, *gradients(steps, steps)], mine * traffic, mine * memory)
-    walks = {LOCAL: of_d} if of_d == 4 else {LOCAL: of_d, LOCAL_F32: 4}
-    for method, of_d in walks.items() if replicated or shards < ranks else ():
+        more = size - mine * itemsize if steps > 1 else 0
+        found[UNSHARDED] = Cost([*adamw, *gradients(1, 1)], traffic, mine * held.device + more)
+    kept_in = displacement_dtype(None, steps)
+    traffic, ours = nexus_traffic(steps, itemsize, kept_in.itemsize), memory.nexus_adamw(dtype, steps)
+    found[SYNCHRONIZED] = Cost([*nexus, *gradients(steps, steps)], mine * traffic, mine * ours.device)
+    walks = {LOCAL: kept_in} if kept_in == torch.float32 else {LOCAL: kept_in, LOCAL_F32: torch.float32}
+    for method, kept_in in walks.items() if replicated or shards < ranks else ():
+        of_d = kept_in.itemsize
         displacements = [
             across(1, mine * of_d, math.ceil(mine * 4 / BUCKET_BYTES)),  # buckets are of so many bytes in float32
             across(1, 8 * (9 + tensors), 1),  # two votes, Γ, Σγ², AdamW's five, who had a gradient
         ]
         scatters = within("reduce_scatter", steps, size)
-        traffic, memory = walks_traffic(steps, itemsize, of_d), nexus_memory(steps, itemsize, of_d, local=True)
-        found[method] = Cost([*nexus, scatters, *displacements], mine * traffic, mine * memory)
+        traffic = walks_traffic(steps, itemsize, of_d)
+        ours = memory.nexus_adamw(dtype, steps, displacements=kept_in, local=True)
+        found[method] = Cost([*nexus, scatters, *displacements], mine * traffic, mine * ours.device)
     return {
         method: cost._replace(collectives=[c for c in cost.collectives if c.ranks > 1])
         for method, cost in found.items()

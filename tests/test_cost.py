@@ -141,15 +141,18 @@ def test_bytes_through_memory_are_those_that_the_benchmark_counts():
     assert cost.adamw_traffic(K, 4) == cycles([(64,)], F32)[1].bytes
 
 
-@pytest.mark.parametrize("gradient", [F32, BF16])
-def test_memory(gradient):
-    """Peak bytes per parameter: a weight of 4, its gradient, two moments, D; with local walks θ too."""
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_memory(dtype):
+    """Peak bytes per parameter beside its gradient: a weight of 4, two moments, D; with local walks θ too."""
 
-    def found(k, displacement, **local):
-        return cost.nexus_memory(k, gradient.itemsize, displacement.itemsize, **local) - gradient.itemsize
+    def found(method, k):
+        return cost.costs(parameters=1, ranks=1, inner_steps=k, dtype=dtype)[method].memory - dtype.itemsize
 
-    assert [found(4, BF16), found(4, F32), found(1, BF16)] == [4 + 8 + 2, 4 + 8 + 4, 4 + 8]
-    assert [found(4, BF16, local=True), found(1, BF16, local=True)] == [4 + 8 + 2 + 4] * 2
+    assert [found(cost.SYNCHRONIZED, k) for k in (4, 33, 1)] == [4 + 8 + 2, 4 + 8 + 4, 4 + 8]
+    assert [found(cost.LOCAL, k) for k in (4, 33)] == [4 + 8 + 2 + 4, 4 + 8 + 4 + 4]
+    assert found(cost.LOCAL_F32, 4) == 4 + 8 + 4 + 4
+    assert found(cost.LOCAL, 1) == 4 + 8 + 2  # w is θ, but D goes through memory
+    assert found(cost.ADAMW, 4) == 16 - dtype.itemsize
 
 
 def test_layouts():
