@@ -123,6 +123,7 @@ class WalkingOptimizer(Optimizer):
     def state(self) -> dict[Any, Any]:
         """Each parameter's state, as torch.optim's. What its reader changes, assigns or moves is taken over."""
         optimizer: Any = self._itself()
+        optimizer._walk.wait_for_host_state()
         optimizer._state.entries.known = True
         optimizer._state.entries.reveal()
         state: dict[Any, Any] = optimizer.__dict__["state"]

@@ -38,12 +38,21 @@ def local_part(tensor: Any) -> Tensor:
 
 
 def as_part_of(local: Tensor, like: Any) -> Tensor:
-    """A DTensor whose part on this rank is `local`, laid out as `like` is; `local` itself where that is no DTensor."""
+    """A DTensor whose part on this rank is `local`, in its memory, laid out as `like` is; `local` itself where that is
+    no DTensor."""
     if is_dtensor(like):
         layout, shape, stride = (like.device_mesh, like.placements), like.shape, like.stride()
         if local.dim() > like.dim():  # pairs in place of complex numbers: see flat.shaped_like
             shape, stride = torch.Size((*shape, 2)), (*(2 * step for step in stride), 1)
-        local = dtensor_type().from_local(local, *layout, run_check=False, shape=shape, stride=stride)
+        elsewhere = local.device.type != like.device_mesh.device_type
+        part = local.to("meta") if elsewhere else local
+        made = dtensor_type().from_local(part, *layout, run_check=False, shape=shape, stride=stride)
+        if elsewhere:  # `from_local` would have moved it to the mesh's devices
+            names, context = made.__tensor_flatten__()
+            inner = {name: getattr(made, name) for name in names}
+            inner = {name: local if isinstance(value, Tensor) else value for name, value in inner.items()}
+            made = dtensor_type().__tensor_unflatten__(inner, context, made.shape, made.stride())
+        local = made
     return local
 
 

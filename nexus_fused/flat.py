@@ -39,6 +39,7 @@ IN_CYCLE = ("displacement", "anchor")
 
 # Those that exist at a boundary too, where AdamW is ours; others' optimizers keep their own.
 KEPT = ("step", *MOMENTS, "max_exp_avg_sq", "remainder")
+OFFLOADED = (*MOMENTS, "max_exp_avg_sq", "anchor")  # those that lie on the host with `offload`
 
 
 def state_dtypes(dtype: torch.dtype, displacement_dtype: torch.dtype) -> dict[str, torch.dtype]:
@@ -48,6 +49,21 @@ def state_dtypes(dtype: torch.dtype, displacement_dtype: torch.dtype) -> dict[st
     if own != dtype:
         dtypes["remainder"] = dtype
     return {**dtypes, "displacement": own if dtype == torch.float64 else displacement_dtype}
+
+
+def is_apart(device: torch.device) -> bool:
+    """Whether the memory of this device is another one than the host's."""
+    return device.type != "cpu"
+
+
+def pinned_zeros(numel: int, dtype: torch.dtype) -> Tensor:
+    """Zeros in host memory that kernels on a GPU reach by its address."""
+    return torch.zeros(numel, dtype=dtype, device="cpu", pin_memory=True)
+
+
+def wait_for(device: torch.device) -> None:
+    """Waits until everything that a device was given is done, replays of CUDA graphs too, which nobody else sees."""
+    torch.accelerator.synchronize(device)
 
 
 def real_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -102,15 +118,36 @@ class Bucket:
     numel: int
     device: torch.device
     keeps: tuple[str, ...] = ()  # KEPT, or nothing
+    offload: bool = False  # OFFLOADED lie in pinned host memory
     amsgrad: bool = False
     buffers: dict[str, Tensor] = field(default_factory=dict)  # by their key in the state
 
     def ensure(self, name: str, dtype: torch.dtype) -> bool:
-        """Allocates the buffer `name`, zeros, unless it exists; returns whether it had to."""
+        """Allocates the buffer `name`, zeros, unless it exists; returns whether it had to.
+
+        RuntimeError, naming the bytes, for host memory that cannot be pinned.
+        """
         if name in self.buffers:
             return False
-        self.buffers[name] = torch.zeros(self.numel, dtype=dtype, device=self.device)
+        if not (self.offload and name in OFFLOADED):
+            self.buffers[name] = torch.zeros(self.numel, dtype=dtype, device=self.device)
+            return True
+        try:
+            self.buffers[name] = pinned_zeros(self.numel, dtype)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"offload=True: {self.numel * dtype.itemsize} bytes of host memory for {name} of parameter group "
+                f"{self.group} could not be pinned: free some, raise the limits of this process (ulimit -l, those of "
+                f"its container), or build with offload=False ({error})"
+            ) from error
         return True
+
+    def hold(self) -> None:
+        """Has pinned memory that is let go given to nobody else before the kernels of the current stream are done: a
+        copy from it tells its allocator."""
+        for buffer in self.buffers.values():
+            if buffer.device != self.device:
+                buffer[:1].to(self.device, non_blocking=True)
 
 
 @dataclass(slots=True, eq=False)

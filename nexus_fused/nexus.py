@@ -66,7 +66,7 @@ class Nexus(WalkingOptimizer):
         displacement_group: Any = None,
     ) -> None:
         steps = options.inner_steps(inner_steps)
-        choices = (steps, backend, None, flatten, options.displacement_dtype(displacement_dtype, steps))
+        choices = (steps, backend, None, flatten, options.displacement_dtype(displacement_dtype, steps), False)
         _check_optimizers(optimizers)
         defaults = {
             "inner_lr": inner_lr,

@@ -40,6 +40,13 @@ class NexusAdamW(WalkingOptimizer):
         displacement_dtype: of the displacement, kept in mid-cycle and averaged over a `displacement_group`:
             torch.bfloat16, torch.float32, or None: bfloat16 up to 32 inner steps, else float32. float64 parameters
             have float64.
+        offload: True keeps the moments, and the `anchor` of local walks, in pinned host memory: kernels on a GPU reach
+            them there, once in a cycle. 8 bytes per parameter (float32 and below) less on the device; results stay as
+            they are, bit for bit. Reading `state`, saving, copying and loading wait for the device; tensors of the
+            state are CPU tensors that the next outer step writes, whenever the device gets there. RuntimeError, naming
+            the bytes, for memory that cannot be pinned. State of DTensors on a mesh of GPUs has its parts on the CPU
+            then: collectives of it (`full_tensor()`, loading it in another layout) need a process group of both kinds,
+            `init_process_group("cpu:gloo,cuda:nccl")`. Parameters on a CPU: no difference.
         foreach: accepted with any value; chooses nothing here.
         differentiable: must be False.
         fused: True demands a fused backend, False selects the reference, None the best there is.
@@ -83,6 +90,7 @@ class NexusAdamW(WalkingOptimizer):
         normalize_displacement: bool = True,
         inner_lr_follows_lr: bool = True,
         displacement_dtype: torch.dtype | None = None,
+        offload: bool = False,
         maximize: bool = False,
         foreach: bool | None = None,
         capturable: bool = False,
@@ -100,6 +108,7 @@ class NexusAdamW(WalkingOptimizer):
             options.plain("fused", fused),
             flatten,
             options.displacement_dtype(displacement_dtype, steps),
+            options.offload(offload),
         )
         self._build(choices, Ranks(norm_group, displacement_group))
         self._known: set[Tensor] = set()  # the parameters of all groups

@@ -108,6 +108,13 @@ def displacement_dtype(value: Any, steps: int) -> torch.dtype:
     return value or (torch.bfloat16 if steps <= 32 else torch.float32)
 
 
+def offload(value: Any) -> bool:
+    """`value`, True or False."""
+    if value is not True and value is not False:
+        raise TypeError(f"offload must be True or False, but is {value!r} ({type(value).__name__})")
+    return value
+
+
 def plain(name: str, value: Any) -> Any:
     """An option of a group in Python's own types, where torch.optim.AdamW takes others for the same; else as it is.
 

@@ -162,7 +162,7 @@ def inner_step(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch) -> No
         for segment in table.with_gradient():
             w, D = weight(segment), displacement(table, segment)
             if table.keeps_anchor and not segment.touched:
-                segment.buffer("anchor").copy_(w)
+                segment.buffer("anchor").copy_(w, non_blocking=True)
             factor = cycle.factor[segment.group]
             step = scaled_gradient(_gradient(table, segment), factor, w.dtype)
             rounded = (D + step).to(table.displacement_dtype)
@@ -200,7 +200,7 @@ def end_walk(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch | None, 
         for segment in table.segments:
             D = displacement(table, segment)
             if segment.touched:
-                anchor = segment.buffer("anchor") if table.keeps_anchor else outer_weight(weight(segment), D)
+                anchor = on_device(segment, "anchor") if table.keeps_anchor else outer_weight(weight(segment), D)
                 set_weight(segment, anchor)
             segment.buffer("displacement").copy_(_last_displacement(table, segment, cycle, D) * share)
 
@@ -229,6 +229,12 @@ def adamw(tables: list[Table], cycle: Cycle, moved: list[Tensor], taken: int) ->
                 D = segment.buffer("displacement").to(STATE_DTYPE[table.dtype])
                 _outer_step(segment, cycle, weight(segment), D)
     cycle.finish(taken)
+
+
+def on_device(segment: Segment, name: str) -> Tensor:
+    """Its part of a buffer of the state, where it is computed with: a copy where it lies on the host. Waits for
+    nothing."""
+    return segment.buffer(name).to(segment.bucket.device, non_blocking=True)
 
 
 def weight(segment: Segment) -> Tensor:
@@ -274,7 +280,7 @@ def _outer_step(segment: Segment, cycle: Cycle, theta: Tensor, D: Tensor) -> Non
     G = torch.where(hyper[NORMALIZE] != 0, D * (1 / walk_length), D)
 
     names = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * segment.bucket.amsgrad
-    old = [segment.buffer(name) for name in names]
+    old = [on_device(segment, name) for name in names]
     new_theta, *new = adamw_formula(
         theta,
         G,
@@ -288,8 +294,8 @@ def _outer_step(segment: Segment, cycle: Cycle, theta: Tensor, D: Tensor) -> Non
         eps=hyper[EPS],
         weight_decay=hyper[WEIGHT_DECAY],
     )
-    for before, after in zip(old, new, strict=False):
+    for name, before, after in zip(names, old, new, strict=False):
         assert after is not None
-        before.copy_(torch.where(walked, after, before))
+        segment.buffer(name).copy_(torch.where(walked, after, before), non_blocking=True)
     set_weight(segment, new_theta, walked)
     segment.step += walked

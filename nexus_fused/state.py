@@ -175,6 +175,7 @@ class State:
                 "optimizer.state was changed just before or while step() was captured into a CUDA graph: run one whole "
                 "cycle before the capture"
             )
+        self._walk.wait_for_host_state()
         moved: set[Segment] = set()
         for segment, name, value in checkpoint.apart(found, self._walk.segments):
             before = segment.buffer(name).clone() if name == "displacement" and not segment.touched else None
@@ -295,6 +296,7 @@ class State:
         """Brings groups and entries up to date for somebody who copies them."""
         self.follow_members()
         self._walk.check_capture_has_not_ended()
+        self._walk.wait_for_host_state()
         for group in self._groups:
             tidy(group)
         walk_is_hidden = self.shows_theta and self._walk.position > 0
@@ -336,6 +338,7 @@ class State:
         walk, position = self._walk, loaded[0].get("cycle_position", 0) if loaded else 0
         if position > 0:
             walk.ensure_displacements()
+        walk.wait_for_host_state()
         kept = {s.group for s in walk.segments if "max_exp_avg_sq" in (entries.get(s.param) or ())}
         walk.follow_amsgrad([{"amsgrad": has_maxima(group) or i in kept} for i, group in enumerate(self._groups)])
         values = [(s, name, value) for s in walk.segments for name, value in (entries.get(s.param) or {}).items()]

@@ -27,6 +27,7 @@ from .flat import (
     Bucket,
     Segment,
     bucketed,
+    is_apart,
     owns_its_memory,
     shaped_like,
     state_dtypes,
@@ -54,7 +55,8 @@ class Table:
 
     displacement_dtype: of D. spread: the ranks that the parameters, all of them DTensors then, are sharded over, and
     whether they are replicated. keeps_anchor: θ is kept beside w, for ranks that walk on their own. keeps: the keys of
-    a state that outlives a cycle, flat.KEPT, or () where others' optimizers have theirs.
+    a state that outlives a cycle, flat.KEPT, or () where others' optimizers have theirs. offload: moments and anchors
+    lie in host memory, where the device has its own.
     elements, chunks: how many; parts: into how many a GPU's blocks divide each chunk where they may, 1 where most of
     them are small. `segments` stand in the order of `rows`.
     """
@@ -68,9 +70,10 @@ class Table:
         *,
         keeps_anchor: bool = False,
         keeps: tuple[str, ...] = KEPT,
+        offload: bool = False,
     ) -> None:
         self.device, self.dtype, self.displacement_dtype, self.spread = device, dtype, displacement_dtype, spread
-        self.keeps_anchor, self.keeps = keeps_anchor, keeps
+        self.keeps_anchor, self.keeps, self.offloads = keeps_anchor, keeps, offload and is_apart(device)
         self._dtype_of = state_dtypes(dtype, displacement_dtype)
         self.segments: list[Segment] = []
         self.buckets: list[Bucket] = []
@@ -109,7 +112,7 @@ class Table:
         """Gives the segments zero moments, and moves their weights into flat memory if allowed."""
         buckets: list[Bucket] = []
         for members, numel in bucketed(segments, STATE_DTYPE[self.dtype].itemsize):
-            bucket = Bucket(members[0].group, numel, self.device, self.keeps)
+            bucket = Bucket(members[0].group, numel, self.device, self.keeps, self.offloads)
             buckets.append(bucket)
             for name in (*MOMENTS, *(["remainder"] if self.low_precision else [])) if self.keeps else ():
                 bucket.ensure(name, self._dtype_of[name])
@@ -356,6 +359,8 @@ class Table:
     def finish_outer_step(self, *, everything: bool = False) -> None:
         """Ends the cycle after a backend's outer step, which wrote the weights of who took part, or of all."""
         self.wrote(self.segments if everything else self.moving())
+        for bucket in self.buckets if self.offloads else ():
+            bucket.hold()
         self.set_touched(self.segments, False)
         self.observer.copies.clear()
 

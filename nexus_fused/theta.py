@@ -67,8 +67,7 @@ def _take_over(kept: Kept) -> None:
     new_parameter, new_remainder = reference.write_weight(w, parameter.dtype)
     new_parameter = torch.where(written, new_parameter, parameter)
     if table.keeps_anchor:
-        anchor = segment.buffer("anchor")
-        anchor.copy_(torch.where(written, theta, anchor))
+        segment.buffer("anchor").copy_(torch.where(written, theta, reference.on_device(segment, "anchor")))
     if new_remainder is not None and remainder is not None:
         segment.buffer("remainder").copy_(torch.where(written, new_remainder, remainder))
     segment.weight.copy_(new_parameter)
@@ -91,6 +90,6 @@ def _tell(kept: list[Kept]) -> None:
 def _outer_weight(kept: Kept) -> Tensor:
     """θ of a parameter: exact where there is an anchor."""
     if kept.table.keeps_anchor:
-        return kept.segment.buffer("anchor").clone()
+        return reference.on_device(kept.segment, "anchor").clone()
     w = reference.read_weight(kept.parameter, kept.remainder)
     return reference.outer_weight(w, reference.displacement(kept.table, kept.segment))

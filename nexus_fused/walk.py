@@ -17,13 +17,14 @@ from torch import Tensor
 from . import backends, dtensor, graphs, reference
 from .cycle import Cycle, MicroBatch
 from .dtensor import local_part
-from .flat import KEPT, Segment, flat_view, make_segment, real_dtype, state_dtypes
+from .flat import KEPT, Segment, flat_view, make_segment, real_dtype, state_dtypes, wait_for
 from .options import NORMALIZE, SIGN, KeptRows, group_rows, has_maxima
 from .ranks import WHOLE, Ranks, Spread
 from .table import Table
 
 Entry = tuple[int, int, Tensor]  # group, index in it, parameter
-Choices = tuple[int, "str | None", "bool | None", bool, torch.dtype]  # inner_steps, backend, fused, flatten, D's dtype
+# inner_steps, backend, fused, flatten, D's dtype, offload
+Choices = tuple[int, "str | None", "bool | None", bool, torch.dtype, bool]
 Outer = Callable[[list[tuple[Tensor, Tensor]]], None]  # an optimizer of others: steps parameters, given their gradients
 
 
@@ -40,13 +41,13 @@ class Walk:
     """The running cycle of one optimizer: `position` of `inner_steps` inner steps are taken.
 
     outer: takes the parameters that moved and their G, where that is not AdamW; all of them hold θ then, and a new
-    cycle begins. backend, fused, flatten: as the optimizer's. displacement_dtype: of D, but for float64 parameters.
-    tables: by device, dtype and where parameters' elements lie; cycles: by device and that. work: each cycle with its
-    tables.
+    cycle begins. backend, fused, flatten, offload: as the optimizer's. displacement_dtype: of D, but for float64
+    parameters. tables: by device, dtype and where parameters' elements lie; cycles: by device and that. work: each
+    cycle with its tables.
     """
 
     def __init__(self, choices: Choices, ranks: Ranks, outer: Outer | None = None) -> None:
-        self.inner_steps, self.backend, self.fused, self.flatten, self.displacement_dtype = choices
+        self.inner_steps, self.backend, self.fused, self.flatten, self.displacement_dtype, self.offload = choices
         self.ranks, self.outer = ranks, outer
         self.keeps = KEPT if outer is None else ()  # of a state that outlives a cycle
         self.position = 0
@@ -127,14 +128,18 @@ class Walk:
             made.append(make_segment(param, group=group, index=index))
             fresh[local_part(param).device, real_dtype(param.dtype), spread].append(made[-1])
         for (device, dtype, spread), segments in fresh.items():
-            anchor = self.is_local and self.inner_steps > 1
-            of_d = self._displacement_dtype(dtype)
-            new = Table(device, dtype, of_d, spread, keeps_anchor=anchor, keeps=self.keeps)
+            kept_in, anchor = self._displacement_dtype(dtype), self.is_local and self.inner_steps > 1
+            new = Table(device, dtype, kept_in, spread, keeps_anchor=anchor, keeps=self.keeps, offload=self.offload)
             table = self.tables.setdefault((device, dtype, spread), new)
             table.extend(segments, flatten=flatten)
             if self.position > 0:
                 table.ensure_displacements()
         return self.follow_amsgrad(groups)
+
+    def wait_for_host_state(self) -> None:
+        """Waits for the devices that may still write state in host memory, for those who read or write it there."""
+        for device in {table.device for table in self.tables.values() if table.offloads}:
+            wait_for(device)
 
     # One micro-batch
 

@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 from nexus_fused import NexusAdamW
+from nexus_fused import flat as _flat
 from nexus_fused import observer as _observer
+from nexus_fused import table as _table
+from nexus_fused import walk as _walk
 from nexus_fused.cycle import Cycle
 from nexus_fused.ranks import Spread
 from nexus_fused.table import Table
@@ -129,6 +132,14 @@ def copies(table: Table) -> dict[int, Tensor]:
 def look_in_python(patch: Any) -> None:
     """Leaves the extension's look away. patch: what has pytest's `monkeypatch.setattr`."""
     patch.setattr(_observer, "_quick_look", None)
+
+
+def offload_on_cpu(patch: Any, pinned_zeros: Any, wait_for: Any) -> None:
+    """Has the CPU count as a device with memory of its own. pinned_zeros(numel, dtype) allocates what is on the host
+    then; wait_for(device) is what waits. patch: what has pytest's `monkeypatch.setattr`."""
+    patch.setattr(_table, "is_apart", lambda device: True)
+    patch.setattr(_flat, "pinned_zeros", pinned_zeros)
+    patch.setattr(_walk, "wait_for", wait_for)
 
 
 # Of backends and the demo

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import re
 import shlex
 import subprocess
@@ -30,6 +31,19 @@ import resource, sys, torch
 from nexus_fused import NexusAdamW
 dtype, grad_dtype = (getattr(torch, name) for name in sys.argv[1:3])
 flatten, displacement_dtype = sys.argv[3] == "True", getattr(torch, sys.argv[4])
+offload, on_host = sys.argv[5] == "True", 0  # bytes
+if offload:  # the CPU plays a GPU, whose host pins memory
+    import inside
+
+    def pinned_zeros(numel, dtype):
+        global on_host
+        on_host += numel * dtype.itemsize
+        return torch.zeros(numel, dtype=dtype).fill_(0)  # in memory at once, as pinned memory is
+
+    class Patch:
+        setattr = staticmethod(setattr)
+
+    inside.offload_on_cpu(Patch, pinned_zeros, None)
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
@@ -53,11 +67,11 @@ def make(n, *shape):
     return params
 
 def build(params):
-    return NexusAdamW(params, flatten=flatten, displacement_dtype=displacement_dtype)
+    return NexusAdamW(params, flatten=flatten, displacement_dtype=displacement_dtype, offload=offload)
 
 warm_up = make(1, 10)
 train(warm_up, build(warm_up))
-before = resident()
+before, on_host = resident(), 0
 params = make(6, 4096, 8192)  # 192 Mi elements, in pieces so large that malloc gives each back to the system at once
 reset()
 optimizer = build(params)
@@ -65,34 +79,43 @@ print(peak() - before)
 reset()
 train(params, optimizer)
 print(peak() - before)
+print(on_host)
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize(
-    ("dtype", "grad_dtype", "flatten", "displacement_dtype", "bytes_at_peak"),
+    ("dtype", "grad_dtype", "flatten", "displacement_dtype", "offload", "bytes_at_peak"),
     [
-        ("float32", "float32", True, "bfloat16", 18),
-        ("float32", "bfloat16", True, "bfloat16", 16),
-        ("bfloat16", "bfloat16", True, "bfloat16", 16),
-        ("float32", "float32", False, "float32", 20),
-        ("bfloat16", "bfloat16", False, "bfloat16", 16),
+        ("float32", "float32", True, "bfloat16", False, 18),
+        ("float32", "bfloat16", True, "bfloat16", False, 16),
+        ("bfloat16", "bfloat16", True, "bfloat16", False, 16),
+        ("float32", "float32", False, "float32", False, 20),
+        ("bfloat16", "bfloat16", False, "bfloat16", False, 16),
+        ("float32", "float32", True, "bfloat16", True, 10),
+        ("float32", "bfloat16", True, "bfloat16", True, 8),
+        ("bfloat16", "bfloat16", True, "bfloat16", True, 8),
     ],
 )
-def test_resident_memory(dtype, grad_dtype, flatten, displacement_dtype, bytes_at_peak):
+def test_resident_memory(dtype, grad_dtype, flatten, displacement_dtype, offload, bytes_at_peak):
     """At the peak of a cycle: a weight of 4 bytes (below float32: a parameter and a remainder), its gradient, two
     moments of 4, and D. As much as AdamW in float32 or with a float32 master, 16, and D where gradients are float32.
 
+    With `offload` the moments are pinned memory, which is taken off.
+
     Construction: parameters, moments and remainders, and at most one bucket of 512 MiB. 24 MiB for allocators and code.
     """
-    command = [sys.executable, "-c", SCRIPT, dtype, grad_dtype, str(flatten), displacement_dtype]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    command = [sys.executable, "-c", SCRIPT, dtype, grad_dtype, str(flatten), displacement_dtype, str(offload)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.split()
     elements = 6 * 4096 * 8192
-    construction, training = (int(line) for line in output)
+    construction, training, on_host = (int(line) for line in output)
+    training -= on_host
     assert construction <= elements * (4 + 8) + 512 * MIB + 24 * MIB
     assert elements * bytes_at_peak - 24 * MIB <= training <= elements * bytes_at_peak + 24 * MIB
     sizes = [getattr(torch, name).itemsize for name in (grad_dtype, displacement_dtype)]
-    assert bytes_at_peak == 4 + 8 + sum(sizes)
+    assert on_host == 8 * elements * offload
+    assert bytes_at_peak == 4 + 8 * (not offload) + sum(sizes)
 
 
 # The command
