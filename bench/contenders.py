@@ -350,11 +350,15 @@ def cycles(shapes: list[tuple[int, ...]], dtype: torch.dtype, backend: str | Non
 
 
 def kernels(
-    shapes: list[tuple[int, ...]], dtype: torch.dtype, backend: str | None = None, device: torch.device = CPU
+    shapes: list[tuple[int, ...]],
+    dtype: torch.dtype,
+    backend: str | None = None,
+    device: torch.device = CPU,
+    **options: Any,
 ) -> list[Contender]:
     """The backend's functions by themselves."""
     params, gradients = make_params(shapes, dtype, device), make_gradients(shapes, dtype, device)
-    optimizer = nexus(params, gradients, backend=backend)()
+    optimizer = nexus(params, gradients, backend=backend, **options)()
     for p, g in zip(params, gradients[0], strict=True):
         p.grad = g
     optimizer.step()

@@ -285,6 +285,38 @@ def bandwidths(setting: Setting) -> Figures:
         free(setting.device)
 
 
+def offloaded(setting: Setting) -> Figures:
+    """Outer steps on moments in pinned host memory over those on moments on the device; how many bytes of each memory
+    it takes, by what is there before and after; and whether weights are the same after a cycle."""
+    shapes, small = setting.sizes.kernels, setting.sizes.small
+    numel = sum(map(math.prod, shapes))
+    gradients = make_gradients(small, torch.float32, setting.device)
+    for backend in setting.backends:
+        steps, weights, taken = [], [], []
+        for offload in (False, True):
+            weights.append(own_params(small, setting))
+            nexus(weights[-1], gradients, backend=backend, offload=offload)()
+            free(setting.device)
+            before = bytes_taken(setting.device)
+            of_backend = kernels(shapes, torch.float32, backend, setting.device, offload=offload)
+            free(setting.device)
+            steps += [replace(c, name=f"{c.name} {offload}") for c in of_backend if c.name == "outer_step"]
+            taken.append([(now - then) / numel for now, then in zip(bytes_taken(setting.device), before, strict=True)])
+        assert all(map(torch.equal, *weights)), f"{backend}: offload=True changes weights"
+        on_device, on_host = (seconds for seconds in setting.time(steps, queued=True).values())
+        more = {
+            "milliseconds": statistics.median(on_host) * 1e3,
+            "milliseconds_on_device": statistics.median(on_device) * 1e3,
+            "gigabytes_per_second_each_way": 8 * numel / statistics.median(on_host) / 1e9,
+            "device_bytes_less_per_parameter": taken[0][0] - taken[1][0],
+            "pinned_bytes_per_parameter": taken[1][1] - taken[0][1],
+        }
+        name = f"{backend}: outer step with offload / without, {numel / 1e6:.0f}M parameters, float32"
+        yield name, figure(ratio(on_host, on_device), **more)
+        del of_backend, steps
+        free(setting.device)
+
+
 def cycle_of_large(setting: Setting) -> Figures:
     """Our cycle over AdamW's, as long as the device takes; bfloat16 with a float32 master."""
     for dtype, theirs, name, n_bytes, at_most in (
@@ -472,6 +504,7 @@ SECTIONS = {
     bandwidths: 40,
     cycle_of_large: 40,
     training: 60,
+    offloaded: 10,
     cycle_of_small: 20,
     host_time: 20,
     launches: 15,
@@ -498,6 +531,13 @@ def absolute(seconds: list[float], n_bytes: int, numel: int) -> dict[str, float]
     """Milliseconds and GB/s by the bytes per parameter that must move."""
     median = statistics.median(seconds)
     return {"milliseconds": median * 1e3, "gigabytes_per_second": n_bytes * numel / median / 1e9}
+
+
+def bytes_taken(device: torch.device) -> tuple[int, int]:
+    """Of the device's memory by tensors, and of the host's by the allocator of pinned memory, which rounds up."""
+    if device.type != "cuda":
+        return 0, 0
+    return torch.cuda.memory_allocated(device), torch.cuda.host_memory_stats()["allocated_bytes.current"]
 
 
 def free(device: torch.device) -> None:

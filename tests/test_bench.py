@@ -81,6 +81,7 @@ def test_figures(tmp_path, backend):
         (": training / AdamW's", 2, 0),
         ("time added to training / AdamW's", 2, 2),
         ("misaligned", 2, 0),
+        ("outer step with offload", 1, 0),
         ("foreach Nexus / ours", 4, 2),
         ("kernels that step() starts", 2, 2),
         ("host time of step()", 3, 3),

@@ -10,6 +10,7 @@ in 10⁷). In float64 they show: see `close_in_float64`.
 
 from __future__ import annotations
 
+import copy
 import gc
 import shutil
 from pathlib import Path
@@ -288,12 +289,13 @@ def no_synchronization():
     torch.cuda.set_sync_debug_mode(before)
 
 
+@pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("kind", ["float", "tensor", "tensor on the device"])
-def test_the_host_never_waits(no_synchronization, backend, kind):
+def test_the_host_never_waits(no_synchronization, backend, kind, offload):
     """Whole cycles and outer_step(), with new gradients and a new lr in each step and a loss scale on the device."""
     lr = 1e-2 if kind == "float" else torch.tensor(1e-2, device="cpu" if kind == "tensor" else CUDA)
     params, optimizer = build(
-        [torch.float32, torch.bfloat16], backend, lr=lr, capturable=kind == "tensor on the device"
+        [torch.float32, torch.bfloat16], backend, lr=lr, capturable=kind == "tensor on the device", offload=offload
     )
     if kind == "tensor on the device":  # schedulers of some versions read it
         schedule = lambda: optimizer.param_groups[0]["lr"].mul_(0.9)  # noqa: E731
@@ -462,18 +464,21 @@ def free_memory():
     torch.cuda.empty_cache()
 
 
+@pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize(
     ("dtype", "grad_dtype", "bytes_at_peak"),
     [(torch.float32, torch.float32, 18), (torch.float32, torch.bfloat16, 16), (torch.bfloat16, torch.bfloat16, 16)],
     ids=str,
 )
-def test_memory_of_a_cycle(backend, dtype, grad_dtype, bytes_at_peak):
-    """Per parameter, at the peak: a weight of 4 bytes, its gradient, two moments of 4, D of 2."""
+def test_memory_of_a_cycle(backend, dtype, grad_dtype, bytes_at_peak, offload):
+    """Per parameter, at the peak: a weight of 4 bytes, its gradient, two moments of 4, D of 2. With `offload` the
+    moments are elsewhere."""
+    bytes_at_peak -= 8 * offload
     free_memory()
     numel, n = 4 * 2**20, 4
     before = torch.cuda.memory_allocated(CUDA)
     params = [nn.Parameter(torch.ones(numel, dtype=dtype, device=CUDA)) for _ in range(n)]
-    optimizer = NexusAdamW(params, backend=backend)
+    optimizer = NexusAdamW(params, backend=backend, offload=offload)
     for p in params:
         p.grad_dtype = grad_dtype
     torch.cuda.reset_peak_memory_stats(CUDA)
@@ -557,6 +562,75 @@ def test_parameters_can_be_sent_to_another_process(backend):
         reduce_tensor(p.detach())
 
 
+# Moments in host memory
+
+everywhere = only(*FUSED, "reference")
+
+
+class TestOffload:
+    @staticmethod
+    def late(optimizer, params):
+        """Takes three steps and an outer one that the device begins some 0.1 s from now; returns its gradients."""
+        train(optimizer, params, 3)
+        for p in params:
+            p.grad = torch.ones_like(p)
+        torch.cuda.synchronize()
+        torch.cuda._sleep(200_000_000)  # cycles
+        optimizer.step()
+        return [p.grad for p in params]
+
+    @everywhere
+    @pytest.mark.parametrize("amsgrad", [False, True])
+    def test_same_results(self, backend, amsgrad):
+        results = []
+        for offload in (False, True):
+            params, optimizer = build(DTYPES, backend, amsgrad=amsgrad, offload=offload)
+            train(optimizer, params, 10, missing=True, nan_at=(4,))
+            with optimizer.outer_weights():
+                shown = [p.detach().clone() for p in params]
+            results.append([values.cpu() for values in (*shown, *contents_of(optimizer))])
+            for name, values in optimizer.state[params[0]].items():
+                on_host = offload and name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+                assert (values.device.type, values.is_pinned()) == (("cpu", True) if on_host else ("cuda", False)), name
+        assert_same(*results)
+
+    @everywhere
+    def test_saving_waits(self, backend):
+        results = []
+        for offload in (False, True):
+            params, optimizer = build([torch.float32], backend, offload=offload)
+            kept = self.late(optimizer, params)
+            entries = optimizer.state_dict()["state"].values()
+            results.append([entry[name].cpu().clone() for entry in entries for name in ("exp_avg", "exp_avg_sq")])
+            del kept
+        assert_same(*results)
+
+    @everywhere
+    def test_loading_waits(self, backend):
+        params, optimizer = build([torch.float32], backend, offload=True)
+        train(optimizer, params, 4)
+        saved = copy.deepcopy(optimizer.state_dict())
+        kept = self.late(optimizer, params)
+        optimizer.load_state_dict(saved)
+        torch.cuda.synchronize()
+        for entry, own in zip(saved["state"].values(), optimizer.state_dict()["state"].values(), strict=True):
+            assert_same([own["exp_avg"], own["exp_avg_sq"]], [entry["exp_avg"], entry["exp_avg_sq"]])
+        del kept
+
+    def test_memory_that_is_let_go(self, backend):
+        """Pinned memory of an optimizer that is gone is given to nobody before its last outer step is done."""
+        params, optimizer = build([torch.float32], backend, offload=True)
+        train(optimizer, params, 4)
+        kept = self.late(optimizer, params)
+        sizes = [b.numel for t in inside.tables(optimizer) for b in t.buckets for _ in ("exp_avg", "exp_avg_sq")]
+        del optimizer
+        gc.collect()
+        others = [torch.full((size,), 7.0, pin_memory=True) for size in sizes]
+        torch.cuda.synchronize()
+        assert all(bool((other == 7).all()) for other in others)
+        del kept
+
+
 # Steps captured into CUDA graphs
 
 
@@ -564,9 +638,9 @@ class Training:
     """Cycles of forward and backward passes on inputs that lie in memory of their own, with a step after each: eagerly
     or captured. The learning rate lies on the device, so that a graph's replays follow it, and γ with it."""
 
-    def __init__(self, backend):
-        lr = torch.tensor(1e-2, device=CUDA)
-        self.params, self.optimizer = build([torch.float32, torch.bfloat16], backend, lr=lr, capturable=True)
+    def __init__(self, backend, **options):
+        options = {"lr": torch.tensor(1e-2, device=CUDA), "capturable": True, **options}
+        self.params, self.optimizer = build([torch.float32, torch.bfloat16], backend, **options)
         self.inputs = self.new_inputs()
 
     def new_inputs(self):
@@ -612,9 +686,9 @@ class Training:
         return contents_of(self.optimizer)
 
 
-def two_after_a_cycle(backend):
+def two_after_a_cycle(backend, **options):
     """A training that is going to be captured and its twin, which never is."""
-    pair = Training(backend), Training(backend)
+    pair = Training(backend, **options), Training(backend, **options)
     for training in pair:
         training.prepare(0)
         training.warm_up()
@@ -630,14 +704,12 @@ def assert_equal_training(captured, eager):
     assert captured.optimizer.metrics() == eager.optimizer.metrics()
 
 
-everywhere = only(*FUSED, "reference")
-
-
 class TestGraphs:
     @everywhere
-    def test_replays_equal_eager_steps(self, backend):
+    @pytest.mark.parametrize("offload", [False, True])
+    def test_replays_equal_eager_steps(self, backend, offload):
         """With new inputs and learning rates at each replay, eager cycles in between, and metrics of either."""
-        captured, eager = two_after_a_cycle(backend)
+        captured, eager = two_after_a_cycle(backend, offload=offload)
         graph = captured.capture()
         for seed, replayed in enumerate((True, True, False, True, False, False, True), start=1):
             for training in (captured, eager):
@@ -850,8 +922,10 @@ def group():
     torch.distributed.destroy_process_group()
 
 
-def test_fsdp2(backend, group):
-    """Sharded over one rank, with evaluations in mid-cycle: as if it were not."""
+@pytest.mark.parametrize("offload", [False, True])
+def test_fsdp2(backend, group, offload):
+    """Sharded over one rank, with evaluations in mid-cycle: as if it were not. With `offload` the parts of the state's
+    DTensors lie in host memory."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -864,7 +938,8 @@ def test_fsdp2(backend, group):
             for layer in module:
                 fully_shard(layer, mesh=mesh)
             fully_shard(module, mesh=mesh)
-        optimizer = NexusAdamW(module.parameters(), lr=1e-2, inner_lr=0.05, inner_steps=3, backend=backend)
+        options = {"lr": 1e-2, "inner_lr": 0.05, "inner_steps": 3, "backend": backend}
+        optimizer = NexusAdamW(module.parameters(), offload=offload and shard, **options)
         generator, seen = torch.Generator().manual_seed(1), []
         for _ in range(8):
             batch = torch.randn(4, 64, generator=generator).to(CUDA)
@@ -873,8 +948,11 @@ def test_fsdp2(backend, group):
             optimizer.zero_grad()
             with optimizer.outer_weights(), torch.no_grad():
                 seen.append(module(batch))
-        parts = [p.to_local() if shard else p for p in module.parameters()]
-        results.append([p.detach().clone() for p in parts] + seen)
+        parts = [*module.parameters(), *(optimizer.state[p]["exp_avg"] for p in module.parameters())]
+        parts = [p.to_local() if shard else p for p in parts]
+        assert all(part.is_pinned() == (offload and shard) for part in parts[-6:])
+        optimizer.load_state_dict(optimizer.state_dict())
+        results.append([p.detach().to(CUDA, copy=True) for p in parts] + seen)
     assert_same(*results)
 
 
@@ -887,6 +965,14 @@ class TestWalksOfOneRank:
         params, optimizer = build([dtype], backend, **options)
         train(optimizer, params, 11, missing=True, nan_at=(4,))
         return optimizer
+
+    def test_offload(self, backend, group, dtype):
+        """The anchor is on the host too."""
+        ours, theirs = (
+            self.trained(backend, dtype, displacement_group=group, offload=offload) for offload in (True, False)
+        )
+        assert ours.state[params_of(ours)[0]]["anchor"].is_pinned()
+        assert_same(*([values.cpu() for values in contents_of(each)] for each in (ours, theirs)))
 
     @pytest.mark.parametrize("displacement_dtype", [torch.bfloat16, torch.float32], ids=str)
     def test_reference(self, backend, group, dtype, displacement_dtype):
