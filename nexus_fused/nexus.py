@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
+import warnings
 from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any
 
@@ -14,12 +15,14 @@ from torch.optim import Optimizer
 
 from . import checkpoint, options
 from .base import WalkingOptimizer
+from .cycle import combine
 from .dtensor import local_part
 from .frameworks import of_the_optimizer, on_its_own
 from .options import GROUP_KEYS, OPTIMIZER, WALK_OPTIONS
 from .ranks import Ranks
 from .walk import entries_of
 
+FEW_MOVES, SMALL_SHARE = 100, 1e-4  # of a cycle's moves: below them chance decides where the model sees the walk lead
 _OURS = ("displacement", "remainder", "anchor")  # keys of the state
 
 
@@ -92,6 +95,7 @@ class Nexus(WalkingOptimizer):
         self._seen: list[list[dict[str, Any]]] = [[] for _ in optimizers]  # their groups, when we last looked
         self._at_work = False  # it is we who step or load them
         self._meddled: str | None = None  # what others did to them in mid-cycle
+        self._told_of_invisible_walk = False
         self._build(choices, ranks, self._step_optimizers)
         first, *others = (o.defaults for o in optimizers)  # schedulers look for momentum there
         defaults = {key: value for key, value in first.items() if all(key in other for other in others)}
@@ -177,6 +181,8 @@ class Nexus(WalkingOptimizer):
             finally:
                 self._at_work = False
             return None
+        for o in self.optimizers:
+            o._opt_called = True  # type: ignore[attr-defined]  # or a scheduler around it would warn before its first step
         return super().step(closure)
 
     def _is_initialization(self) -> bool:
@@ -198,7 +204,6 @@ class Nexus(WalkingOptimizer):
                 for param, gradient in given:
                     _let_have(param, gradient, stack)
                 for o in self.optimizers:
-                    o._opt_called = True  # type: ignore[attr-defined]  # or a scheduler of its own would warn
                     if any(id(param) in moved for group in o.param_groups for param in group["params"]):
                         o.step()
         finally:
@@ -206,6 +211,25 @@ class Nexus(WalkingOptimizer):
             for param, _ in given:
                 param.grad = None
             given.clear()
+
+    @of_the_optimizer
+    def metrics(self) -> dict[str, Any]:
+        """As NexusAdamW's, but that below float32 a move counts as lost where the parameter stayed, which is all that
+        the model sees: most of a walk that is smaller than the parameter's rounding, though what is left is right on
+        average. Warns once where next to nothing is left.
+        """
+        finished = combine(list(self._walk.cycles.values()))
+        if finished is not None and not self._told_of_invisible_walk:
+            moves, lost = finished[1][:2].tolist()
+            if moves - lost < max(moves * SMALL_SHARE, min(FEW_MOVES, moves / 10)):
+                self._told_of_invisible_walk = True
+                warnings.warn(
+                    f"the model saw {moves - lost} of the walk's {moves} moves in the last cycle; the others are "
+                    "smaller than the rounding of its parameters, so these are unit gradients without a walk: raise "
+                    "inner_lr, or keep parameters in float32",
+                    stacklevel=6,
+                )
+        return super().metrics()
 
     @of_the_optimizer
     def eval(self) -> None:
@@ -284,13 +308,22 @@ class Nexus(WalkingOptimizer):
                 first += len(saved)
                 o.load_state_dict(_part_of(state_dict, saved))
             self._state.restore(groups, entries)
-            self._meddled = None
         except BaseException:
             for o, (state, param_groups) in zip(self.optimizers, before, strict=True):
                 o.state, o.param_groups = state, param_groups
             raise
         finally:
             self._at_work = False
+
+    @of_the_optimizer
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As NexusAdamW's, of the same optimizers; or, at a boundary, what they alone had saved."""
+        meddled, self._meddled = self._meddled, None  # which a load ends
+        try:
+            super().load_state_dict(state_dict)
+        except BaseException:
+            self._meddled = meddled
+            raise
 
     @of_the_optimizer
     def materialize_displacements(self) -> None:
