@@ -26,6 +26,7 @@ from .contenders import (
     Contender,
     check_parity,
     cycles,
+    inner_steps_on_small,
     kernels,
     ratio,
     steps_on_small,
@@ -65,6 +66,7 @@ def sections(rounds: int) -> Iterator[tuple[str, list[dict[str, Any]], dict[str,
         figures = {f"{name}: whole cycle / AdamW's cycle": ratio(ours, adamw)}
         if dtype == torch.float32:
             figures["float32: foreach Nexus / ours"] = ratio(seconds[contenders[2].name], ours)
+            figures["float32: Nexus(torch AdamW(fused=True)) / ours"] = ratio(seconds[contenders[3].name], ours)
             per_byte = [t * contenders[0].bytes / 12 for t in seconds["triad"]]
             name_of_bandwidth = f"float32: bandwidth by {contenders[0].bytes} bytes per parameter / triad's"
             figures[name_of_bandwidth] = ratio(per_byte, ours)
@@ -80,6 +82,10 @@ def sections(rounds: int) -> Iterator[tuple[str, list[dict[str, Any]], dict[str,
     seconds = timed(contenders, rounds, "2,000 parameters")
     figures = {"step() on 2,000 parameters of 64 / AdamW's fused step": ratio(*seconds.values())}
     yield "2,000 parameters of 64 elements, float32", rows(contenders, seconds, 128_000), figures
+    contenders = inner_steps_on_small()
+    seconds = timed(contenders, 2 * rounds, "2,000 parameters, inner steps")
+    figures = {"inner steps on 2,000 parameters of 64: Nexus(torch AdamW) / NexusAdamW": ratio(*seconds.values())}
+    yield "inner steps on 2,000 parameters of 64 elements, float32", rows(contenders, seconds, 128_000), figures
 
 
 def processor() -> str:

@@ -21,6 +21,7 @@ NAMES = {
             "nexus_fused",
             "AdamW, accumulation, clipping",
             "foreach Nexus, second model",
+            "Nexus(torch AdamW(fused=True))",
             "nexus_fused reference",
         ],
         torch.bfloat16: ["nexus_fused", "AdamW, float32 master and accumulation", "nexus_fused reference"],

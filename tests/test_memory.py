@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 from conftest import DTYPES, sample
 
-from nexus_fused import NexusAdamW, __main__, memory
+from nexus_fused import Nexus, NexusAdamW, __main__, memory
 from nexus_fused.flat import STATE_DTYPE
+from nexus_fused.table import hashed
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))
@@ -128,6 +129,7 @@ BESIDE = 8192  # bytes: padding, steps, partial sums, rows and scalars
 
 @pytest.fixture(scope="module")
 def frozen():
+    hashed(torch.device("cpu"))  # one for the process, 128 KiB
     yield
     gc.unfreeze()
 
@@ -181,6 +183,32 @@ def test_nexus_adamw(dtype, inner_steps, amsgrad, displacements, local, flatten,
     counted = memory.nexus_adamw(dtype, inner_steps, amsgrad=amsgrad, displacements=displacements, local=local)
     assert counted.host == 0
     assert_held(counted.device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_offload(dtype, amsgrad, alone):
+    """Here both are the host's memory: the sum."""
+    params = make(dtype)
+    optimizer = NexusAdamW(params, amsgrad=amsgrad, offload=True)
+    train(params, optimizer, 2)
+    counted = memory.nexus_adamw(dtype, 4, amsgrad=amsgrad, offload=True)
+    assert_held(counted.device + counted.host)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("inner_steps", [1, 4, 33])
+@pytest.mark.parametrize("displacements", [None, F32])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_nexus(dtype, inner_steps, displacements, momentum, alone):
+    """In the middle of the second cycle; with K = 1, after a step, whose gradients are gone."""
+    params = make(dtype)
+    optimizer = Nexus(
+        torch.optim.SGD(params, lr=0.1, momentum=momentum), inner_steps=inner_steps, displacement_dtype=displacements
+    )
+    train(params, optimizer, inner_steps + inner_steps // 2)
+    counted = memory.nexus(dtype, inner_steps, dtype.itemsize if momentum else 0, displacements=displacements)
+    assert_held(counted.device - counted.gradient * (inner_steps == 1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

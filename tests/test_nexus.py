@@ -574,7 +574,7 @@ def test_resume(dtype, at, copied):
 
 
 def test_state_dict_is_theirs_in_order_with_ours():
-    params, (sgd, adamw), optimizer = split()
+    params, (sgd, _), optimizer = split()
     run(optimizer, params, 5)
     state = optimizer.state_dict()
     assert list(state["state"][0]) == ["momentum_buffer", "displacement"]
