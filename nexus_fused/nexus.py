@@ -18,7 +18,7 @@ from .base import WalkingOptimizer
 from .cycle import combine
 from .dtensor import local_part
 from .frameworks import of_the_optimizer, on_its_own
-from .options import GROUP_KEYS, OPTIMIZER, WALK_OPTIONS
+from .options import GROUP_KEYS, LR, OPTIMIZER, WALK_OPTIONS
 from .ranks import Ranks
 from .walk import entries_of
 
@@ -42,7 +42,8 @@ class Nexus(WalkingOptimizer):
             are the walk's may stand in their groups: inner_lr, normalize_displacement, inner_lr_follows_lr.
         inner_lr, inner_steps, normalize_displacement, inner_lr_follows_lr, displacement_dtype, backend, flatten,
             norm_group: as for NexusAdamW.
-        displacement_group: as for NexusAdamW; the optimizers' hyperparameters must be the same on all of its ranks.
+        displacement_group: as for NexusAdamW; of the optimizers' hyperparameters only `lr` is averaged, so others must
+            be the same on all of its ranks.
 
     `param_groups` and `state` are those of the optimizers, one after another, so a scheduler may be built around this
     one or around one of them. Each group has the walk's options beside its own.
@@ -203,6 +204,8 @@ class Nexus(WalkingOptimizer):
             with contextlib.ExitStack() as stack:
                 for param, gradient in given:
                     _let_have(param, gradient, stack)
+                if self._walk.is_local:
+                    self._average_lr(stack)
                 for o in self.optimizers:
                     if any(id(param) in moved for group in o.param_groups for param in group["params"]):
                         o.step()
@@ -211,6 +214,14 @@ class Nexus(WalkingOptimizer):
             for param, _ in given:
                 param.grad = None
             given.clear()
+
+    def _average_lr(self, stack: contextlib.ExitStack) -> None:
+        """Gives each group the mean learning rate of the ranks that walked, for this step: schedules of others wait."""
+        cycle = next(iter(self._walk.cycles.values()))
+        for group, lr in zip(self.param_groups, cycle.hyper[:, LR].tolist(), strict=True):
+            if "lr" in group:
+                stack.callback(group.update, lr=group["lr"])
+                group["lr"] = torch.full_like(group["lr"], lr) if isinstance(group["lr"], Tensor) else lr
 
     @of_the_optimizer
     def metrics(self) -> dict[str, Any]:

@@ -664,7 +664,7 @@ class TestDistributedCheckpoint:
         model, optimizer = self.parts(at, kind)
         state = copy.deepcopy(dcp.get_state_dict(model, optimizer))
         fresh, other = self.parts(0, kind, materialized=at == 6)
-        model_state, own = dcp.get_state_dict(fresh, other)
+        _, own = dcp.get_state_dict(fresh, other)
         assert other.cycle_position == 0
         assert set(own["state"]) == set(state[1]["state"])
         for name, entry in state[1]["state"].items():
@@ -864,11 +864,14 @@ def local_walks(dtype, fewer):
     params = make_params(*SHAPES, dtype=dtype)
     inner, group = torch.optim.AdamW(params, **{**OPTIONS, "lr": 0.1}), dist.group.WORLD
     optimizer = Nexus(inner, inner_lr=0.05, displacement_group=group)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
     for seed in range(6 if fewer and dist.get_rank() else 8):
         set_grads(params, 100 * dist.get_rank() + seed)
         optimizer.step()
         optimizer.zero_grad()
+        scheduler.step()
     optimizer.outer_step()
+    assert inner.param_groups[0]["lr"] == scheduler.get_last_lr()[0]
     assert inner.state[params[0]]["step"] == 2
     with pytest.raises(RuntimeError, match="process group"):
         copy.deepcopy(optimizer)
@@ -878,7 +881,8 @@ def local_walks(dtype, fewer):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("fewer", [False, True])
 def test_local_walks(dtype, fewer):
-    """Ranks that walk on their own end with the same weights, bit for bit, also where one has fewer micro-batches."""
+    """Ranks that walk on their own end with the same weights, bit for bit, also where one has fewer micro-batches, and
+    its schedule stands still."""
     left, right = on_ranks(2, local_walks, dtype, fewer)
     assert_same(left, right)
     assert not torch.equal(left[3], make_params(*SHAPES, dtype=dtype)[3])
