@@ -81,11 +81,13 @@ class Nexus(WalkingOptimizer):
         }
         options.group_row({"base_lr": 0.0, OPTIMIZER: 0, **defaults}, 0, steps)
         _check_groups([{"base_lr": 0.0, **defaults, **_without_walk(group)} for group in _groups_of(optimizers)], steps)
-        for group in _groups_of(optimizers):  # of a Nexus before this one
-            for key in group.keys() - _without_walk(group).keys():
-                del group[key]
-        self._wrap(optimizers, defaults, choices, Ranks(norm_group, displacement_group))
-        self._take_groups(0, "at construction")
+        _forget_walk(optimizers)  # of a Nexus before this one
+        try:
+            self._wrap(optimizers, defaults, choices, Ranks(norm_group, displacement_group))
+            self._take_groups(0, "at construction")
+        except BaseException:
+            _forget_walk(optimizers)
+            raise
         self._built = True
         if not self._walk.is_local:
             self._walk.ranks.replicas.find(self.param_groups)
@@ -111,10 +113,21 @@ class Nexus(WalkingOptimizer):
 
             optimizers[index].register_step_post_hook(note)
 
+    @contextlib.contextmanager
+    def _working(self) -> Iterator[None]:
+        """What happens to the optimizers in here is our doing."""
+        itself: Any = self._itself()
+        itself._at_work = True
+        try:
+            yield
+        finally:
+            itself._at_work = False
+
     def _note(self, index: int, what: str) -> None:
         """Remembers what happened to an optimizer, where others did it in mid-cycle."""
-        if not self._at_work and not self.at_boundary:
-            self._meddled = (
+        itself: Any = self._itself()  # a framework's wrapper may ask for groups
+        if not itself._at_work and not self.at_boundary:
+            itself._meddled = (
                 f"optimizer {index} ({type(self.optimizers[index]).__name__}) was {what} in mid-cycle, after "
                 f"{self.cycle_position} of {self.inner_steps} inner steps: call only Nexus's own step(), which steps "
                 "it at the end of each cycle, and its load_state_dict(); change an optimizer itself at a boundary only "
@@ -175,12 +188,9 @@ class Nexus(WalkingOptimizer):
         error ends the cycle: the parameters that it did not step hold θ.
         """
         if closure is None and self._is_initialization():
-            self._at_work = True
-            try:
+            with self._working():
                 for o in self.optimizers:
                     o.step()
-            finally:
-                self._at_work = False
             return None
         for o in self.optimizers:
             o._opt_called = True  # type: ignore[attr-defined]  # or a scheduler around it would warn before its first step
@@ -198,10 +208,9 @@ class Nexus(WalkingOptimizer):
     def _step_optimizers(self, given: list[tuple[Tensor, Tensor]]) -> None:
         """Has the optimizers step these parameters along these gradients, whose memory is free afterwards."""
         self._state.show_position()  # and what is ours is gone from their state
-        self._at_work = True
         moved = {id(param) for param, _ in given}
         try:
-            with contextlib.ExitStack() as stack:
+            with self._working(), contextlib.ExitStack() as stack:
                 for param, gradient in given:
                     _let_have(param, gradient, stack)
                 if self._walk.is_local:
@@ -210,7 +219,6 @@ class Nexus(WalkingOptimizer):
                     if any(id(param) in moved for group in o.param_groups for param in group["params"]):
                         o.step()
         finally:
-            self._at_work = False
             for param, _ in given:
                 param.grad = None
             given.clear()
@@ -286,9 +294,7 @@ class Nexus(WalkingOptimizer):
     def _ours_in_cycle(self) -> dict[Tensor, dict[str, Tensor]]:
         """What we add to the optimizers' entries now."""
         segments = self._walk.segments if self._state.entries.shows_cycle else []
-        return {
-            segment.param: {name: segment.show(name) for name in segment.names(in_cycle=True)} for segment in segments
-        }
+        return {s.param: {name: s.show(name) for name in s.names(in_cycle=True)} for s in segments}
 
     def _check(self, state_dict: dict[str, Any]) -> tuple[Any, ...]:
         state, saved = (state_dict.get(key) for key in ("state", "param_groups"))
@@ -311,20 +317,18 @@ class Nexus(WalkingOptimizer):
     def _restore(self, groups: Any, *rest: Any) -> None:
         entries, state_dict = rest
         before = [(o.state, o.param_groups) for o in self.optimizers]
-        self._at_work = True
-        try:
-            first = 0
-            for o in self.optimizers:
-                saved = state_dict["param_groups"][first : first + len(o.param_groups)]
-                first += len(saved)
-                o.load_state_dict(_part_of(state_dict, saved))
-            self._state.restore(groups, entries)
-        except BaseException:
-            for o, (state, param_groups) in zip(self.optimizers, before, strict=True):
-                o.state, o.param_groups = state, param_groups
-            raise
-        finally:
-            self._at_work = False
+        first = 0
+        with self._working():
+            try:
+                for o in self.optimizers:
+                    saved = state_dict["param_groups"][first : first + len(o.param_groups)]
+                    first += len(saved)
+                    o.load_state_dict(_part_of(state_dict, saved))
+                self._state.restore(groups, entries)
+            except BaseException:
+                for o, (state, param_groups) in zip(self.optimizers, before, strict=True):
+                    o.state, o.param_groups = state, param_groups
+                raise
 
     @of_the_optimizer
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -349,19 +353,18 @@ class Nexus(WalkingOptimizer):
         """Has an optimizer make its state."""
         lrs = [(group, group["lr"]) for group in o.param_groups if "lr" in group]
         gradients = [(p, p.grad) for group in o.param_groups for p in group["params"] if p.requires_grad]
-        self._at_work = True
-        try:
-            for group, lr in lrs:
-                group["lr"] = torch.zeros_like(lr) if isinstance(lr, Tensor) else 0.0
-            for param, _ in gradients:
-                param.grad = torch.zeros_like(param)
-            o.step()
-        finally:
-            self._at_work = False
-            for group, lr in lrs:
-                group["lr"] = lr
-            for param, gradient in gradients:
-                param.grad = gradient
+        with self._working():
+            try:
+                for group, lr in lrs:
+                    group["lr"] = torch.zeros_like(lr) if isinstance(lr, Tensor) else 0.0
+                for param, _ in gradients:
+                    param.grad = torch.zeros_like(param)
+                o.step()
+            finally:
+                for group, lr in lrs:
+                    group["lr"] = lr
+                for param, gradient in gradients:
+                    param.grad = gradient
 
     @on_its_own
     def __getstate__(self) -> dict[str, Any]:
@@ -422,6 +425,13 @@ def _without_walk(group: dict[str, Any]) -> dict[str, Any]:
     """A copy of a group without what the walk of another Nexus put there."""
     ours = (*WALK_OPTIONS, *GROUP_KEYS, OPTIMIZER) if OPTIMIZER in group else ()
     return {key: value for key, value in group.items() if key not in ours}
+
+
+def _forget_walk(optimizers: tuple[Optimizer, ...]) -> None:
+    """Takes what a walk put there out of the optimizers' groups."""
+    for group in _groups_of(optimizers):
+        for key in group.keys() - _without_walk(group).keys():
+            del group[key]
 
 
 def _part_of(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:

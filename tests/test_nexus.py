@@ -752,6 +752,18 @@ def test_bad_options(options, error, said):
     assert "inner_steps" not in inner.param_groups[0]
 
 
+def test_a_backend_that_cannot_run(monkeypatch):
+    """Found when the parameters get their tables: the optimizer's groups are as they were."""
+    from nexus_fused import backends
+
+    monkeypatch.setattr(backends, "why_not", lambda name, *_: None if name == "reference" else "not here")
+    inner = torch.optim.SGD(make_params((4,)))
+    before = list(inner.param_groups[0])
+    with pytest.raises(RuntimeError, match="not here"):
+        Nexus(inner, backend="cpu")
+    assert list(inner.param_groups[0]) == before
+
+
 def test_sparse_gradients():
     embedding = nn.Embedding(5, 3, sparse=True)
     optimizer = Nexus(torch.optim.SGD(embedding.parameters(), lr=0.1))
