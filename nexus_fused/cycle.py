@@ -57,6 +57,7 @@ class Cycle:
         self.factor, self.sums, self.totals = self._zeros(0), self._zeros(inner_steps), self._zeros(2)
         self.counts = torch.zeros(2, dtype=torch.int64, device=device)
         self.finished: tuple[Tensor, Tensor] | None = None
+        self._told: tuple[Tensor, torch.Event] | None = None  # Γ on its way to the host, and whether it is there
         self.capturing, self.replayed = False, Replayed()  # into a CUDA graph
         self._lay_out()
 
@@ -218,8 +219,30 @@ class Cycle:
         """Keeps alive what captured steps write."""
         self.replayed.hold(self.hyper, self.factor, self.sums, self.totals, self.counts, *self.results)
 
+    def tell_host(self) -> None:
+        """Sends Γ to the host, without waiting for it: see `walked`."""
+        if self.device.type != "cpu":
+            told, arrived = torch.empty_like(self.walk_length, device="cpu", pin_memory=True), torch.Event(self.device)
+            told.copy_(self.walk_length, non_blocking=True)
+            arrived.record()
+            self._told = told, arrived
+
+    def walked(self) -> list[bool]:
+        """Which groups have Γ > 0, for a host that must not step the others.
+
+        Waits for the inner step before, which is done when a backward pass has been given to the device since; only
+        where a group had not walked until then for the last one too.
+        """
+        if self._told is not None:
+            told, arrived = self._told
+            arrived.synchronize()
+            if bool((told > 0).all()):
+                return [True] * len(told)
+        return (self.walk_length > 0).tolist()  # type: ignore[no-any-return]
+
     def reset(self) -> None:
         """Sets all sums of the running cycle, not the totals, to zero."""
+        self._told = None
         self.sums.zero_()
         self.counts.zero_()
 

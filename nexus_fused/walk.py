@@ -191,6 +191,8 @@ class Walk:
             return
         for cycle, tables in self.work:
             cycle.backend.inner_step(tables, cycle, micro_batch)
+            if self.outer is not None:
+                cycle.tell_host()
             for table in tables:
                 table.finish_inner_step()
         self.position += 1
@@ -255,10 +257,10 @@ class Walk:
     def _displacements(self, cycle: Cycle, tables: list[Table], moved: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """The parameters that take part in the outer step, each with G = D/Γ in its dtype (−G for `maximize`).
 
-        After `_end_walk`. Lets the last gradients go first, so that memory does not grow. Waits for the device, once in
-        a cycle: a group that has not walked must not be stepped.
+        After `_end_walk`. Lets the last gradients go first, so that memory does not grow. A group that has not walked
+        must not be stepped, which the host has to know (`Cycle.walked`); in local walks it waits for the average.
         """
-        walked = (cycle.walk_length > 0).tolist()
+        walked = cycle.walked()
         scale = cycle.hyper[:, SIGN] / torch.where(cycle.hyper[:, NORMALIZE] != 0, cycle.walk_length, 1.0)
         for table in tables:
             table.observer.copies.clear()
