@@ -59,6 +59,12 @@ inline void define_cuda(pybind11::module_& m) {
     end_walk(table_from(table), dtypes_from(dtypes), cycle_from(cycle), micro_batch_from(norms, micro_batch), share,
              where_from(where));
   });
+  m.def("cuda_gradients", [](const std::array<int64_t, 7>& table, const std::array<int, 2>& dtypes, int64_t scale,
+                             int64_t displacement_sq, int64_t partials, int64_t arrivals,
+                             const std::array<int64_t, 4>& where) {
+    gradients(table_from(table), dtypes_from(dtypes), pointer<const double>(scale), pointer<double>(displacement_sq),
+              pointer<double>(partials), pointer<uint32_t>(arrivals), where_from(where));
+  });
   m.def("cuda_outer_step", [](const std::array<int64_t, 7>& table, const std::array<int, 2>& dtypes, bool amsgrad,
                               const std::array<int64_t, 8>& cycle, const Integers& norms,
                               const std::array<int64_t, 3>& micro_batch, bool has_ended, int64_t taken,

@@ -1,11 +1,11 @@
-// CUDA kernels: squared norm, inner step, end of a walk, outer step, over a table of segments; one launch each.
+// CUDA kernels: squared norm, inner step, end of a walk, gradients, outer step, over a table of segments; one launch each.
 //
 // What is summed is summed per chunk of kChunk elements, by threads in a fixed order, and over chunks by the last block
 // that finishes, in their order: results repeat bit for bit and depend neither on the grid nor on alignment. The scalars
 // of a cycle are read by every block and written by one: the host is never asked.
 //
 // Which block works where was measured (docs/gpu.md). Memory likes small blocks that start in the order of addresses: a
-// block of an inner step or the end of a walk has a part of a chunk, one of an outer step, which sums, a whole one. A norm,
+// block of an inner step or the end of a walk has a part of a chunk, one that sums a whole one. A norm,
 // which only reads, is best with as many blocks as the chip holds, which walk the chunks. Hints to the cache (ld.cs, st.cs)
 // cost up to a tenth, and walking backwards after the norm, to find its end in the cache, gains nothing.
 
@@ -514,6 +514,72 @@ __global__ void __launch_bounds__(kThreads, 4)
   if (last_table && blockIdx.x == 0) advance(cycle, micro_batch, step_of(micro_batch));
 }
 
+// Gradients for the optimizers of others
+
+template <class T, class D>
+struct Give {
+  using State = typename T::State;
+  const typename D::Storage* displacement;
+  typename T::Storage* target;
+  State scale;
+  double displacement_sq;
+
+  template <int width, int batch, bool aligned, bool>
+  __device__ __forceinline__ void apply(int i) {
+    typename D::Storage values[batch][width];
+#pragma unroll
+    for (int b = 0; b < batch; ++b) load<aligned>(displacement + i + b * kThreads * width, values[b]);
+#pragma unroll
+    for (int b = 0; b < batch; ++b) {
+      typename T::Storage scaled[width];
+#pragma unroll
+      for (int j = 0; j < width; ++j) {
+        const State x = D::load(values[b][j]);
+        displacement_sq += double(x) * double(x);
+        scaled[j] = T::store(x * scale);
+      }
+      store<aligned>(target + i + b * kThreads * width, scaled);
+    }
+  }
+};
+
+// Adds the partial sums of chunks up, for each group.
+template <int team>
+__device__ void add_to_groups(const Table& table, const double* partials, double* sums) {
+  for (int64_t group = threadIdx.x / team; group < table.groups; group += kThreads / team) {
+    const int64_t* start = table.starts + 2 * group;
+    const double sum = sum_of<team>(partials, start[1], start[3]);
+    if (threadIdx.x % team == 0) sums[group] += sum;
+  }
+}
+
+// G ← D · scale, after the end of a walk; `grad` is where G goes, in the parameter's dtype. partials[chunk] = Σ D²,
+// displacement_sq[group] += Σ partials. Bytes per element, D in bfloat16: reads D, writes G (float32 6, below 4).
+template <class T, class D>
+__global__ void __launch_bounds__(kThreads, 4)
+    gradients_kernel(Table table, const double* scale, double* displacement_sq, double* partials, uint32_t* arrivals) {
+  using Wider = std::conditional_t<sizeof(typename D::Storage) < sizeof(typename T::Storage), T, D>;
+  const uint32_t chunk = blockIdx.x;
+  const Part part(table, chunk, 1);
+  const Segment& row = part.row;
+  double sum = 0;
+  if (row.grad) {
+    Give<T, D> work{part.at<const typename D::Storage>(row.displacement), part.at<typename T::Storage>(row.grad),
+                    typename T::State(scale[row.group]), 0};
+    const bool aligned = all_aligned(work.displacement, work.target);
+    for_each_element<width_of<typename Wider::Storage>, 2>(work, part.n, aligned, aligned);
+    sum = work.displacement_sq;
+  }
+  sum = block_sum(sum);
+  if (threadIdx.x == 0 && chunk < table.chunks) partials[chunk] = sum;
+  if (is_last_block(arrivals)) {
+    if (table.groups < kThreads / kWarp)
+      add_to_groups<kThreads>(table, partials, displacement_sq);
+    else
+      add_to_groups<kWarp>(table, partials, displacement_sq);
+  }
+}
+
 // Outer step
 
 template <class State>
@@ -687,6 +753,7 @@ cudaError_t load_all() {
         using D = decltype(other);
         load(inner_step_kernel<T, D>);
         load(end_walk_kernel<T, D>);
+        load(gradients_kernel<T, D>);
         load(outer_step_kernel<T, D, false>);
         load(outer_step_kernel<T, D, true>);
       });
@@ -741,6 +808,14 @@ void end_walk(const Table& table, DTypes dtypes, const Cycle& cycle, const Micro
   with_dtypes(dtypes, [&](auto type, auto of_displacement) {
     launch("end_walk", end_walk_kernel<decltype(type), decltype(of_displacement)>, table.chunks * table.parts, where,
            table, cycle, micro_batch, share, where.last);
+  });
+}
+
+void gradients(const Table& table, DTypes dtypes, const double* scale, double* displacement_sq, double* partials,
+               uint32_t* arrivals, const Where& where) {
+  with_dtypes(dtypes, [&](auto type, auto of_displacement) {
+    launch("gradients", gradients_kernel<decltype(type), decltype(of_displacement)>, table.chunks, where, table, scale,
+           displacement_sq, partials, arrivals);
   });
 }
 

@@ -58,6 +58,11 @@ void inner_step(const Table& table, DTypes dtypes, const Cycle& cycle, const Mic
 void end_walk(const Table& table, DTypes dtypes, const Cycle& cycle, const MicroBatch& micro_batch, double share,
               const Where& where);
 
+// D · scale into what the rows have as gradients, in the parameters' dtype; adds ‖D‖² to displacement_sq. scale,
+// displacement_sq: of each group; partials [chunks]. The table is that of Table.on_device_with.
+void gradients(const Table& table, DTypes dtypes, const double* scale, double* displacement_sq, double* partials,
+               uint32_t* arrivals, const Where& where);
+
 // displacement_sq [chunks]; taken: inner steps of this cycle. has_ended: after end_walk; the table is then that of
 // Table.on_device_after_walk, and micro_batch has no norms.
 void outer_step(const Table& table, DTypes dtypes, bool amsgrad, const Cycle& cycle, const MicroBatch& micro_batch,

@@ -95,6 +95,16 @@ def cuda_end_walk(
     where: tuple[int, ...],
     /,
 ) -> None: ...
+def cuda_gradients(
+    table: tuple[int, ...],
+    dtypes: tuple[int, int],
+    scale: int,
+    displacement_sq: int,
+    partials: int,
+    arrivals: int,
+    where: tuple[int, ...],
+    /,
+) -> None: ...
 def cuda_outer_step(
     table: tuple[int, ...],
     dtypes: tuple[int, int],

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from . import _C
 from .cycle import Cycle, MicroBatch
-from .flat import GRAD
 from .table import Table
 
 ONE_THREAD = 100_000  # elements up to here: to wake others takes longer than they save, on busy cores 16 ms
@@ -87,10 +86,8 @@ def end_walk(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch | None, 
 
 def gradients(table: Table, cycle: Cycle, scale: Tensor, targets: list[Tensor | None]) -> None:
     """D · scale in memory of its own, and ‖D‖²: 6 bytes per element (float32), 4 (below)."""
-    rows = table.rows.clone()
-    rows[:, GRAD] = torch.tensor([0 if target is None else target.data_ptr() for target in targets], device="cpu")
     sums = cycle.displacement_sq.data_ptr(), table.displacement_sq.data_ptr()
-    _C.gradients(*_table(table, rows), scale.data_ptr(), *sums, _threads(table))
+    _C.gradients(*_table(table, table.on_device_with(targets)[0]), scale.data_ptr(), *sums, _threads(table))
 
 
 def adamw(tables: list[Table], cycle: Cycle, moved: list[Tensor], taken: int) -> None:

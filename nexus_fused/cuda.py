@@ -1,7 +1,7 @@
 """The CUDA backend: starts the kernels of csrc/cuda.cu on the current stream of the tables' device.
 
 Functions are those of reference.py, where they are defined. Nothing returns to the host. A step of one table is 2
-launches: the norm, and the inner step, end of the walk or outer step, which also advance the scalars.
+launches: the norm, and the inner step, end of the walk or outer step, which also advance the scalars. `gradients` is 1.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _C, reference
+from . import _C
 from .cycle import Cycle, MicroBatch
 from .table import Table
 
@@ -42,10 +42,9 @@ def _where(device: torch.device, *, first: bool = True, last: bool = True) -> tu
     return device.index, torch.cuda.current_stream(device).cuda_stream, first, last
 
 
-def _table(table: Table, moved: Tensor | None = None) -> tuple[int, ...]:
-    """`struct Table`; moved: as for `Table.on_device_after_walk`."""
-    on_device = table.on_device() if moved is None else table.on_device_after_walk(moved)
-    rows, row_of_chunk, starts, touch = on_device
+def _table(table: Table, on_device: tuple[Tensor, Tensor, Tensor, int] | None = None) -> tuple[int, ...]:
+    """`struct Table`; on_device: None is `table.on_device()`."""
+    rows, row_of_chunk, starts, touch = on_device or table.on_device()
     pointers = rows.data_ptr(), row_of_chunk.data_ptr(), starts.data_ptr()
     return *pointers, starts.shape[0] - 1, table.chunks, touch, table.parts
 
@@ -107,7 +106,12 @@ def end_walk(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch | None, 
             _C.cuda_end_walk(_table(table), table.dtypes, of_cycle, norms, rest, share, ends)
 
 
-gradients = reference.gradients
+def gradients(table: Table, cycle: Cycle, scale: Tensor, targets: list[Tensor | None]) -> None:
+    """D · scale in memory of its own, and ‖D‖²: 6 bytes per element (float32), 4 (below)."""
+    with _on(table.device):
+        sums = cycle.displacement_sq.data_ptr(), table.displacement_sq.data_ptr(), table.arrivals.data_ptr()
+        of_table = _table(table, table.on_device_with(targets)), table.dtypes
+        _C.cuda_gradients(*of_table, scale.data_ptr(), *sums, _where(table.device))
 
 
 def adamw(tables: list[Table], cycle: Cycle, moved: list[Tensor], taken: int) -> None:
@@ -127,6 +131,6 @@ def _outer_step(
             amsgrad = any(bucket.amsgrad for bucket in table.buckets)
             memory = table.displacement_sq.data_ptr(), table.arrivals.data_ptr()
             ends = _where(cycle.device, first=table is tables[0], last=table is tables[-1])
-            of_table = _table(table, who), table.dtypes, amsgrad
+            of_table = _table(table, who if who is None else table.on_device_after_walk(who)), table.dtypes, amsgrad
             _C.cuda_outer_step(*of_table, of_cycle, norms, rest, moved is not None, taken, *memory, ends)
     cycle.finished = cycle.results

@@ -171,7 +171,10 @@ def inner_step(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch) -> No
             shown = segment.weight.clone()
             segment.buffer("displacement").copy_(rounded)
             set_weight(segment, moved, factor != 0)
-            same = segment.weight == shown if table.counts_parameters else moved == w
+            if table.counts_parameters:
+                same = segment.weight.view(torch.int16) == shown.view(torch.int16)
+            else:
+                same = moved == w
             cycle.lost_moves += ((step != 0) & same).sum()
 
 

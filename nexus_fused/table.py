@@ -284,6 +284,15 @@ class Table:
         self._stale = True
         return rows, row_of_chunk, starts, 2
 
+    def on_device_with(self, targets: list[Tensor | None]) -> tuple[Tensor, Tensor, Tensor, int]:
+        """The same for `gradients`, after the end of a walk: where a gradient was in a row is the segment's target."""
+        addresses = [0 if target is None else target.data_ptr() for target in targets]
+        rows = self.rows.clone()
+        rows[:, GRAD] = torch.tensor(addresses, dtype=torch.int64, device="cpu")
+        upload(rows, self._on_device[0])
+        self._stale = True
+        return (*self._on_device, 2)  # type: ignore[return-value]
+
     def distrust_device(self) -> None:
         """Has the rows copied again: replays of captured steps may have put others there, or will."""
         self._stale = True

@@ -1,7 +1,8 @@
 """The Triton backend: starts the kernels of triton_kernels/ on the current stream of the tables' device.
 
 Functions are those of reference.py, where they are defined. Nothing returns to the host. An inner step of one table is
-3 launches (norm, scalars, step), as is the end of a walk, an outer step 4 (and sums), AdamW after a walk 3.
+3 launches (norm, scalars, step), as is the end of a walk, an outer step 4 (and sums), AdamW after a walk 3, and
+`gradients` 2.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ import torch
 import triton
 from torch import Tensor
 
-from . import reference
 from .cycle import Cycle, MicroBatch
 from .flat import make_segment
 from .table import Table
 from .triton_kernels import end_walk as _end_walk
+from .triton_kernels import gradients as _gradients
 from .triton_kernels import inner_step as _inner_step
 from .triton_kernels import outer_step as _outer_step
 from .triton_kernels import scalars as _scalars
@@ -75,6 +76,7 @@ def _try_out(device: torch.device, dtype: torch.dtype, displacement_dtype: torch
         for table in tables:
             table.finish_outer_step()
     end_walk(tables[:1], cycle, None, 1.0)
+    gradients(tables[0], cycle, torch.ones_like(cycle.factor), [torch.empty(8, dtype=dtype, device=device)])
     adamw(tables[:1], cycle, [torch.ones(1, device=device)], 0)
 
 
@@ -106,7 +108,10 @@ def end_walk(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch | None, 
             _end_walk.end_walk(table, cycle, share)
 
 
-gradients = reference.gradients
+def gradients(table: Table, cycle: Cycle, scale: Tensor, targets: list[Tensor | None]) -> None:
+    """D · scale in memory of its own, and ‖D‖²: 6 bytes per element (float32), 4 (below)."""
+    with torch.accelerator.device_index(table.device.index):
+        _gradients.gradients(table, cycle, scale, targets)
 
 
 def adamw(tables: list[Table], cycle: Cycle, moved: list[Tensor], taken: int) -> None:

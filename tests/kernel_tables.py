@@ -8,7 +8,7 @@ from torch import nn
 
 from nexus_fused import backends, reference
 from nexus_fused.cycle import Cycle, MicroBatch
-from nexus_fused.flat import make_segment
+from nexus_fused.flat import KEPT, make_segment
 from nexus_fused.table import CHUNK_ELEMENTS, Table
 
 OFFSETS = [(0, 0), (1, 1), (3, 3), (0, 1)]  # of weights and of gradients, which may be the only ones off 16 bytes
@@ -43,25 +43,27 @@ def make_table(
     displacement_dtype=None,
     grad_dtype=None,
     anchor=False,
+    keeps=KEPT,
+    groups=1,
 ):
     """A table with random weights, moments, displacements and gradients, zeros and -0 among them; unwritten memory is
     NaN. offsets: of weights and gradients. displacement_dtype: None is bfloat16 (float64 for float64). grad_dtype: None
-    is the parameters'."""
+    is the parameters'. groups: how many share the parameters."""
 
     def randn(numel, offset, dtype=dtype):
         return torch.randn(numel + offset, dtype=torch.float64).to(device, dtype)[offset:]
 
     torch.manual_seed(0)
     kept_in = torch.float64 if dtype == torch.float64 else displacement_dtype or torch.bfloat16
-    table = Table(device, dtype, kept_in, keeps_anchor=anchor)
+    table = Table(device, dtype, kept_in, keeps_anchor=anchor, keeps=keeps)
     segments = []
     for i, size in enumerate(sizes):
         param = nn.Parameter(randn(size, offsets[0]))
         param.data[::35] = -0.0
         param.grad_dtype = None
-        segments.append(make_segment(param, group=0, index=i))
+        segments.append(make_segment(param, group=i * groups // len(sizes), index=i))
     table.extend(segments, flatten=flatten)
-    table.follow_amsgrad([amsgrad])
+    table.follow_amsgrad([amsgrad] * groups)
     table.ensure_displacements()
     for bucket in table.buckets:  # whoever reads before writing is found out
         for name in ("displacement", "anchor"):
@@ -96,10 +98,10 @@ def backend_of(name, device=CPU):
     return backends.resolve(name, None, device)
 
 
-def make_cycle(name, device=CPU, **hyper):
+def make_cycle(name, device=CPU, groups=1, **hyper):
     cycle = Cycle(device, 4, backend_of(name, device))
-    cycle.grow(1)
-    cycle.set_hyper([list({**HYPER, **hyper}.values())])
+    cycle.grow(groups)
+    cycle.set_hyper([list({**HYPER, **hyper}.values())] * groups)
     return cycle
 
 
@@ -115,18 +117,35 @@ def contents(table, cycle):
     return [*tensors, cycle.counts.clone()], [s.clone() for s in sums]
 
 
-def run_function(function, table, cycle, micro_batch, *, moved=None):
-    """moved: rows that take part in `adamw`; None: those that took part."""
+def give_gradients(table, cycle, takes=None, *, offset=0):
+    """Runs `gradients` for these rows (None: all) and returns its targets with memory around them, NaN before; `offset`
+    elements lie before each."""
+    around = [torch.full([s.numel + offset + 3], torch.nan, dtype=table.dtype).to(table.device) for s in table.segments]
+    targets = [memory[offset : len(memory) - 3] for memory in around]
+    takes = range(len(targets)) if takes is None else takes
+    scale = torch.linspace(-3, 40, len(cycle.factor), dtype=torch.float64).to(table.device) / 3
+    cycle.backend.gradients(table, cycle, scale, [target if i in takes else None for i, target in enumerate(targets)])
+    return around
+
+
+def run_function(function, table, cycle, micro_batch, *, moved=None, offset=0):
+    """Returns what it wrote elsewhere. moved: rows that take part in `adamw` and `gradients`; None: those that took
+    part. offset: as for `give_gradients`."""
     if function == "inner_step":
         cycle.backend.inner_step([table], cycle, micro_batch)
     elif function == "outer_step":
         cycle.backend.outer_step([table], cycle, micro_batch, 3)
     elif function == "end_walk":
         cycle.backend.end_walk([table], cycle, micro_batch, 1 / 3)
+    elif function == "gradients":
+        takes = table.took_part().nonzero().flatten().tolist() if moved is None else moved
+        cycle.backend.end_walk([table], cycle, micro_batch, 1.0)
+        return give_gradients(table, cycle, takes, offset=offset)
     else:
         who = table.took_part() if moved is None else torch.tensor([3 * (s.row in moved) for s in table.segments])
         cycle.backend.end_walk([table], cycle, micro_batch, 1 / 3)
         cycle.backend.adamw([table], cycle, [who.double().to(table.device)], 3)
+    return []
 
 
 def compare(
@@ -146,13 +165,15 @@ def compare(
 
     tolerance: in float64, for the rounding of √v and βᵗ, and of the norm's root.
     """
-    results = []
+    results, offset = [], table.get("offsets", (0, 0))[1]
     for which in ("reference", name):
-        made, cycle = make_table(dtype, device=device, **table), make_cycle(which, device, **(hyper or {}))
+        made = make_table(dtype, device=device, **table)
+        cycle = make_cycle(which, device, table.get("groups", 1), **(hyper or {}))
         cycle.walk_length.fill_(walk_length)
         micro_batch = MicroBatch([reference.sq_norm(made)], 2) if last_gradient else None
-        run_function(function, made, cycle, micro_batch, moved=moved)
-        results.append(contents(made, cycle))
+        written = run_function(function, made, cycle, micro_batch, moved=moved, offset=offset)
+        tensors, sums = contents(made, cycle)
+        results.append(([*tensors, *written], sums))
     (left, left_sums), (right, right_sums) = results
     if dtype == torch.float64:
         for a, b in zip(left, right, strict=True):
@@ -190,6 +211,10 @@ def check_conversions(name, storage, device=CPU):
             left += contents(table, cycle)[0]
         table, cycle = make_table(storage, [len(bits)], device=device), make_cycle(which, device)
         table.segments[0].param.grad.view(torch.int16).copy_(bits)
+        run_function("inner_step", table, cycle, MicroBatch([norm], 0))
+        left += contents(table, cycle)[0]
+        table, cycle = make_table(storage, [len(bits)], device=device, keeps=()), make_cycle(which, device)
+        table.segments[0].weight.view(torch.int16).copy_(bits)  # lost is what leaves them as they are, NaN too
         run_function("inner_step", table, cycle, MicroBatch([norm], 0))
         left += contents(table, cycle)[0]
         for kept_in in (torch.float32, torch.bfloat16):

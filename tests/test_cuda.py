@@ -46,11 +46,12 @@ def test_launches():
 
 
 def test_launches_of_a_walk_that_ends_apart():
-    """Its end, and AdamW."""
-    table, cycle = make_table(torch.float32, [50], touched=[0]), make_cycle("cuda")
-    before = kernels.launches()
-    run_function("adamw", table, cycle, MicroBatch([cuda.sq_norm(table)], 2))
-    assert kernels.launches() - before == 1 + 2
+    """Its end, and AdamW or what others' optimizers take."""
+    for function in ("adamw", "gradients"):
+        table, cycle = make_table(torch.float32, [50, 0, 7], touched=[0]), make_cycle("cuda")
+        before = kernels.launches()
+        run_function(function, table, cycle, MicroBatch([cuda.sq_norm(table)], 2))
+        assert kernels.launches() - before == 1 + 2
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

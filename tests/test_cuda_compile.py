@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 TARGETS = ["sm_80", "sm_90", "sm_100"]
 NVCC = shutil.which("nvcc")
-NAME = re.compile(r"(sq_norm|inner_step|end_walk|outer_step)_kernel(?:I(\w+?)EEv)?")
+NAME = re.compile(r"(sq_norm|inner_step|end_walk|gradients|outer_step)_kernel(?:I(\w+?)EEv)?")
 DTYPES = {"BFloat16": "bfloat16", "Float16": "float16", "FullPrecisionIf": "float32", "FullPrecisionId": "float64"}
 THREADS, REGISTERS = 256, 65536  # of a block, of a multiprocessor
 
@@ -104,24 +104,28 @@ class TestCompiled:
     def test_accesses_are_wide(self, compiled, target):
         """On the aligned path every array is read and written 16 bytes at a time, or 8 where four elements have no more
         (beside those that the kernel for float64 has: addresses); so are gradients of every dtype."""
-        # w, D, the anchor or one of the moments. Twice, as gradients may be misaligned; for a batch and for the rest.
-        read = {"inner_step": "wD", "end_walk": "wDs", "outer_step": "wDss"}
-        written = {"inner_step": "wDs", "end_walk": "wD", "outer_step": "wss"}
+        # w, D, G, the anchor or a moment. Twice, as gradients may be misaligned; for a batch and for the rest.
+        read = {"inner_step": "wD", "end_walk": "wDs", "gradients": "D", "outer_step": "wDss"}
+        written = {"inner_step": "wDs", "end_walk": "wD", "gradients": "G", "outer_step": "wss"}
         of_made = compiled[target]
-        assert len(of_made) == 1 + 7 + 7 + 2 * 7  # dtypes; with amsgrad too
+        assert len(of_made) == 1 + 3 * 7 + 2 * 7  # dtypes; with amsgrad too
         assert of_made["sq_norm"]["ld16"] == 4 * (4 + 1)  # dtypes; a batch and the rest
         for key, f in of_made.items():
             if "float64" in key or key == "sq_norm":
                 continue
             kernel, dtype, of_displacement, *amsgrad = key.split()
             wide = {"w": dtype == "float32", "D": of_displacement == "float32", "s": True}
-            copies = 6 if kernel == "inner_step" else 2
+            wide["G"] = wide["w"]
+            if kernel == "gradients" and dtype == of_displacement:  # eight of two bytes
+                wide["G"] = wide["D"] = True
+            copies = {"inner_step": 6, "gradients": 3}.get(kernel, 2)
             others = of_made[" ".join([kernel, "float64", "float64", *amsgrad])]
             for access, names in {"ld": read[kernel], "st": written[kernel]}.items():
                 whole = sum(wide[name] for name in names) + len(amsgrad)
                 half = sum((2 if name == "w" else 1) for name in names if not wide[name])
                 # Of a gradient, once: one load of float32 and two of float64; one each of bfloat16 and float16.
-                gradients = {16: 3 * copies // 2, 8: 2 * copies // 2} if access == "ld" else {16: 0, 8: 0}
+                given = access == "ld" and kernel != "gradients"
+                gradients = {16: 3 * copies // 2, 8: 2 * copies // 2} if given else {16: 0, 8: 0}
                 assert f[f"{access}16"] >= copies * whole + gradients[16], (key, access)
                 beside = others[f"{access}8"] - gradients[8] // 2
                 assert f[f"{access}8"] >= copies * half + gradients[8] + beside, (key, access)

@@ -31,7 +31,7 @@ from kernel_tables import (
 from torch import nn
 
 import nexus_fused.table
-from nexus_fused import NexusAdamW, backends, reference
+from nexus_fused import Nexus, NexusAdamW, backends, reference
 
 if not torch.cuda.is_available():
     pytest.skip("torch sees no CUDA device", allow_module_level=True)
@@ -45,7 +45,7 @@ CUDA = torch.device("cuda", 0)
 FUSED = ["cuda", "triton"]  # the one that None takes first
 SHAPES = [(300, 257), (129,), (0, 4), (1,), (64, 33), (40000,)]
 BETA_UNITS = 1e-14  # what 20 units of float64 in 1 − βᵗ do to an update of length 1
-FUNCTIONS = ["inner_step", "outer_step", "end_walk", "adamw"]
+FUNCTIONS = ["inner_step", "outer_step", "end_walk", "adamw", "gradients"]
 
 
 @pytest.fixture(params=FUSED)
@@ -67,14 +67,19 @@ def fresh_gradient(p, generator, dtype=None):
     return torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.device, dtype or p.dtype)
 
 
-def build(dtypes, backend, device=CUDA, **options):
-    """Parameters of SHAPES for each dtype in three groups, and their optimizer with K = 4."""
+def make_params(dtypes, device=CUDA):
+    """Parameters of SHAPES for each dtype."""
     generator = torch.Generator().manual_seed(0)
-    params = [
+    return [
         nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype))
         for dtype in dtypes
         for shape in SHAPES
     ]
+
+
+def build(dtypes, backend, device=CUDA, **options):
+    """These parameters in three groups, and their optimizer with K = 4."""
+    params = make_params(dtypes, device)
     groups = [
         {"params": params[0::3]},
         {"params": params[1::3], "lr": 3e-3, "weight_decay": 0.1, "betas": (0.8, 0.95)},
@@ -190,6 +195,20 @@ class TestKernelParity:
             compare_all(backend, dtype, "adamw", moved=(1, 3), **table)
             compare_all(backend, dtype, "adamw", moved=(1, 3), last_gradient=False, gradients=(), **table)
 
+    @pytest.mark.parametrize("kept_in", [torch.bfloat16, torch.float32], ids=str)
+    def test_tables_without_moments(self, backend, dtype, kept_in):
+        """As others' optimizers have them; a move is lost there that leaves a parameter below float32 where it was."""
+        for touched in ((), (0, 2)):
+            table = {"sizes": [70_001, 3, 200, 0], "touched": touched, "keeps": (), "displacement_dtype": kept_in}
+            compare_all(backend, dtype, "inner_step", "end_walk", "gradients", **table)
+            compare_all(backend, dtype, "gradients", moved=(1, 2), offsets=(0, 1), **table)
+
+    @pytest.mark.parametrize("groups", [3, 20])
+    def test_sums_of_several_groups(self, backend, dtype, groups):
+        """Of a few and of many, for which the CUDA kernels have different ways."""
+        table = {"sizes": [7, 0, 20_000, 5] * 6, "touched": (0, 1, 2, 7), "groups": groups}
+        compare_all(backend, dtype, "outer_step", "adamw", "gradients", **table)
+
     def test_nothing_but_empty(self, backend, dtype):
         assert sq_norm(backend, make_table(dtype, [0, 0], device=CUDA)) == 0
         compare_all(backend, dtype, sizes=[0, 0])
@@ -251,6 +270,25 @@ class TestOptimizerParity:
             train(optimizer, params, 4, grad_dtype=torch.float32)
             results.append(contents_of(optimizer))
         assert_same(*results)
+
+
+@pytest.mark.parametrize("options", [{}, {"maximize": True}], ids=str)
+@pytest.mark.parametrize("dtypes", [[dtype] for dtype in DTYPES] + [DTYPES], ids=str)
+@pytest.mark.parametrize("irregular", [False, True], ids=["all gradients", "missing and NaN gradients"])
+def test_nexus_before_another_optimizer(backend, dtypes, options, irregular):
+    """As with the reference on the same device, which hands the same gradients to torch.optim.AdamW."""
+    results, optimizers = [], []
+    for which in (backend, "reference"):
+        params = make_params(dtypes)
+        groups = [{"params": params[0::2]}, {"params": params[1::2], "lr": 3e-3}]
+        optimizer = Nexus(torch.optim.AdamW(groups, lr=1e-2, eps=1e-3, **options), inner_lr=0.05, backend=which)
+        train(optimizer, params, 14, missing=irregular, nan_at=(1, 7) if irregular else ())
+        optimizer.outer_step()
+        results.append(contents_of(optimizer))
+        optimizers.append(optimizer)
+    compare_metrics(*optimizers)
+    for left, right in zip(*results, strict=True):
+        (close_in_float64 if left.dtype == torch.float64 else assert_same)([left], [right])
 
 
 def test_two_runs_give_the_same_bits(backend):

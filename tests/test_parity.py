@@ -16,6 +16,7 @@ from kernel_tables import (
     check_conversions,
     compare,
     contents,
+    give_gradients,
     make_cycle,
     make_table,
     run_function,
@@ -24,11 +25,11 @@ from kernel_tables import (
 
 from nexus_fused import reference
 from nexus_fused.cycle import MicroBatch
-from nexus_fused.flat import COLUMNS
+from nexus_fused.flat import COLUMNS, KEPT
 from nexus_fused.flat import DTYPES as DTYPE_NUMBERS
 from nexus_fused.table import CHUNK_ELEMENTS
 
-FUNCTIONS = ["inner_step", "outer_step", "end_walk", "adamw"]
+FUNCTIONS = ["inner_step", "outer_step", "end_walk", "adamw", "gradients"]
 FUSED = [name for name in BACKENDS if name != "reference"]
 
 
@@ -114,7 +115,7 @@ class TestParity:
 @pytest.mark.parametrize("name", FUSED)
 @pytest.mark.parametrize(("dtype", "kept"), [(d, k) for d in DTYPES for k in (torch.bfloat16, torch.float32)], ids=str)
 class TestDisplacements:
-    """D in both dtypes, with and without an anchor, through all functions; `adamw` after `end_walk`."""
+    """D in both dtypes, with and without an anchor, through all functions; `adamw` and `gradients` after `end_walk`."""
 
     @pytest.mark.parametrize("anchor", [False, True])
     @pytest.mark.parametrize(("sizes", "offsets"), [([1023, 5, 0, 33], (1, 1)), ([1100], (0, 3)), ([1, 2048], (0, 0))])
@@ -136,7 +137,8 @@ class TestDisplacements:
             gradients = (0, 1, 2) if len(touched) == 3 else (1, 2)
             kwargs = {"sizes": [50, 60, 1025, 0, 80], "touched": touched, "gradients": gradients}
             for moved in (None, (1, 3, 4)):
-                compare("adamw", name, dtype, moved=moved, displacement_dtype=kept, **kwargs)
+                for function in ("adamw", "gradients"):
+                    compare(function, name, dtype, moved=moved, displacement_dtype=kept, **kwargs)
 
     @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
     def test_skipped_step(self, name, dtype, kept, bad):
@@ -163,6 +165,101 @@ class TestDisplacements:
 
 @pytest.mark.interpreted
 @pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize(("dtype", "kept"), [(d, k) for d in DTYPES for k in (torch.bfloat16, torch.float32)], ids=str)
+class TestWithoutMoments:
+    """Tables of others' optimizers, which have just what a walk needs: remainders, and no moments."""
+
+    FUNCTIONS = ("inner_step", "end_walk", "gradients")
+
+    @pytest.mark.parametrize("anchor", [False, True])
+    @pytest.mark.parametrize(("sizes", "offsets"), [([1023, 5, 0, 33], (1, 1)), ([1100], (0, 3)), ([1, 2048], (0, 0))])
+    def test_sizes_and_alignments(self, name, dtype, kept, sizes, offsets, anchor):
+        for function in self.FUNCTIONS:
+            for touched in ((), range(len(sizes))):
+                kwargs = {"sizes": sizes, "offsets": offsets, "touched": touched, "anchor": anchor, "keeps": ()}
+                compare(function, name, dtype, displacement_dtype=kept, **kwargs)
+
+    @pytest.mark.interpreted(dtype=[])
+    def test_several_chunks(self, name, dtype, kept):
+        for function in self.FUNCTIONS:
+            sizes = [2 * CHUNK_ELEMENTS + 17, 5, CHUNK_ELEMENTS]
+            compare(function, name, dtype, sizes=sizes, touched=(0,), displacement_dtype=kept, keeps=())
+
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+    def test_skipped_step(self, name, dtype, kept, bad):
+        for function in self.FUNCTIONS:
+            for touched in ((), (0,)):
+                kwargs = {"sizes": [1100, 9], "touched": touched, "bad": bad, "keeps": ()}
+                compare(function, name, dtype, displacement_dtype=kept, **kwargs)
+
+    def test_nothing_but_empty(self, name, dtype, kept):
+        for function in self.FUNCTIONS:
+            compare(function, name, dtype, sizes=[0, 0], displacement_dtype=kept, keeps=())
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("touched", [(), (0, 1)])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_lost_moves(name, dtype, touched, offset):
+    """Where w did not change or, in a table that drops remainders, the parameter did not."""
+    lost = {}
+    for keeps in (KEPT, ()):
+        table = make_table(dtype, [1100, 60], offsets=(offset, 0), touched=touched, keeps=keeps)
+        cycle = make_cycle(name)
+        before, w = ([f(s).clone() for s in table.segments] for f in (lambda s: s.weight, reference.weight))
+        run_function("inner_step", table, cycle, MicroBatch([reference.sq_norm(table)], 0))
+        now = [segment.weight if table.counts_parameters else reference.weight(segment) for segment in table.segments]
+        then = before if table.counts_parameters else w
+        moved = [segment.param.grad != 0 for segment in table.segments]
+        stays = [a == b for a, b in zip(now, then, strict=True)]
+        assert cycle.moves == sum(m.sum() for m in moved)
+        lost[keeps] = sum((m & s).sum() for m, s in zip(moved, stays, strict=True))
+        assert cycle.lost_moves == lost[keeps]
+    assert (lost[()] > lost[KEPT]) == (dtype in LOW)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("groups", [3, 10])
+def test_sums_of_several_groups(name, groups):
+    """Of a few and of many, for which the CUDA kernels have different ways."""
+    for function in ("outer_step", "adamw", "gradients"):
+        compare(function, name, torch.float32, sizes=[7, 0, 600, 5] * 3, touched=(0, 1, 2, 7), groups=groups)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("name", FUSED)
+def test_sums_of_gradients_add_up(name):
+    """Of several tables, and to what is there."""
+    cycles = [make_cycle(which, groups=2) for which in ("reference", name)]
+    for cycle in cycles:
+        cycle.displacement_sq.fill_(0.5)
+        for dtype in (torch.float32, torch.bfloat16):
+            table = make_table(dtype, [1100, 7, 30], touched=(0, 1, 2), gradients=(), groups=2, keeps=())
+            give_gradients(table, cycle, (0, 2))
+    expected, made = (cycle.displacement_sq for cycle in cycles)
+    assert (expected > 0.5).all()
+    torch.testing.assert_close(made, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("name", BACKENDS)
+def test_rows_are_themselves_after_gradients(name):
+    """Their targets were in the place of gradients only there."""
+    table, cycle = make_table(torch.float32, [50, 60]), make_cycle(name)
+    rows, norm = table.rows.clone(), sq_norm(name, table).clone()
+    table.clear_untouched()
+    before, written = contents(table, cycle)[0], give_gradients(table, cycle)
+    assert_same(contents(table, cycle)[0], before)
+    assert all((memory[:-3] == 0).all() and memory[-3:].isnan().all() for memory in written)
+    assert torch.equal(table.rows, rows)
+    assert sq_norm(name, table) == norm
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("name", FUSED)
 @pytest.mark.parametrize(("dtype", "of_gradient"), [(d, g) for d in DTYPES for g in DTYPES if d != g], ids=str)
 @pytest.mark.parametrize("offset", [0, 1])
 def test_gradients_of_another_dtype(name, dtype, of_gradient, offset):
@@ -170,7 +267,7 @@ def test_gradients_of_another_dtype(name, dtype, of_gradient, offset):
     kwargs = {"sizes": [1100, 5, 40], "offsets": (0, offset), "grad_dtype": of_gradient}
     made = make_table(dtype, **kwargs)
     torch.testing.assert_close(sq_norm(name, made), reference.sq_norm(made), rtol=1e-12, atol=0)
-    for function in FUNCTIONS:
+    for function in FUNCTIONS[:-1]:
         for touched in ((), (0, 1)):
             compare(function, name, dtype, touched=touched, **kwargs)
     compare("inner_step", name, dtype, bad=float("nan"), **kwargs)
@@ -194,7 +291,8 @@ def test_instruction_sets_and_threads_agree(dtype):
                 run_function("outer_step", table, cycle, MicroBatch([norms], 1))
                 tensors, sums = contents(table, cycle)
                 run_function("adamw", table, cycle, MicroBatch([norms], 0))
-                results.append([norms, *tensors, *sums, *contents(table, cycle)[0]])
+                given = give_gradients(table, cycle)
+                results.append([norms, *tensors, *sums, *contents(table, cycle)[0], *given, cycle.displacement_sq])
     finally:
         extension.set_instruction_set(best)
         torch.set_num_threads(threads)

@@ -12,6 +12,7 @@ import inside
 import pytest
 import torch
 from conftest import BACKENDS, DTYPES, build, run
+from kernel_tables import give_gradients, make_cycle, make_table
 from torch import nn
 
 from nexus_fused import NexusAdamW
@@ -50,6 +51,13 @@ def test_launches(launched):
     assert len(launched) == 2 * 5 + 7
 
 
+def test_launches_of_gradients(launched):
+    """2 for each table, whatever it has."""
+    table, cycle = make_table(torch.bfloat16, [50, 0, 7], touched=(0, 1), keeps=()), make_cycle("triton")
+    give_gradients(table, cycle)
+    assert [name for name, *_ in launched] == ["gradients_kernel", "add_kernel"]
+
+
 def test_an_error_names_kernel_and_signature():
     class Broken:
         __name__ = "broken_kernel"
@@ -82,7 +90,7 @@ def test_every_kernel_is_tried_out(launched, dtype):
     """So that nothing is compiled, or fails, in the middle of a step; here in the interpreter."""
     inside.try_out(torch.device("cpu"), dtype, torch.float64 if dtype == torch.float64 else torch.bfloat16)
     assert set(launched) == {
-        ("sq_norm_kernel",), ("inner_step_kernel",), ("end_walk_kernel",),
+        ("sq_norm_kernel",), ("inner_step_kernel",), ("end_walk_kernel",), ("gradients_kernel",), ("add_kernel",),
         *(("outer_step_kernel", amsgrad) for amsgrad in (False, True)),
         *(("finish_kernel", *ends) for ends in itertools.product((True, False), repeat=2)),
         *(("advance_kernel", True, *["no scale"] * missing) for missing in (0, 1, 2)),

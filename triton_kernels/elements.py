@@ -168,6 +168,8 @@ def store_rounded(address, offsets, n, values, DTYPE: tl.constexpr, WIDE: tl.con
         bits = values.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         values = tl.where(values == values, rounded, 0x7FC0)
+    elif DTYPE == tl.float16:
+        values = values.to(tl.float16).to(tl.int16, bitcast=True)
     store(address, offsets, n, values, DTYPE, WIDE)
     return widened(values, DTYPE)
 

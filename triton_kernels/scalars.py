@@ -61,6 +61,24 @@ def advance_kernel(
         tl.store(totals + 1, tl.load(totals + 1) + tl.where(tl.sum(walked) == 0, 1.0, 0.0))
 
 
+@triton.jit
+def _sum_of_group(partials, start, BLOCK: tl.constexpr):
+    """Σ partials of a group's chunks in a fixed order. start: the group's of `starts`."""
+    total = tl.zeros([BLOCK], tl.float64)
+    end = tl.load(start + 3)
+    for first in range(tl.load(start + 1), end, BLOCK):
+        chunk = first + tl.arange(0, BLOCK)
+        total += tl.load(partials + chunk, mask=chunk < end, other=0)
+    return tl.sum(total)
+
+
+@triton.jit
+def add_kernel(starts, partials, sums, BLOCK: tl.constexpr):
+    """sums[group] += Σ partials of its chunks; one program for each group."""
+    group = tl.program_id(0)
+    tl.store(sums + group, tl.load(sums + group) + _sum_of_group(partials, starts + 2 * group, BLOCK))
+
+
 @triton.jit(do_not_specialize=["n_groups", "known_groups", "inner_steps", "taken", "touch"])
 def finish_kernel(
     rows, starts, partials, sums, counts, finished, finished_counts, n_groups, known_groups, inner_steps, taken, touch,
@@ -78,8 +96,7 @@ def finish_kernel(
         displacement_sq = tl.zeros([], tl.float64)
         if group < known_groups:
             of_group = starts + 2 * group
-            first_row, first_chunk = tl.load(of_group), tl.load(of_group + 1)
-            end_row, end_chunk = tl.load(of_group + 2), tl.load(of_group + 3)
+            first_row, end_row = tl.load(of_group), tl.load(of_group + 2)
             if walk_length > 0:
                 for start in range(first_row, end_row, BLOCK):
                     index = start + tl.arange(0, BLOCK)
@@ -90,11 +107,7 @@ def finish_kernel(
                     moving = inside & ((g != 0) | touched)
                     step = tl.load(row + elements.STEP, mask=moving, other=0).to(tl.pointer_type(tl.float32))
                     tl.store(step, tl.load(step, mask=moving, other=0) + 1, mask=moving)
-            total = tl.zeros([BLOCK], tl.float64)
-            for start in range(first_chunk, end_chunk, BLOCK):
-                chunk = start + tl.arange(0, BLOCK)
-                total += tl.load(partials + chunk, mask=chunk < end_chunk, other=0)
-            displacement_sq = tl.sum(total)
+            displacement_sq = _sum_of_group(partials, of_group, BLOCK)
         target = finished + 2 * n_groups + group
         if not FIRST:
             displacement_sq += tl.load(target)
@@ -131,6 +144,11 @@ def advance(cycle: Cycle, micro_batch: MicroBatch | None, *, ends_cycle: bool) -
         len(cycle.factor), position, int(ends_cycle),
         HAS_NORM=micro_batch is not None, BLOCK=4096, GROUPS=32, num_warps=8,
     )  # fmt: skip
+
+
+def add_displacements(starts: Tensor, partials: Tensor, cycle: Cycle) -> None:
+    """Adds ‖D‖² of a table to that of its groups, from the sums of its chunks."""
+    elements.launch(add_kernel, len(starts) - 1, starts, partials, cycle.displacement_sq, BLOCK=1024, num_warps=4)
 
 
 def finish(tables: list[Table], on_device: list[tuple[Tensor, Tensor, Tensor, int]], cycle: Cycle, taken: int) -> None:
