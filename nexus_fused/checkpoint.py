@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from .dtensor import local_part, part_like
 from .flat import STATE_DTYPE, Segment, real_dtype
-from .options import GROUP_KEYS, OPTIMIZER, group_row, has_maxima, keys_of_group
+from .options import GROUP_KEYS, OPTIMIZER, first_of, group_row, has_maxima, keys_of_group
 from .walk import Walk
 
 _KEYS = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "remainder", "displacement", "anchor"}
@@ -101,7 +101,7 @@ def check(
 def _completed(loaded: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
     """The loaded group, with the optimizer's own values for keys it lacks; nothing of the running cycle."""
     own = {key: value for key, value in group.items() if key not in GROUP_KEYS and key != "params"}
-    base_lr = loaded.get("base_lr", loaded.get("max_lr", loaded.get("initial_lr", own["base_lr"])))
+    base_lr = first_of(loaded, "base_lr", "max_lr", "initial_lr", otherwise=own["base_lr"])
     return {
         **own,
         **deepcopy({key: value for key, value in loaded.items() if key != "params"}),

@@ -162,7 +162,7 @@ class Nexus(WalkingOptimizer):
         if seen:
             self._note(index, "loaded" if len(seen) == len(groups) else "given another number of parameter groups")
         for i, group in enumerate(groups):
-            base_lr = group.get("max_lr", group.get("initial_lr", group.get("lr", 0.0)))
+            base_lr = options.first_of(group, "max_lr", "initial_lr", "lr", otherwise=0.0)
             before = seen[i] if i < len(seen) else {**self._options, "base_lr": float(base_lr)}
             group.update({key: before[key] for key in WALK_OPTIONS if key not in group}, **{OPTIMIZER: index})
             options.tidy(group)

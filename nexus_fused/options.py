@@ -149,11 +149,11 @@ def group_row(group: dict[str, Any], index: int, steps: int) -> list[float | Ten
 
 
 def _walk_row(group: dict[str, Any], index: int, steps: int) -> list[float | Tensor]:
-    """The row of a group of another optimizer, zeros in AdamW's columns; a group without `lr` has a constant γ."""
+    """The row of a group of another optimizer, zeros in AdamW's columns; without `lr` (or with None) γ is constant."""
     ours = {key: group[key] for key in WALK_OPTIONS} | {"lr": 0.0, "betas": (0.0, 0.0), "eps": 0.0, "weight_decay": 0.0}
     ours |= dict.fromkeys(FLAGS, False) | {key: group[key] for key in FLAGS if key in WALK_OPTIONS}
     ours |= {key: bool(group.get(key)) for key in ("maximize", "differentiable")}
-    ours |= {key: group[key] for key in ("lr", "max_lr") if key in group}
+    ours |= {key: group[key] for key in ("lr", "max_lr") if group.get(key) is not None}
     return _row(ours, index, steps)
 
 
@@ -195,6 +195,11 @@ def _row(group: dict[str, Any], index: int, steps: int) -> list[float | Tensor]:
         base_lr = number(group.get("max_lr", group["base_lr"]), f"base_lr {where}", HYPER["lr"])  # type: ignore[arg-type]
         row[INNER_LR] = row[INNER_LR] * _share_of_peak(row[LR], base_lr)
     return row
+
+
+def first_of(group: dict[str, Any], *keys: str, otherwise: Any) -> Any:
+    """The first of these options that a group has; None is none."""
+    return next((group[key] for key in keys if group.get(key) is not None), otherwise)
 
 
 def group_rows(groups: list[dict[str, Any]], steps: int, kept: KeptRows) -> list[list[float | Tensor]]:
