@@ -471,6 +471,26 @@ def _check_optimizers(optimizers: tuple[Any, ...]) -> None:
             )
         if isinstance(o, torch.optim.SparseAdam):
             raise ValueError(f"{what} needs sparse gradients, and a displacement is dense: use torch.optim.Adam")
+        if _is_saved_otherwise(o):
+            raise ValueError(
+                f"{what} saves a state of a form of its own, not torch.optim's with 'state' and 'param_groups': where "
+                "it wraps another optimizer, give Nexus that one"
+            )
+        if getattr(o, "maximize", False) is True and not all("maximize" in group for group in o.param_groups):
+            raise ValueError(
+                f"{what} has maximize=True, but not in its parameter groups, where the walk would see it: leave it out "
+                "and negate the loss"
+            )
+
+
+def _is_saved_otherwise(o: Optimizer) -> bool:
+    """Whether its state dict is of a form of its own."""
+    if type(o).state_dict is Optimizer.state_dict:
+        return False
+    try:
+        return not {"state", "param_groups"} <= o.state_dict().keys()
+    except RuntimeError:  # ZeroRedundancyOptimizer has one after consolidate_state_dict()
+        return False
 
 
 def _check_groups(groups: list[dict[str, Any]], steps: int) -> None:
