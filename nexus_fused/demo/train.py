@@ -2,14 +2,16 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 
 from nexus_fused import NexusAdamW
+from nexus_fused.base import WalkingOptimizer
 
 from .data import Texts
 from .model import ByteTransformer, Size
@@ -141,15 +143,22 @@ def build(settings: Settings, cycle_length: int) -> tuple[ByteTransformer, torch
     return model, nexus
 
 
-def train(training: Texts, held_out: Texts, settings: Settings, windows: int) -> Result:
+def train(
+    training: Texts,
+    held_out: Texts,
+    settings: Settings,
+    windows: int,
+    build: Callable[[Settings, int], tuple[ByteTransformer, Any]] = build,
+) -> Result:
     """Train for `settings.steps` cycles and return the measurements.
 
-    `windows` is the number of evaluation windows per domain at the end (a quarter of it on the way). A run
-    that diverges has NaN in its results and is not an error.
+    `windows` is the number of evaluation windows per domain at the end (a quarter of it on the way). `build` makes the
+    model and its optimizer; one without a walk gets averaged and clipped gradients. A run that diverges has NaN in its
+    results and is not an error.
     """
     k = len(training)
-    nexus = settings.arm != "AdamW"
     model, optimizer = build(settings, k)
+    nexus = isinstance(optimizer, WalkingOptimizer)
     batches = micro_batches(training, settings)
     result = Result(settings.arm, settings.seed, settings.lr)
     whole, inside = Clock(settings.device), Clock(settings.device)
@@ -189,10 +198,10 @@ def train(training: Texts, held_out: Texts, settings: Settings, windows: int) ->
     return result
 
 
-def show(result: Result, progress: Progress, optimizer: torch.optim.Optimizer, loss: float) -> None:
+def show(result: Result, progress: Progress, optimizer: Any, loss: float) -> None:
     """Record the alignment of the finished cycle and show where the run stands."""
     shown = f"loss {loss:.2f}"
-    if isinstance(optimizer, NexusAdamW):
+    if isinstance(optimizer, WalkingOptimizer):
         metrics = optimizer.metrics()
         result.alignment.append((len(result.alignment) + 1, metrics["alignment"]))
         result.lost_fraction = metrics["lost_fraction"]
