@@ -14,6 +14,7 @@ import json
 import math
 import platform
 import statistics
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -86,6 +87,12 @@ def build_arm(settings: Settings, cycle_length: int) -> tuple[ByteTransformer, A
     return model, Nexus(muon, adamw, **walk)
 
 
+def measured(training: Texts, held_out: Texts, settings: Settings) -> Result:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="the model saw")  # nothing of a walk that is there to be invisible
+        return train(training, held_out, settings, WINDOWS, build_arm)
+
+
 def climb(measure: Callable[[float], float], start: float) -> float:
     """The learning rate with the least loss among `start` times powers of 2: its neighbors were worse."""
     found = {start: measure(start)}
@@ -155,7 +162,7 @@ def main() -> None:
 
     def measure(arm: str, seed: int, into: list[Result], lr: float) -> float:
         settings = Settings(SIZES["tiny"], arm, seed, lr, ARMS[arm] or 0.0, options.steps)
-        into.append(train(training, held_out, settings, WINDOWS, build_arm))
+        into.append(measured(training, held_out, settings))
         bits = into[-1].mean_bits
         return bits if math.isfinite(bits) else math.inf
 

@@ -26,15 +26,13 @@ def split_matrices(
 
     Raises ValueError where a named one is not in the model.
     """
-    named: list[nn.Module | Tensor] = (
-        [] if head is None else [head] if isinstance(head, (nn.Module, Tensor)) else [*head]
-    )
+    named = [] if head is None else [head] if isinstance(head, (nn.Module, Tensor)) else list(head)
     parameters = list(model.parameters())
     known, others = {id(p) for p in parameters}, set()
     for part in named:
         of_part = {id(p) for p in ([part] if isinstance(part, Tensor) else part.parameters())}
         if not of_part or not of_part <= known:
-            raise ValueError(f"head must name modules or parameters of the model, and this is none: {part}")
+            raise ValueError(f"head must name modules or parameters of the model, and this is none with any: {part}")
         others |= of_part
     for module in model.modules():
         if isinstance(module, _NO_MATRICES):
