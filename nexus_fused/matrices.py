@@ -11,7 +11,7 @@ _NO_MATRICES = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)  # even
 
 def split_matrices(
     model: nn.Module, *, head: nn.Module | Tensor | Iterable[nn.Module | Tensor] | None
-) -> tuple[list[Tensor], list[Tensor]]:
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Splits a model's parameters into those for torch.optim.Muon and the rest, each one once, in the model's order.
 
     Muon takes real 2-D weights of hidden layers. The rest are embeddings and what is tied to them, norms, biases,

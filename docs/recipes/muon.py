@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +89,8 @@ def train(path: Path, *, resume: bool = False) -> tuple[Model, Nexus, list[float
     model = Model()
     optimizer = build(model)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / (MICRO_BATCHES + 1))
-    parts, done = {"model": model, "optimizer": optimizer, "scheduler": scheduler}, 0
+    parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    done = 0
     if resume:
         saved = torch.load(path, weights_only=True)
         for name, part in parts.items():
