@@ -9,7 +9,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import assert_same, make_params, run, set_grads, values
+from conftest import assert_same, exact, make_params, run, set_grads, values
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
@@ -54,7 +54,7 @@ KINDS = [
     ("flashoptim", "FlashAdamW", {"lr": 0.01, **ON_A_CPU}),
     ("flashoptim", "FlashLion", {"lr": 0.01, **ON_A_CPU}),
     ("flashoptim", "FlashSGD", {"lr": 0.01, "momentum": 0.9, **ON_A_CPU}),
-    ("transformers", "Adafactor", {}),  # lr=None
+    ("transformers", "Adafactor", {}),  # the last: its lr is None
 ]
 NAMES = [
     "-".join((library, name, *options) if library == "torch.optim" else (library, name))
@@ -65,7 +65,7 @@ each = pytest.mark.parametrize("kind", KINDS, ids=NAMES)
 
 @pytest.fixture(autouse=True)
 def _plainly():
-    """One thread, for tensors so small. Uncompiled: torchao compiles the step of every shape, which takes a minute."""
+    """One thread, for tensors so small. Uncompiled: torchao compiles the step of every shape, which takes seconds."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.compiler.set_stance("force_eager")
@@ -222,8 +222,7 @@ def test_below_float32(kind):
             optimizer.step()
         for (weight, gradient), m, p in zip(seen, mean, order_of_twin, strict=True):
             assert torch.equal(weight, p.detach())
-            sign = -1 if kind[2].get("maximize") else 1
-            rounded = (m * sign * sign).bfloat16()
+            rounded = m.bfloat16()
             # D in float32 is rounded too: where it is near the middle of two values the other one is taken.
             assert (gradient != rounded).float().mean() <= 0.01
             torch.testing.assert_close(gradient, rounded, rtol=2**-7, atol=1e-9)
@@ -282,11 +281,9 @@ def test_copies(kind, how):
 
 
 @pytest.mark.parametrize("schedule", ["LambdaLR", "OneCycleLR"])
-@each
+@pytest.mark.parametrize("kind", KINDS[:-1], ids=NAMES[:-1])
 def test_schedulers(kind, schedule):
     """Two groups. Around Nexus, or around what is behind it: γ and the optimizer follow."""
-    if kind[1] == "Adafactor" and kind[0] == "transformers":
-        pytest.skip("its learning rate is None")
 
     def start(around_nexus):
         model, optimizers, optimizer = build(kind, groups=True)
@@ -373,30 +370,38 @@ def test_schedulefree_wants_train_first():
 # What does not work
 
 
-def refused(library, name, *options):
-    return pytest.param(library, name, options, id=f"{library}.{name}")
-
-
 @pytest.mark.parametrize(
     ("make_it", "error", "said"),
     [
         (lambda p: torch.optim.LBFGS(p), ValueError, "needs closure"),
         (lambda p: torch.optim.SparseAdam(p), ValueError, "needs sparse gradients"),
-        (lambda p: library("schedulefree").AdamWScheduleFreeClosure(p), ValueError, "needs closure"),
-        (lambda p: library("schedulefree").ScheduleFreeWrapper(torch.optim.SGD(p)), TypeError, "no torch.optim.Optim"),
-        (lambda p: library("pytorch_optimizer").Lookahead(torch.optim.SGD(p)), ValueError, "a form of its own"),
-        (lambda p: library("pytorch_optimizer").Magma(torch.optim.SGD(p)), ValueError, "a form of its own"),
-        (lambda p: library("pytorch_optimizer").ScheduleFreeWrapper(torch.optim.SGD(p)), ValueError, "of its own"),
-        (lambda p: library("pytorch_optimizer").Lion(p, maximize=True), ValueError, "has maximize=True, but not in"),
+        (lambda p: pytest.importorskip("schedulefree").AdamWScheduleFreeClosure(p), ValueError, "needs closure"),
+        (
+            lambda p: pytest.importorskip("schedulefree").ScheduleFreeWrapper(torch.optim.SGD(p)),
+            TypeError,
+            "no torch.optim.Optim",
+        ),
+        (
+            lambda p: pytest.importorskip("pytorch_optimizer").Lookahead(torch.optim.SGD(p)),
+            ValueError,
+            "a form of its own",
+        ),
+        (lambda p: pytest.importorskip("pytorch_optimizer").Magma(torch.optim.SGD(p)), ValueError, "a form of its own"),
+        (
+            lambda p: pytest.importorskip("pytorch_optimizer").ScheduleFreeWrapper(torch.optim.SGD(p)),
+            ValueError,
+            "of its own",
+        ),
+        (
+            lambda p: pytest.importorskip("pytorch_optimizer").Lion(p, maximize=True),
+            ValueError,
+            "has maximize=True, but not in",
+        ),
     ],
 )
 def test_refused_at_construction(make_it, error, said):
     with pytest.raises(error, match=said):
         Nexus(make_it(make_params((5, 3), (7,))))
-
-
-def library(name):
-    return pytest.importorskip(name)
 
 
 @pytest.mark.parametrize(
@@ -410,7 +415,7 @@ def test_refused_in_the_first_cycle(make_it, said):
     """Whoever needs another pass through the model says so at the first step that it is to take; θ is as it was."""
     model = a_model(torch.float64)
     start = values(model.parameters())
-    optimizer = Nexus(make_it(library("pytorch_optimizer"), model.parameters()))
+    optimizer = Nexus(make_it(pytest.importorskip("pytorch_optimizer"), model.parameters()))
     train(model, optimizer, 3)
     with pytest.raises(Exception, match=said):
         train(model, optimizer, 1, 3)
@@ -434,7 +439,7 @@ def test_updates_of_less_than_half_a_spacing():
         for _ in range(4 * cycles):
             p.grad = ahead.to(dtype)
             optimizer.step()
-        return p.detach().double() - start
+        return exact(optimizer, p).double() - start
 
     options = {"lr": lr, "weight_decay": 0.0}
     whole = walked(lambda p: torch.optim.AdamW(p, **options), torch.float32, WALK)
@@ -443,17 +448,13 @@ def test_updates_of_less_than_half_a_spacing():
     def share(*args):
         return ((walked(*args) * whole).sum() / whole.square().sum()).item()
 
-    shares = {
-        "torch.optim.AdamW": share(lambda p: torch.optim.AdamW(p, **options), torch.bfloat16, WALK),
-        "NexusAdamW": share(lambda p: NexusAdamW(p, **options, inner_lr=0.05)),
-    }
-    print(shares)
-    assert shares["torch.optim.AdamW"] < 0.2
-    assert shares["NexusAdamW"] == pytest.approx(1, abs=0.05)
-    ao = library("torchao.optim")
-    rounded = share(lambda p: ao._AdamW(p, **options, bf16_stochastic_round=True), torch.bfloat16, WALK)
-    print(rounded)
-    assert rounded == pytest.approx(1, abs=0.05)
+    assert share(lambda p: torch.optim.AdamW(p, **options), torch.bfloat16, WALK) < 0.25
+    assert share(lambda p: NexusAdamW(p, **options, inner_lr=0.05)) == pytest.approx(1, abs=0.01)
+    torchao = pytest.importorskip("torchao.optim")
+    by_chance = {"bf16_stochastic_round": True}
+    assert share(lambda p: torchao._AdamW(p, **options, **by_chance), torch.bfloat16, WALK) == pytest.approx(
+        1, abs=0.05
+    )
 
 
 # Optimizers as nobody has written them yet
