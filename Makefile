@@ -42,7 +42,7 @@ $(STAMP): pyproject.toml constraints.txt $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("nexus_fused needs Python 3.10 or newer, " \
 		"but $(PYTHON) is " + sys.version.split()[0] + "; choose another with: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
-	$(PINNED) $(BIN)/python -m pip install -e '.[demo,test,trainers,bench,dev]'
+	$(PINNED) $(BIN)/python -m pip install -e '.[demo,test,trainers,optimizers,bench,dev]'
 	@touch $@
 
 clean:
