@@ -116,9 +116,9 @@ class TestCompiled:
             kernel, dtype, of_displacement, *amsgrad = key.split()
             wide = {"w": dtype == "float32", "D": of_displacement == "float32", "s": True}
             wide["G"] = wide["w"]
-            if kernel == "gradients" and dtype == of_displacement:  # eight of two bytes
+            if kernel == "gradients" and not wide["w"] and not wide["D"]:  # eight of two bytes
                 wide["G"] = wide["D"] = True
-            copies = {"inner_step": 6, "gradients": 3}.get(kernel, 2)
+            copies = {"inner_step": 6, "gradients": 1}.get(kernel, 2)
             others = of_made[" ".join([kernel, "float64", "float64", *amsgrad])]
             for access, names in {"ld": read[kernel], "st": written[kernel]}.items():
                 whole = sum(wide[name] for name in names) + len(amsgrad)

@@ -21,15 +21,18 @@ def _move(
     D = elements.load(displacement, offsets, n, OF_D, WIDE, touched)
     change = elements.load_step(step, offsets, n, STATE, WIDE)
     w, D = elements.joined(parts, STORAGE), elements.widened(D, OF_D)
+    shown = w  # what a lost move leaves as it is
+    if STORAGE.primitive_bitwidth == 16:
+        shown = tl.where(of_parameter != 0, (parts[0].to(tl.int32) & 0xFFFF).to(STATE), w)
     theta = elements.outer_weight(w, D)
     if (anchor != 0) & (touched == 0):
         elements.store(anchor, offsets, n, w, STATE, WIDE)
     D = elements.store_rounded(displacement, offsets, n, D + change, OF_D, WIDE)
     w_next = tl.where(D != 0, theta - D, theta)
     parameter = elements.store_weight(weight, remainder, offsets, n, w_next, STORAGE, WIDE, step[2])
-    moved, stays = change != 0, w_next == w
     if STORAGE.primitive_bitwidth == 16:
-        stays = tl.where(of_parameter != 0, ((parameter ^ parts[0].to(tl.int32)) & 0xFFFF) == 0, stays)
+        w_next = tl.where(of_parameter != 0, (parameter & 0xFFFF).to(STATE), w_next)
+    moved, stays = change != 0, w_next == shown
     return counts + moved.to(tl.int32) + ((moved & stays).to(tl.int32) << 16)
 
 
