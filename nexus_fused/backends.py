@@ -115,7 +115,7 @@ def resolve(
     if fused:
         raise RuntimeError(f"fused=True, but no fused backend runs on {device}: {explained}")
     warnings.warn(
-        f"NexusAdamW runs its reference on {device}, which is several times slower than a fused backend: {explained}",
+        f"nexus_fused runs its reference on {device}, which is several times slower than a fused backend: {explained}",
         stacklevel=2,
     )
     return importlib.import_module("nexus_fused.reference")
@@ -126,7 +126,7 @@ def _tell_of_one_thread() -> None:
     threads = torch.get_num_threads()
     if threads > 1 and not importlib.import_module("nexus_fused._C").OPENMP:
         warnings.warn(
-            f"NexusAdamW runs on one thread where PyTorch uses {threads}: its CPU kernels were built without OpenMP. "
+            f"nexus_fused runs on one thread where PyTorch uses {threads}: its CPU kernels were built without OpenMP. "
             f"Install it for your compiler (for clang on Debian: libomp-dev) and then {AGAIN}",
             stacklevel=2,
         )

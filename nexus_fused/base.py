@@ -132,6 +132,8 @@ class WalkingOptimizer(Optimizer):
     @state.setter
     def state(self, state: dict[Any, Any]) -> None:
         optimizer: Any = self._itself()
+        if not optimizer._walk.keeps:
+            raise AttributeError("the state is that of the optimizers behind the walk: assign theirs, at a boundary")
         optimizer._state.entries.known = True
         optimizer.__dict__["state"] = state
 

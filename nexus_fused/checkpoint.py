@@ -101,6 +101,7 @@ def check(
 def _completed(loaded: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
     """The loaded group, with the optimizer's own values for keys it lacks; nothing of the running cycle."""
     own = {key: value for key, value in group.items() if key not in GROUP_KEYS and key != "params"}
+    loaded = {key: value for key, value in loaded.items() if key != OPTIMIZER}  # whose group it is stays
     base_lr = first_of(loaded, "base_lr", "max_lr", "initial_lr", otherwise=own["base_lr"])
     return {
         **own,

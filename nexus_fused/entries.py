@@ -36,6 +36,7 @@ class Entries:
         self._entries: list[dict[str, Any]] = []  # of parameters, with what each shows in mid-cycle
         self._in_cycle: list[dict[str, Tensor]] = []
         self._names: set[str] = set()
+        self._guests: list[Tensor] = []  # whose entries these are
         self._hidden: list[Segment] = []  # what nobody has looked at yet
 
     @property
@@ -99,7 +100,8 @@ class Entries:
         if not segments:
             return
         if not self._entries:
-            self._entries = [self.state.setdefault(segment.param, {}) for segment in segments]
+            self._guests = [segment.param for segment in segments]
+            self._entries = [self.state.setdefault(param, {}) for param in self._guests]
             self._in_cycle = [{n: s.show(n) for n in s.bucket.buffers if n not in s.bucket.keeps} for s in segments]
             self._names = set().union(*self._in_cycle)
             items = zip(self._entries, self._in_cycle, strict=True)
@@ -145,7 +147,10 @@ class Entries:
         """Whether the state holds just what we put there, in our memory."""
         state = self.state
         if self._are_guests:
-            return not self.shows_cycle or self._displacements.unchanged()
+            held = map(self.state.get, self._guests)
+            return not self.shows_cycle or (
+                all(map(operator.is_, held, self._entries)) and self._displacements.unchanged()
+            )
         return (
             len(state) == len(self._values)
             and all(map(operator.is_, state.values(), self._values))

@@ -128,8 +128,8 @@ class AccumulationWatch:
             return
         self._warned = True
         warnings.warn(
-            f"{framework} accumulates the gradients of {micro_batches} micro-batches before each step() of NexusAdamW, "
-            f"so that the walk takes one inner step where it should take {micro_batches}: set {setting} to 1 (a cycle "
+            f"{framework} accumulates the gradients of {micro_batches} micro-batches before each step(), so that the "
+            f"walk takes one inner step where it should take {micro_batches}: set {setting} to 1 (a cycle "
             "of inner_steps micro-batches takes its place), or filter this warning if you mean it",
             stacklevel=1,  # schedulers wrap step(), and Accelerate ignores all that they seem to warn of
         )

@@ -56,7 +56,7 @@ def nexus_adamw(
 
 def nexus(dtype: torch.dtype, inner_steps: int, state: float, *, displacements: torch.dtype | None = None) -> Bytes:
     """Counts Nexus in front of an optimizer that keeps `state` bytes. It reads D/Γ in its weights' dtype."""
-    sizes = _sizes(dtype, inner_steps, displacements)
+    sizes = _sizes(dtype, inner_steps, displacements or (torch.float32 if inner_steps == 1 else None))
     return Bytes(dtype.itemsize + sizes["remainder"], dtype.itemsize, state, sizes["displacement"])
 
 

@@ -6,6 +6,8 @@ import contextlib
 import inspect
 import itertools
 import warnings
+import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any
 
@@ -24,6 +26,7 @@ from .walk import entries_of
 
 FEW_MOVES, SMALL_SHARE = 100, 1e-4  # of a cycle's moves: below them chance decides where the model sees the walk lead
 _OURS = ("displacement", "remainder", "anchor")  # keys of the state
+MORE = "optimizers"  # of a state dict: what optimizers save beside their parameters' state and groups, by their number
 
 
 class Nexus(WalkingOptimizer):
@@ -38,8 +41,9 @@ class Nexus(WalkingOptimizer):
 
     Args:
         optimizers: torch.optim.Optimizer, one or several that share a model, each parameter in one of them; one norm
-            over all of them. Their `step()` is called without arguments; call none yourself in mid-cycle. Options that
-            are the walk's may stand in their groups: inner_lr, normalize_displacement, inner_lr_follows_lr.
+            over all of them. Their `step()` is called without a closure; call none yourself in mid-cycle. Options that
+            are the walk's may stand in their groups: inner_lr, normalize_displacement, inner_lr_follows_lr (but not
+            from a Nexus before this one).
         inner_lr, inner_steps, normalize_displacement, inner_lr_follows_lr, displacement_dtype, backend, flatten,
             norm_group: as for NexusAdamW.
         displacement_group: as for NexusAdamW; of the optimizers' hyperparameters only `lr` is averaged, so others must
@@ -50,7 +54,8 @@ class Nexus(WalkingOptimizer):
 
     Below float32 the walk is float32: in mid-cycle a `remainder` of 16 bits holds what the parameter does not. It
     begins anywhere within the parameter's rounding, so that the model sees the walk on average, and is dropped at the
-    end, where the parameter is θ as it was. What the optimizer makes of it is its affair.
+    end, where the parameter is θ again, to within the last units of its longest D. What the optimizer makes of it is
+    its affair.
 
     Raises ValueError, TypeError or RuntimeError that names the optimizer and the parameter group before anything is
     modified.
@@ -70,6 +75,8 @@ class Nexus(WalkingOptimizer):
         displacement_group: Any = None,
     ) -> None:
         steps = options.inner_steps(inner_steps)
+        if steps == 1 and displacement_dtype is None:
+            displacement_dtype = torch.float32  # it only carries g/‖g‖
         choices = (steps, backend, None, flatten, options.displacement_dtype(displacement_dtype, steps), False)
         _check_optimizers(optimizers)
         defaults = {
@@ -81,12 +88,17 @@ class Nexus(WalkingOptimizer):
         }
         options.group_row({"base_lr": 0.0, OPTIMIZER: 0, **defaults}, 0, steps)
         _check_groups([{"base_lr": 0.0, **defaults, **_without_walk(group)} for group in _groups_of(optimizers)], steps)
-        _forget_walk(optimizers)  # of a Nexus before this one
+        before = [(group, dict(group)) for group in _groups_of(optimizers)]
         try:
+            for group, _ in before:
+                for key in group.keys() - _without_walk(group).keys():  # of a Nexus before this one
+                    del group[key]
             self._wrap(optimizers, defaults, choices, Ranks(norm_group, displacement_group))
             self._take_groups(0, "at construction")
         except BaseException:
-            _forget_walk(optimizers)
+            for group, values in before:
+                group.clear()
+                group.update(values)
             raise
         self._built = True
         if not self._walk.is_local:
@@ -99,19 +111,21 @@ class Nexus(WalkingOptimizer):
         self._at_work = False  # it is we who step or load them
         self._meddled: str | None = None  # what others did to them in mid-cycle
         self._told_of_invisible_walk = False
-        self._build(choices, ranks, self._step_optimizers)
+        itself = weakref.ref(self)
+        self._build(choices, ranks, lambda given: itself()._step_optimizers(given))  # type: ignore[union-attr]
         first, *others = (o.defaults for o in optimizers)  # schedulers look for momentum there
         defaults = {key: value for key, value in first.items() if all(key in other for other in others)}
-        Optimizer.__setstate__(self, {"defaults": {**defaults, **walk}, "state": _States(optimizers)})
-        itself: Any = self._itself
-        for index in range(len(optimizers)):
+        self._states = _States(optimizers)
+        Optimizer.__setstate__(self, {"defaults": {**defaults, **walk}, "state": self._states})
+        for index, o in enumerate(optimizers):
 
             def note(*_: Any, index: int = index) -> None:
                 known = itself()
                 if known is not None:
                     known._note(index, "stepped")
 
-            optimizers[index].register_step_post_hook(note)
+            for handle in o.register_step_post_hook(note), o.register_state_dict_post_hook(_leave_walk_out):
+                weakref.finalize(self, handle.remove).atexit = False
 
     @contextlib.contextmanager
     def _working(self) -> Iterator[None]:
@@ -159,12 +173,13 @@ class Nexus(WalkingOptimizer):
     def _complete(self, index: int) -> None:
         """Makes the groups of an optimizer ones of ours."""
         groups, seen = self.optimizers[index].param_groups, self._seen[index]
-        if seen:
-            self._note(index, "loaded" if len(seen) == len(groups) else "given another number of parameter groups")
+        if len(seen) == len(groups):
+            self._note(index, "loaded")
         for i, group in enumerate(groups):
             base_lr = options.first_of(group, "max_lr", "initial_lr", "lr", otherwise=0.0)
             before = seen[i] if i < len(seen) else {**self._options, "base_lr": float(base_lr)}
-            group.update({key: before[key] for key in WALK_OPTIONS if key not in group}, **{OPTIMIZER: index})
+            group.update({key: before[key] for key in WALK_OPTIONS if key not in group})
+            group.update({OPTIMIZER: index, "inner_steps": self.inner_steps})
             options.tidy(group)
             if isinstance(group["inner_lr"], Tensor) and i >= len(seen):  # each group needs its own
                 group["inner_lr"] = group["inner_lr"].detach().clone()
@@ -187,23 +202,24 @@ class Nexus(WalkingOptimizer):
         takes it to have something to load into, is handed to the optimizers, and no micro-batch. An optimizer's own
         error ends the cycle: the parameters that it did not step hold θ.
         """
-        if closure is None and self._is_initialization():
+        if closure is None and not self._states and self._is_initialization():
             with self._working():
                 for o in self.optimizers:
-                    o.step()
+                    if not o.state:
+                        o.step()
             return None
         for o in self.optimizers:
             o._opt_called = True  # type: ignore[attr-defined]  # or a scheduler around it would warn before its first step
         return super().step(closure)
 
     def _is_initialization(self) -> bool:
-        if not self.at_boundary or any(o.state for o in self.optimizers):
-            return False
+        """Whether learning rates and gradients are 0, on all ranks."""
         groups = self.param_groups
-        if any("lr" not in group or group["lr"] != 0 for group in groups):
+        if not self.at_boundary or any("lr" not in group or group["lr"] != 0 for group in groups):
             return False
         gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-        return bool(gradients) and not any(bool(local_part(gradient).any()) for gradient in gradients)
+        trains = not gradients or any(bool(local_part(gradient).any()) for gradient in gradients)
+        return not self._walk.ranks.anywhere(trains)
 
     def _step_optimizers(self, given: list[tuple[Tensor, Tensor]]) -> None:
         """Has the optimizers step these parameters along these gradients, whose memory is free afterwards."""
@@ -215,6 +231,7 @@ class Nexus(WalkingOptimizer):
                     _let_have(param, gradient, stack)
                 if self._walk.is_local:
                     self._average_lr(stack)
+                self._states.are_made = True
                 for o in self.optimizers:
                     if any(id(param) in moved for group in o.param_groups for param in group["params"]):
                         o.step()
@@ -274,7 +291,7 @@ class Nexus(WalkingOptimizer):
         ours = self._ours_in_cycle()
         packed: dict[str, Any] = {"state": {}, "param_groups": []}
         params = 0
-        for o in self.optimizers:
+        for index, o in enumerate(self.optimizers):
             theirs = o.state_dict()
             number: dict[Any, int] = {}
             for group, shown in zip(o.param_groups, theirs["param_groups"], strict=True):
@@ -285,10 +302,13 @@ class Nexus(WalkingOptimizer):
                     entry = {**theirs["state"].get(key, {}), **ours.get(param, {})}
                     if entry or key in theirs["state"]:
                         packed["state"][number[key]] = entry
-                packed["param_groups"].append({**shown, "params": [number[key] for key in shown["params"]]})
-            packed["state"].update({key: value for key, value in theirs["state"].items() if key not in number})
-            packed.update({key: value for key, value in theirs.items() if key not in packed})
+                walk = {key: group[key] for key in group.keys() - _without_walk(group).keys()}
+                packed["param_groups"].append({**shown, **walk, "params": [number[key] for key in shown["params"]]})
             params += len(number)
+            more = {key: value for key, value in theirs.items() if key not in ("state", "param_groups")}
+            loose = {key: value for key, value in theirs["state"].items() if key not in number}  # no parameter's
+            if more or loose:
+                packed.setdefault(MORE, {})[index] = {**more, "state": loose}
         return checkpoint.pack(packed)
 
     def _ours_in_cycle(self) -> dict[Tensor, dict[str, Tensor]]:
@@ -320,10 +340,11 @@ class Nexus(WalkingOptimizer):
         first = 0
         with self._working():
             try:
-                for o in self.optimizers:
+                for index, o in enumerate(self.optimizers):
                     saved = state_dict["param_groups"][first : first + len(o.param_groups)]
                     first += len(saved)
-                    o.load_state_dict(_part_of(state_dict, saved))
+                    o.load_state_dict(_part_of(state_dict, saved, index))
+                self._states.are_made = self._states.are_made or bool(state_dict["state"])
                 self._state.restore(groups, entries)
             except BaseException:
                 for o, (state, param_groups) in zip(self.optimizers, before, strict=True):
@@ -342,7 +363,8 @@ class Nexus(WalkingOptimizer):
 
     @of_the_optimizer
     def materialize_displacements(self) -> None:
-        """As NexusAdamW's; optimizers without any state get theirs by a step with learning rate and gradients of 0."""
+        """As NexusAdamW's, before a load: optimizers without any state make it in a step with learning rate and
+        gradients of 0, which they may count."""
         self._refuse_inside_outer_weights("materialize_displacements()")
         for o in self.optimizers:
             if not o.state:
@@ -351,29 +373,26 @@ class Nexus(WalkingOptimizer):
 
     def _initialize(self, o: Optimizer) -> None:
         """Has an optimizer make its state."""
-        lrs = [(group, group["lr"]) for group in o.param_groups if "lr" in group]
+        lrs = [(group, group["lr"]) for group in o.param_groups if group.get("lr") is not None]
         gradients = [(p, p.grad) for group in o.param_groups for p in group["params"] if p.requires_grad]
-        with self._working():
-            try:
+        try:
+            with self._working(), contextlib.ExitStack() as stack:
                 for group, lr in lrs:
                     group["lr"] = torch.zeros_like(lr) if isinstance(lr, Tensor) else 0.0
                 for param, _ in gradients:
-                    param.grad = torch.zeros_like(param)
+                    _let_have(param, torch.zeros_like(param), stack)
                 o.step()
-            finally:
-                for group, lr in lrs:
-                    group["lr"] = lr
-                for param, gradient in gradients:
-                    param.grad = gradient
+        finally:
+            for group, lr in lrs:
+                group["lr"] = lr
+            for param, gradient in gradients:
+                param.grad = gradient
 
     @on_its_own
     def __getstate__(self) -> dict[str, Any]:
-        state, entries = self._state_to_copy(), self._state.entries
-        ours, shown = self._ours_in_cycle(), entries.shows_cycle
-        entries.hide()
-        entries.known = False  # the optimizers are copied without what is ours
-        self._state.show(in_cycle=shown)
-        return {**state, "optimizers": self.optimizers, "_options": self._options, "_ours": ours}
+        state, ours = self._state_to_copy(), self._ours_in_cycle()
+        optimizers = tuple(_without_ours(o) if ours and self._state.entries.known else o for o in self.optimizers)
+        return {**state, "optimizers": optimizers, "_options": self._options, "_ours": ours}
 
     @on_its_own
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -390,28 +409,41 @@ class _States(MutableMapping[Any, Any]):
 
     def __init__(self, optimizers: tuple[Optimizer, ...]) -> None:
         self._optimizers = optimizers
+        self.are_made = False  # each was stepped or loaded
 
     def _holder(self, key: Any) -> Any:
-        for o in self._optimizers:
-            if key in o.state:
-                return o.state
-        raise KeyError(key)
+        """The state that has an entry for the key, else that of the optimizer whose parameter it is."""
+        owners = (o for o in self._optimizers if any(key is p for group in o.param_groups for p in group["params"]))
+        known = (o for o in self._optimizers if key in o.state)
+        return next(itertools.chain(known, owners), self._optimizers[0]).state
 
     def __getitem__(self, key: Any) -> Any:
-        return self._holder(key)[key]
+        return self._holder(key)[key]  # torch.optim's makes an entry
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        return next((o.state[key] for o in self._optimizers if key in o.state), default)
+
+    def __contains__(self, key: Any) -> bool:
+        return any(key in o.state for o in self._optimizers)
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        owners = (o for o in self._optimizers if any(key is p for group in o.param_groups for p in group["params"]))
-        next(owners, self._optimizers[0]).state[key] = value
+        self._holder(key)[key] = value
 
     def __delitem__(self, key: Any) -> None:
         del self._holder(key)[key]
+
+    def setdefault(self, key: Any, default: Any = None) -> Any:
+        return self._holder(key).setdefault(key, default)
 
     def __iter__(self) -> Iterator[Any]:
         return itertools.chain.from_iterable(o.state for o in self._optimizers)
 
     def __len__(self) -> int:
         return sum(len(o.state) for o in self._optimizers)
+
+    def __bool__(self) -> bool:
+        """Whether there is nothing left to be made: torch.distributed.checkpoint asks."""
+        return self.are_made or all(o.state for o in self._optimizers)
 
     def __repr__(self) -> str:
         return repr(dict(self))
@@ -427,14 +459,27 @@ def _without_walk(group: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key not in ours}
 
 
-def _forget_walk(optimizers: tuple[Optimizer, ...]) -> None:
-    """Takes what a walk put there out of the optimizers' groups."""
-    for group in _groups_of(optimizers):
-        for key in group.keys() - _without_walk(group).keys():
-            del group[key]
+def _leave_walk_out(_: Optimizer, state_dict: dict[str, Any]) -> None:
+    """What an optimizer behind a walk saves by itself is its own."""
+    if isinstance(state_dict.get("state"), dict):
+        entries = state_dict["state"].items()
+        state_dict["state"] = {
+            key: {k: v for k, v in entry.items() if k not in _OURS} if isinstance(entry, dict) else entry
+            for key, entry in entries
+            if not isinstance(entry, dict) or not entry or entry.keys() - set(_OURS)
+        }
+    state_dict["param_groups"] = [_without_walk(group) for group in state_dict.get("param_groups", [])]
 
 
-def _part_of(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
+def _without_ours(o: Optimizer) -> Optimizer:
+    """An optimizer of the same parameters and state, but for what is ours, which its own class could not copy."""
+    twin: Optimizer = object.__new__(type(o))
+    entries = ((key, {k: v for k, v in entry.items() if k not in _OURS}) for key, entry in o.state.items())
+    twin.__dict__.update(o.__dict__, state=defaultdict(dict, {key: entry for key, entry in entries if entry}))
+    return twin
+
+
+def _part_of(state_dict: dict[str, Any], groups: list[dict[str, Any]], index: int) -> dict[str, Any]:
     """The state of one optimizer, whose groups are given, without what is ours."""
     ours = {key for group in groups for key in group["params"]}
     others = {key for group in state_dict["param_groups"] for key in group["params"]} - ours
@@ -443,7 +488,10 @@ def _part_of(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[s
         kept = {k: v for k, v in entry.items() if k not in _OURS} if key in ours and isinstance(entry, dict) else entry
         if key not in others and (kept or not entry):
             state[key] = kept
-    return {**state_dict, "state": state, "param_groups": [_without_walk(group) for group in groups]}
+    more = state_dict.get(MORE, {}).get(index, {})
+    state.update(more.get("state", {}))
+    rest = {key: value for key, value in state_dict.items() if key != MORE}
+    return {**rest, **more, "state": state, "param_groups": [_without_walk(group) for group in groups]}
 
 
 def _check_optimizers(optimizers: tuple[Any, ...]) -> None:
@@ -455,6 +503,11 @@ def _check_optimizers(optimizers: tuple[Any, ...]) -> None:
         if not isinstance(o, Optimizer):
             hint = ": give each one as an argument, Nexus(*optimizers, ...)" if isinstance(o, (list, tuple)) else ""
             raise TypeError(f"{what} is no torch.optim.Optimizer{hint}")
+        if not hasattr(o, "_optimizer_step_post_hooks"):
+            raise TypeError(
+                f"{what} is a framework's wrapper: give Nexus the optimizer itself, and the framework the Nexus, as in "
+                "accelerator.prepare(Nexus(optimizer))"
+            )
         if isinstance(o, WalkingOptimizer):
             raise TypeError(f"{what} takes a walk of its own: give Nexus the optimizer that shall follow the walk")
         if any(o is other for other in optimizers[:index]):
@@ -497,8 +550,8 @@ def _check_groups(groups: list[dict[str, Any]], steps: int) -> None:
     """Whether the walk can take the parameters of these groups, and their options."""
     known: set[Tensor] = set()
     for index, group in enumerate(groups):
-        new = {key: value for key, value in group.items() if key not in GROUP_KEYS} | {OPTIMIZER: 0}
-        known.update(options.check_new_group(new, {"lr": 0.0}, index, steps, known))
+        new = {key: value for key, value in group.items() if key not in (*GROUP_KEYS, OPTIMIZER)}
+        known.update(options.check_new_group(new, {"lr": 0.0, OPTIMIZER: 0}, index, steps, known))
 
 
 def _let_have(param: Any, gradient: Tensor, stack: contextlib.ExitStack) -> None:

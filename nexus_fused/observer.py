@@ -166,8 +166,8 @@ def _misfit(segment: Segment, grad: Tensor) -> str:
     """Why this gradient cannot be used, and what to do."""
     if grad.layout is not torch.strided:
         return (
-            f"the gradient of {segment.where} is sparse ({grad.layout}), which NexusAdamW does not support: "
-            "use nn.Embedding(sparse=False) or torch.optim.SparseAdam for this parameter"
+            f"the gradient of {segment.where} is sparse ({grad.layout}), which the walk does not support: "
+            "use nn.Embedding(sparse=False), or torch.optim.SparseAdam by itself for this parameter"
         )
     return (
         f"the gradient of {segment.where} has shape {tuple(grad.shape)}, {grad.dtype} on {grad.device}, its parameter "

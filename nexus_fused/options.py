@@ -50,7 +50,7 @@ _MAY_BE_NONE = ("amsgrad", "maximize", "capturable", "differentiable")  # which 
 
 # The options of a group that are the walk's, whatever optimizer follows it; with the key that says whose group it is.
 WALK_OPTIONS = ("inner_lr", "inner_steps", "normalize_displacement", "inner_lr_follows_lr", "base_lr", "replicated")
-OPTIMIZER = "optimizer"  # of Nexus: which of the wrapped ones, from 0
+OPTIMIZER = "nexus_optimizer"  # of Nexus: which of the optimizers behind the walk, from 0
 
 KeptRows = list[tuple[tuple[Any, ...], list["float | Tensor"]]]  # what each group's row was made of, and the row
 _VALUES = (*FLAGS, "inner_steps", "lr", "inner_lr", "eps", "weight_decay", "base_lr", "betas", "max_lr")
@@ -257,7 +257,7 @@ def check_new_group(
         )
     if "params" not in param_group:
         raise ValueError(f"parameter group {index} has no key 'params'")
-    foreign = [key for key in GROUP_KEYS if key in param_group]
+    foreign = [key for key in (*GROUP_KEYS, OPTIMIZER) if key in param_group]
     if foreign:
         raise ValueError(f"parameter group {index} sets {', '.join(foreign)}, which belong to the cycle: remove them")
     if isinstance(param_group["params"], set):
@@ -292,9 +292,9 @@ def check_leaf(param: Any, where: str) -> None:
 
 
 def check_param(param: Tensor, where: str) -> None:
-    """Whether NexusAdamW can update this tensor."""
+    """Whether the walk can update this tensor."""
     if param.layout is not torch.strided:
-        raise ValueError(f"{where} is sparse ({param.layout}): NexusAdamW updates dense parameters only")
+        raise ValueError(f"{where} is sparse ({param.layout}): only dense parameters can walk")
     reason = dtensor.why_not(param)
     if reason is not None:
         raise TypeError(f"{where} {reason}")

@@ -197,6 +197,15 @@ class Ranks:
             if errors:
                 raise errors[0]
 
+    def anywhere(self, flag: bool) -> bool:
+        """Whether it is so on any rank that communicates with this one; waits for all of them."""
+        groups = [group for members, *_ in self._sums for group in members]
+        for group in [*groups, *(g for g in (self.norm_group, self.displacement_group) if g is not None)]:
+            found = torch.full((1,), float(flag), device=_device_of(group, torch.device("cpu")))
+            dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
+            flag = bool(found)
+        return flag
+
     def reshard(self) -> None:
         """Frees the gathered weights of FSDP2 modules: the next forward pass gathers what the shards hold then."""
         for known in self.modules:
@@ -311,7 +320,7 @@ def explained(what: str, group: Any) -> Iterator[None]:
         yield
     except RuntimeError as error:  # torch.distributed's, timeouts too
         raise RuntimeError(
-            f"NexusAdamW on rank {dist.get_rank()}: {what} failed between ranks "
+            f"the optimizer on rank {dist.get_rank()}: {what} failed between ranks "
             f"{_shown(dist.get_process_group_ranks(group))}. Either one of them has stopped, or they did not all call "
             "step() and outer_step() equally often: log the micro-batches that each rank has seen. "
             f"What torch.distributed says: {error}"

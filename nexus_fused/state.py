@@ -15,7 +15,7 @@ from torch import Tensor
 from . import checkpoint, theta
 from .entries import Entries
 from .flat import Segment
-from .options import GROUP_KEYS, OPTIMIZER_KEYS, check_param, has_maxima, is_frozen, tidy
+from .options import GROUP_KEYS, OPTIMIZER, OPTIMIZER_KEYS, check_param, has_maxima, is_frozen, tidy
 from .walk import Entry, Walk, entries_of
 
 
@@ -74,7 +74,7 @@ class State:
             check_param(param, f"parameter {index} of group {group}")
         if ready:
             self.register(ready, flatten=False)
-            self._frozen = [entry for entry in self._frozen if entry[2] not in self.entries.state]
+            self._frozen = [entry for entry in self._frozen if is_frozen(entry[2])]
 
     def follow_members(self) -> None:
         """Takes over groups that somebody put behind the known ones, and moves of parameters before the first step.
@@ -136,7 +136,7 @@ class State:
         del groups[known:]  # the list itself: wrappers of frameworks hold it too
         try:
             for group in waiting:
-                for key in GROUP_KEYS:  # of a cycle that another optimizer was in
+                for key in (*GROUP_KEYS, OPTIMIZER):  # of a cycle that another optimizer was in
                     group.pop(key, None)
                 optimizer.add_param_group(group)
         finally:  # after an error the rest waits
@@ -193,21 +193,21 @@ class State:
         After `follow_members`. gradients: whether those of a micro-batch are used; moments: whether they are, by an
         outer step.
         """
-        waits = any(not is_frozen(param) for *_, param in self._frozen)
+        waits, groups = any(not is_frozen(param) for *_, param in self._frozen), self._groups
         try:
-            self._walk.follow_capture(self._groups, waits)
+            self._walk.follow_capture(groups, waits)
         except RuntimeError:
             self.show(in_cycle=self._walk.position > 0)  # where a capture was cut, the cycle did not take place
             raise
         self._walk.check_writes()  # before anything has parameters taken as they are
         if gradients and not self._walk.is_local:
-            self._walk.ranks.replicas.check_reduced(self._groups, self._walk.position, self._walk.inner_steps)
+            self._walk.ranks.replicas.check_reduced(groups, self._walk.position, self._walk.inner_steps)
         buckets = [bucket for table in self._walk.tables.values() for bucket in table.buckets]
-        maxima_come = any(bucket.amsgrad != has_maxima(self._groups[bucket.group]) for bucket in buckets)
+        maxima_come = any(bucket.amsgrad != has_maxima(groups[bucket.group]) for bucket in buckets)
         self.adopt(moments=moments or maxima_come)  # they are shown with all the rest
         if waits:
             self._thaw()
-        if self._walk.refresh(self._groups, gradients=gradients):
+        if self._walk.refresh(groups, gradients=gradients):
             self._add(self._walk.segments)
         # FSDP2 keeps the root's weights gathered after a forward pass without a backward one.
         self._walk.ranks.reshard()
@@ -284,7 +284,7 @@ class State:
         if not (self.in_outer_weights or self._told_what_is_left_out):
             self._told_what_is_left_out = True
             warnings.warn(
-                "NexusAdamW's state_dict() after eval() describes the start of the cycle and leaves out "
+                "the optimizer's state_dict() after eval() describes the start of the cycle and leaves out "
                 f"{self._walk.position} micro-batch(es) since: to resume after them save before eval() or after "
                 f"train(), or evaluate at multiples of inner_steps ({self._walk.inner_steps}) only",
                 stacklevel=8,

@@ -103,7 +103,7 @@ class Traps:
             )
 
 
-_REMEDY = "set group['base_lr'] to the peak of the schedule, or build NexusAdamW with inner_lr_follows_lr=False"
+_REMEDY = "set group['base_lr'] to the peak of the schedule, or build the optimizer with inner_lr_follows_lr=False"
 
 
 class _Pile:

@@ -240,8 +240,9 @@ class Walk:
             for (cycle, tables), who in zip(self.work, moved, strict=True):
                 if self.outer is None:
                     cycle.backend.adamw(tables, cycle, who, taken)
-                else:
-                    given += self._displacements(cycle, tables, who)
+            if self.outer is not None:
+                given = self._gradients(moved)
+                for cycle, _ in self.work:
                     cycle.finish(taken)
         else:
             for cycle, tables in self.work:
@@ -253,6 +254,18 @@ class Walk:
         if self.outer is not None:
             self.outer(given)
         return everybody_is_here
+
+    def _gradients(self, moved: list[list[Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        """G of all cycles. Where that fails, for lack of memory for example, D is lost and θ is not."""
+        try:
+            return [
+                pair
+                for (cycle, tables), who in zip(self.work, moved, strict=True)
+                for pair in self._displacements(cycle, tables, who)
+            ]
+        except BaseException:
+            self.discard()
+            raise
 
     def _displacements(self, cycle: Cycle, tables: list[Table], moved: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """The parameters that take part in the outer step, each with G = D/Γ in its dtype (−G for `maximize`).

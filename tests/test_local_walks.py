@@ -527,7 +527,7 @@ def _is_left_alone(dtype):
         os._exit(0)
     with pytest.raises(RuntimeError) as raised:
         optimizer.step()
-    words = "NexusAdamW on rank 0: the average of displacements failed between ranks 0, 1"
+    words = "the optimizer on rank 0: the average of displacements failed between ranks 0, 1"
     assert str(raised.value).startswith(words), raised.value
     assert optimizer.at_boundary
     assert_equal([p.detach() for p in params], starts(dtype))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import warnings
@@ -19,7 +20,7 @@ from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp
 from two_models import TwoModels
 
-from nexus_fused import Nexus, NexusAdamW
+from nexus_fused import Nexus, NexusAdamW, backends
 
 SHAPES = (5, 3), (7,), (0,), (33, 40)
 OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-3, "weight_decay": 0.1}
@@ -263,6 +264,33 @@ class TestCorners:
         assert_theta(params, before, longest=0.2)
         assert [p.grad for p in params] == [None] * len(params)
 
+    def test_no_memory_for_the_gradients(self, monkeypatch):
+        """D is lost then, θ is not; and the next cycle is one."""
+        params, _, optimizer = build(kind=torch.optim.SGD, optimizer={"lr": 0.0})
+        before = values(params)
+        run(optimizer, params, 3)
+        set_grads(params, 3)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "empty_strided", lambda *_, **__: {}["no memory"])
+            with pytest.raises(KeyError, match="no memory"):
+                optimizer.step()
+        assert optimizer.at_boundary
+        assert_theta(params, before, longest=0.2)
+        before = values(params)
+        run(optimizer, params, 4, first_seed=4)
+        assert_theta(params, before, longest=0.2)
+
+    def test_one_inner_step_is_not_rounded(self):
+        """G is g/‖g‖ in float32."""
+        params, _, optimizer = build(kind=torch.optim.SGD, optimizer={"lr": 1.0}, inner_steps=1)
+        before = values(params)
+        set_grads(params, 0)
+        gradients = [p.grad.clone() for p in params]
+        norm = torch.cat([g.flatten() for g in gradients]).norm()
+        optimizer.step()
+        for p, start, g in zip(params, before, gradients, strict=True):
+            torch.testing.assert_close(start - p, g / norm, rtol=1e-5, atol=1e-6)
+
 
 # Low precision
 
@@ -467,7 +495,7 @@ class TestGroupsOfTheOptimizers:
         run(optimizer, params, 4, first_seed=4)
         assert not torch.equal(late[0], before[0])
         group = optimizer.param_groups[1]
-        assert (group["base_lr"], group["inner_lr"], group["optimizer"]) == (0.3, 0.05, 0)
+        assert (group["base_lr"], group["inner_lr"], group["nexus_optimizer"]) == (0.3, 0.05, 0)
         assert optimizer.metrics()["skipped_outer_steps"] == 0
 
     def test_removed_at_a_boundary(self):
@@ -488,17 +516,22 @@ class TestGroupsOfTheOptimizers:
             optimizer.step()
         assert_same(values(params), before)
 
-    def test_unfrozen(self):
-        params, _, optimizer = build()
-        params[0].requires_grad_(False)
-        frozen, inner = params[0], torch.optim.SGD(params, lr=0.1)
-        optimizer = Nexus(inner, inner_lr=0.05)
-        run(optimizer, params[1:], 5)
-        frozen.requires_grad_(True)
-        before = frozen.detach().clone()
-        run(optimizer, params, 1, first_seed=5)
-        assert not torch.equal(frozen, before)
-        run(optimizer, params, 2, first_seed=6)
+    @pytest.mark.parametrize("at", [4, 5])
+    def test_unfrozen(self, at):
+        """As if it had never been frozen, but without gradients."""
+        results = []
+        for freeze in (True, False):
+            params = make_params(*SHAPES)
+            params[0].requires_grad_(not freeze)
+            inner = torch.optim.AdamW(params, **OPTIONS)
+            optimizer = Nexus(inner, inner_lr=0.05)
+            run(optimizer, params[1:], at)
+            params[0].requires_grad_(True)
+            run(optimizer, params, 12 - at, first_seed=at)
+            assert len(segments(optimizer)) == len(params)
+            results.append((values(params), optimizer.metrics()["grad_norms"]))
+        assert_same(results[0][0], results[1][0])
+        assert results[0][1] == results[1][1]
 
 
 # θ in mid-cycle
@@ -581,7 +614,7 @@ def test_state_dict_is_theirs_in_order_with_ours():
     assert list(state["state"][3]) == ["step", "exp_avg", "exp_avg_sq", "displacement"]
     assert [group["params"] for group in state["param_groups"]] == [[0, 1], [2, 3]]
     assert state["param_groups"][1]["weight_decay"] == 0.1
-    assert [group["optimizer"] for group in state["param_groups"]] == [0, 1]
+    assert [group["nexus_optimizer"] for group in state["param_groups"]] == [0, 1]
     assert list(sgd.state[params[0]]) == ["momentum_buffer"], "ours stay out of it where nobody looks"
     assert list(optimizer.state[params[0]]) == ["momentum_buffer", "displacement"]
     run(optimizer, params, 3, first_seed=5)
@@ -601,6 +634,123 @@ def test_who_looks_at_the_state_may_change_it():
     assert_same(values(params), values(others))
     assert inner.state[params[0]]["step"] == 1
     assert len(optimizer.state) == len(params)
+
+
+def test_entries_that_others_replace():
+    """Their content is adopted, in the first cycle and later; nothing of ours stays there."""
+    params, inner, optimizer = build()
+    others, _, other = build()
+    for taken in (0, 4):
+        run(optimizer, params, 2, first_seed=taken)
+        run(other, others, 2, first_seed=taken)
+        for p, entry in optimizer.state.items():
+            optimizer.state[p] = {key: value.clone() for key, value in entry.items()}
+        run(optimizer, params, 2, first_seed=taken + 2)
+        run(other, others, 2, first_seed=taken + 2)
+        assert_same(values(params), values(others))
+        assert list(inner.state[params[0]]) == ["step", "exp_avg", "exp_avg_sq"]
+    run(optimizer, params, 2, first_seed=8)
+    for p, entry in optimizer.state.items():
+        optimizer.state[p] = {**entry, "displacement": torch.zeros_like(entry["displacement"])}
+    assert not any(entry["displacement"].any() for entry in optimizer.state_dict()["state"].values())
+
+
+def test_state_of_one_that_has_none():
+    """As torch.optim's: an entry is made; the walk is no reason for one."""
+    params, inner, optimizer = build()
+    assert not optimizer.state
+    assert optimizer.state.get(params[0]) is None
+    assert optimizer.state[params[0]] == {}
+    with pytest.raises(AttributeError, match="behind the walk"):
+        optimizer.state = {}
+
+
+def test_what_an_optimizer_saves_by_itself_is_its_own():
+    params, inner, optimizer = build()
+    run(optimizer, params, 2)
+    assert optimizer.state[params[0]].keys() == {"displacement"}
+    alone = torch.optim.AdamW(make_params(*SHAPES), **OPTIONS)
+    state = inner.state_dict()
+    assert state["state"] == {}
+    assert set(state["param_groups"][0]) == set(alone.state_dict()["param_groups"][0])
+    alone.load_state_dict(state)
+    run(alone, alone.param_groups[0]["params"], 1)
+
+
+def test_a_copy_leaves_the_original_alone():
+    params, _, optimizer = build()
+    run(optimizer, params, 2)
+    state = optimizer.state
+    other = copy.deepcopy(optimizer)
+    assert state[params[0]].keys() == {"displacement"}
+    assert other.optimizers[0].state == {}
+    state[params[0]]["displacement"] = torch.zeros_like(state[params[0]]["displacement"])
+    assert not optimizer.state_dict()["state"][0]["displacement"].any(), "what its holder writes is still noticed"
+
+
+def test_what_optimizers_save_beside(tmp_path):
+    """Of each its own, also under one name."""
+
+    class Tagged(torch.optim.SGD):
+        tag = "none"
+
+        def state_dict(self):
+            return {**super().state_dict(), "tag": self.tag}
+
+        def load_state_dict(self, state_dict):
+            self.tag = state_dict["tag"]
+            super().load_state_dict(state_dict)
+
+    params = make_params((3,), (4,))
+    inner = Tagged(params[:1], lr=0.1), Tagged(params[1:], lr=0.1)
+    optimizer = Nexus(*inner)
+    inner[0].tag, inner[1].tag = "A", "B"
+    inner[0].state["loose"] = torch.ones(2)
+    state = saved(optimizer)
+    inner[0].tag = inner[1].tag = "C"
+    inner[0].state.clear()
+    optimizer.load_state_dict(state)
+    assert (inner[0].tag, inner[1].tag) == ("A", "B")
+    assert inner[0].state["loose"].tolist() == [1, 1]
+    assert "loose" not in inner[1].state
+
+
+def test_adamw_and_nexus_adamw_load_it():
+    """The key that says whose group it is does not make others' groups ours."""
+    params, _, optimizer = build()
+    run(optimizer, params, 4)
+    others = make_params(*SHAPES)
+    with torch.no_grad():
+        for p, q in zip(others, params, strict=True):
+            p.copy_(q)
+    fused = NexusAdamW(others, **OPTIONS, inner_lr=0.05)
+    fused.load_state_dict(optimizer.state_dict())
+    assert "nexus_optimizer" not in fused.param_groups[0]
+    run(optimizer, params, 8, first_seed=4)
+    run(fused, others, 8, first_seed=4)
+    for p, q in zip(params, others, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-2, atol=1e-3)
+    with pytest.raises(ValueError, match="nexus_optimizer"):
+        NexusAdamW([{"params": make_params((2,)), "nexus_optimizer": 0}])
+    params, _, optimizer = build()
+    optimizer.param_groups[0]["optimizer"] = "theirs"
+    run(optimizer, params, 4)
+    assert optimizer.param_groups[0]["optimizer"] == "theirs"
+
+
+def test_it_is_freed_with_its_memory():
+    """Without a garbage collection; and its hooks are gone from the optimizer."""
+    params, inner, optimizer = build()
+    run(optimizer, params, 2)
+    D = weakref.ref(segments(optimizer)[0].bucket.buffers["displacement"])
+    gc.disable()
+    try:
+        del optimizer
+        assert D() is None
+    finally:
+        gc.enable()
+    assert not inner._optimizer_step_post_hooks
+    assert not inner._optimizer_state_dict_post_hooks
 
 
 def test_a_plain_state_loads():
@@ -629,6 +779,25 @@ def test_an_optimizer_loads_its_own_at_a_boundary():
     assert "inner_lr" not in inner.param_groups[0]
     assert optimizer.param_groups[0]["inner_lr"] == 0.03
     assert optimizer.param_groups[0]["lr"] == 0.02
+    run(optimizer, params, 4)
+
+
+def test_a_second_nexus_that_cannot_be_built(monkeypatch):
+    """Leaves the first as it was."""
+    params, inner, optimizer = build()
+    run(optimizer, params, 5)
+    with monkeypatch.context() as patch:
+        patch.setattr(backends, "why_not", lambda name, *_: None if name == "reference" else "not here")
+        with pytest.raises(RuntimeError, match="not here"):
+            Nexus(inner, backend="cpu")
+    run(optimizer, params, 3, first_seed=5)
+
+
+def test_a_state_with_other_inner_steps_loads_into_an_optimizer_alone():
+    params, inner, optimizer = build()
+    run(optimizer, params, 4)
+    _, _, other = build(inner_steps=8)
+    inner.load_state_dict(other.state_dict())
     run(optimizer, params, 4)
 
 
@@ -685,6 +854,22 @@ class TestDistributedCheckpoint:
             assert optimizer.cycle_position == taken
             assert_same(values(model.parameters()), before)
             run(optimizer, list(model.parameters()), 1, first_seed=taken)
+
+    def test_one_of_them_has_state_from_construction(self):
+        def make():
+            model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+            adagrad = torch.optim.Adagrad(model[1].parameters())
+            return model, Nexus(torch.optim.AdamW(model[0].parameters()), adagrad)
+
+        model, optimizer = make()
+        run(optimizer, list(model.parameters()), 4)
+        state = copy.deepcopy(dcp.get_state_dict(model, optimizer))
+        fresh, other = make()
+        dcp.set_state_dict(fresh, other, model_state_dict=state[0], optim_state_dict=state[1])
+        assert other.optimizers[0].state[fresh[0].weight]["step"] == 1
+        run(optimizer, list(model.parameters()), 5, first_seed=4)
+        run(other, list(fresh.parameters()), 5, first_seed=4)
+        assert_same(values(model.parameters()), values(fresh.parameters()))
 
     def test_a_warm_up_from_zero_is_no_initialization(self):
         params, _, optimizer = build()
@@ -754,8 +939,6 @@ def test_bad_options(options, error, said):
 
 def test_a_backend_that_cannot_run(monkeypatch):
     """Found when the parameters get their tables: the optimizer's groups are as they were."""
-    from nexus_fused import backends
-
     monkeypatch.setattr(backends, "why_not", lambda name, *_: None if name == "reference" else "not here")
     inner = torch.optim.SGD(make_params((4,)))
     before = list(inner.param_groups[0])
@@ -815,7 +998,9 @@ class TestMidCycle:
         params, (sgd, _), optimizer = split()
         run(optimizer, params, 5)
         sgd.add_param_group({"params": make_params((3,), seed=3)})
-        self.check(params, optimizer, r"optimizer 0 \(SGD\) was given another number of parameter groups in mid-cycle")
+        self.check(params, optimizer, "exchanged, added or removed in mid-cycle")
+        del sgd.param_groups[1]  # and all is well again
+        run(optimizer, params, 3, first_seed=5)
 
     def test_exchanged(self):
         params, (sgd, _), optimizer = split()

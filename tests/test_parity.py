@@ -163,7 +163,7 @@ class TestDisplacements:
         compare("adamw", name, dtype, displacement_dtype=kept, **kwargs)
 
 
-@pytest.mark.interpreted
+@pytest.mark.interpreted(dtype=[torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", FUSED)
 @pytest.mark.parametrize(("dtype", "kept"), [(d, k) for d in DTYPES for k in (torch.bfloat16, torch.float32)], ids=str)
 class TestWithoutMoments:
