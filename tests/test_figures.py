@@ -1,15 +1,16 @@
-"""The tables of README, and the main ones of docs/gpu.md, quote bench/results."""
+"""The tables of README and docs/muon.md, and the main ones of docs/gpu.md, quote bench/results."""
 
 from __future__ import annotations
 
 import json
+import operator
 import re
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
-README, GPU = ROOT / "README.md", ROOT / "docs" / "gpu.md"
+README, GPU, MUON = ROOT / "README.md", ROOT / "docs" / "gpu.md", ROOT / "docs" / "muon.md"
 BACKENDS = ("cuda", "triton")
 DTYPES = ("float32", "bfloat16")
 # Kernels of bench/results/gpu-nvidia-h200.json, and their rows in docs/gpu.md.
@@ -137,3 +138,48 @@ def test_a_cpu_beside_a_gpu():
         "what the optimizer adds to it": training["time in the optimizer / AdamW's"],
     }.items():
         assert cells(README, row)[2] == f"{figure['median']:.2f}"
+
+
+def test_figures_of_muon():
+    """Every row of the tables: mean ± standard error, with a sign where it is a difference of arms."""
+    result = json.loads((RESULTS / "muon.json").read_text())
+    for name, kinds in result["figures"].items():
+        sign = "+" if " − " in name else ""
+        quoted = [f"{v['mean']:{sign}.3f} ± {v['standard_error']:.3f}".replace("-", "−") for v in kinds.values()]
+        assert cells(MUON, f"{name} |") == quoted, name
+        assert len(kinds["trained"]["by_seed"]) >= 3
+    rows = [line for line in MUON.read_text().splitlines() if " ± " in line and line.startswith("|")]
+    assert len(rows) == len(result["figures"])
+
+
+def test_what_is_said_of_muon():
+    """The sentences below its tables, which name no figure."""
+    result = json.loads((RESULTS / "muon.json").read_text())
+    figures = result["figures"]
+    unit, short, long = "Muon + unit gradients", "Muon + Nexus, γ = 0.05", "Muon + Nexus, γ = 0.2"
+
+    def gains(arm: str, other: str, kind: str) -> list[float]:
+        return [-difference for difference in figures[f"{arm} − {other}"][kind]["by_seed"]]
+
+    for arm, other in ("Muon", "AdamW"), (unit, "Muon"), (short, unit), (long, unit):
+        assert min(gains(arm, other, "trained")) > 0
+    assert all(map(operator.gt, gains(long, unit, "trained"), gains(short, unit, "trained")))
+    assert sum(gain < 0 for gain in gains(short, "Muon", "unseen")) == 2
+    assert max(gains(short, unit, "unseen")) < 0
+    share = sum(gains(unit, "Muon", "trained")) / sum(gains(long, "Muon", "trained"))
+    assert 0.3 < share < 0.37
+    bits = {(run["arm"], run["seed"]): run["bits"] for run in result["runs"]}
+    for domain, sign in ("news", -1), ("case law", -1), ("ICD-10 codes", -1), ("Spanish", 1):
+        assert all(sign * (bits[long, seed][domain] - bits["Muon", seed][domain]) > 0 for seed in range(3))
+    assert all(abs(run["alignment"]) < 0.01 for run in result["runs"] if run["alignment"] is not None)
+
+
+def test_learning_rates_of_muon():
+    result = json.loads((RESULTS / "muon.json").read_text())
+    searched = {run["lr"]: run["curve"][-1][1] for run in result["search"]["runs"]}
+    assert min(searched, key=searched.__getitem__) == result["learning_rates"]["Muon"]
+    assert result["search"]["seed"] not in {run["seed"] for run in result["runs"]}
+    for run in result["runs"]:
+        assert run["lr"] == result["learning_rates"]["AdamW" if run["arm"] == "AdamW" else "Muon"]
+    quoted = ", ".join(f"{lr:g}: {searched[lr]:.3f}" for lr in sorted(searched))
+    assert f"(seed {result['search']['seed']}; {quoted})" in unwrapped(MUON)

@@ -1,4 +1,4 @@
-"""Nexus before Muon and AdamW: against two models, docs/recipes/muon.py, split_matrices, bench.muon and its figures."""
+"""Nexus before Muon and AdamW: against two models, docs/recipes/muon.py, split_matrices, and bench.muon."""
 
 from __future__ import annotations
 
