@@ -657,7 +657,7 @@ def test_entries_that_others_replace():
 
 def test_state_of_one_that_has_none():
     """As torch.optim's: an entry is made; the walk is no reason for one."""
-    params, inner, optimizer = build()
+    params, _, optimizer = build()
     assert not optimizer.state
     assert optimizer.state.get(params[0]) is None
     assert optimizer.state[params[0]] == {}
