@@ -210,9 +210,9 @@ double chunk_sum_squares(const Segment& segment, int64_t begin, int64_t end) {
 // first time in a cycle, when D is not read, 14; bfloat16 (w is the parameter and its remainder): 14 and 12. With an
 // anchor it keeps w there, the first time (4 more). G: what gradients are read as, the parameter's dtype or `State`.
 // of_parameter: a move is lost that leaves the parameter where it was, not w.
-template <class T, class D, class G, bool touched>
-void chunk_inner_step(const Segment& segment, int64_t begin, int64_t end, double factor, bool of_parameter,
-                      int64_t& moves, int64_t& lost_moves) {
+template <class T, class D, class G, bool touched, bool of_parameter>
+void chunk_inner_step(const Segment& segment, int64_t begin, int64_t end, double factor, int64_t& moves,
+                      int64_t& lost_moves) {
   using State = typename T::State;
   const GradientScale<State> scale(factor);
   for_each_block(begin, end, [&](int64_t i, auto n) NEXUS_INLINED {
@@ -241,10 +241,16 @@ void chunk_inner_step(const Segment& segment, int64_t begin, int64_t end, double
       rounded[j] = D::store(before + step);
       const State old = read_weight<T>(parameter, remainder, j);
       const State moved = walked_weight(outer_weight(old, before), D::load(rounded[j]));
-      const auto shown = parameter[j];
-      write_weight<T>(moved, parameter, remainder, j);
       block_moves += step != 0;
-      block_lost += (step != 0) & (of_parameter ? parameter[j] == shown : moved == old);
+      if constexpr (of_parameter) {
+        typename T::Storage next, rest;  // not in place: what is read again after a store is no vector
+        T::write(moved, next, rest);
+        block_lost += (step != 0) & (uint32_t(next) == uint32_t(parameter[j]));
+        parameter[j] = next, remainder[j] = rest;
+      } else {
+        write_weight<T>(moved, parameter, remainder, j);
+        block_lost += (step != 0) & (moved == old);
+      }
     }
     moves += block_moves;
     lost_moves += block_lost;
@@ -252,12 +258,14 @@ void chunk_inner_step(const Segment& segment, int64_t begin, int64_t end, double
   });
 }
 
-template <class T, class D>
+template <class T, class D, bool of_parameter>
 auto inner_step_of(const Segment& segment) {
   using State = FullPrecision<typename T::State>;
   if (T::low_precision && segment.grad_dtype == int64_t(T::dtype))
-    return segment.touched ? chunk_inner_step<T, D, T, true> : chunk_inner_step<T, D, T, false>;
-  return segment.touched ? chunk_inner_step<T, D, State, true> : chunk_inner_step<T, D, State, false>;
+    return segment.touched ? chunk_inner_step<T, D, T, true, of_parameter>
+                           : chunk_inner_step<T, D, T, false, of_parameter>;
+  return segment.touched ? chunk_inner_step<T, D, State, true, of_parameter>
+                         : chunk_inner_step<T, D, State, false, of_parameter>;
 }
 
 template <class T, class D>
@@ -268,8 +276,9 @@ void table_inner_step(const Segment* segments, int64_t n, int64_t chunks, const 
                  [=, &total_moves, &total_lost](const Segment& segment, int64_t begin, int64_t end, int64_t) {
                    if (!segment.grad) return;
                    int64_t chunk_moves = 0, chunk_lost = 0;
-                   const auto inner_step = inner_step_of<T, D>(segment);
-                   inner_step(segment, begin, end, factor[segment.group], of_parameter, chunk_moves, chunk_lost);
+                   const auto inner_step = of_parameter ? inner_step_of<T, D, T::low_precision>(segment)
+                                                        : inner_step_of<T, D, false>(segment);
+                   inner_step(segment, begin, end, factor[segment.group], chunk_moves, chunk_lost);
 #pragma omp atomic
                    total_moves += chunk_moves;  // integers: the order does not matter
 #pragma omp atomic
