@@ -262,7 +262,7 @@ class Nexus(WalkingOptimizer):
                 warnings.warn(
                     f"the model saw {moves - lost} of the walk's {moves} moves in the last cycle; the others are "
                     "smaller than the rounding of its parameters, so these are unit gradients without a walk: raise "
-                    "inner_lr, or keep parameters in float32",
+                    "inner_lr, or keep low-precision parameters in float32",
                     stacklevel=6,
                 )
         return super().metrics()
