@@ -171,8 +171,10 @@ class TestWithoutMoments:
 
     FUNCTIONS = ("inner_step", "end_walk", "gradients")
 
-    @pytest.mark.parametrize("anchor", [False, True])
-    @pytest.mark.parametrize(("sizes", "offsets"), [([1023, 5, 0, 33], (1, 1)), ([1100], (0, 3)), ([1, 2048], (0, 0))])
+    @pytest.mark.parametrize(
+        ("sizes", "offsets", "anchor"),
+        [([1023, 5, 0, 33], (1, 1), True), ([1100], (0, 3), False), ([1, 2048], (0, 0), True)],
+    )
     def test_sizes_and_alignments(self, name, dtype, kept, sizes, offsets, anchor):
         for function in self.FUNCTIONS:
             for touched in ((), range(len(sizes))):
