@@ -28,7 +28,7 @@ class WalkingOptimizer(Optimizer):
 
     def _build(self, choices: Choices, ranks: Ranks, outer: Outer | None = None) -> None:
         self._itself = weakref.ref(self)
-        self._watch, self._traps = AccumulationWatch(), Traps()
+        self._watch, self._traps = AccumulationWatch(type(self).__name__), Traps()
         backends.check_choice(*choices[1:3])
         self._choices = choices  # of the constructor, as `Walk` takes them
         self._walk = Walk(choices, ranks, outer)

@@ -93,10 +93,10 @@ def of_the_optimizer(method: Method) -> Method:
 
 
 class AccumulationWatch:
-    """Looks at every `step()` of one optimizer, and warns once."""
+    """Looks at every `step()` of one optimizer, of the class `name`, and warns once."""
 
-    def __init__(self) -> None:
-        self._warned = False
+    def __init__(self, name: str) -> None:
+        self._name, self._warned = name, False
         self._looked = False  # at what Accelerate did between two steps
         self._hook: torch.utils.hooks.RemovableHandle | None = None
         self._unfinished = 0  # backward passes that Accelerate said no step would follow
@@ -128,9 +128,9 @@ class AccumulationWatch:
             return
         self._warned = True
         warnings.warn(
-            f"{framework} accumulates the gradients of {micro_batches} micro-batches before each step(), so that the "
-            f"walk takes one inner step where it should take {micro_batches}: set {setting} to 1 (a cycle "
-            "of inner_steps micro-batches takes its place), or filter this warning if you mean it",
+            f"{framework} accumulates the gradients of {micro_batches} micro-batches before each step() of "
+            f"{self._name}, so that the walk takes one inner step where it should take {micro_batches}: set {setting} "
+            "to 1 (a cycle of inner_steps micro-batches takes its place), or filter this warning if you mean it",
             stacklevel=1,  # schedulers wrap step(), and Accelerate ignores all that they seem to warn of
         )
 

@@ -284,9 +284,9 @@ class State:
         if not (self.in_outer_weights or self._told_what_is_left_out):
             self._told_what_is_left_out = True
             warnings.warn(
-                "the optimizer's state_dict() after eval() describes the start of the cycle and leaves out "
-                f"{self._walk.position} micro-batch(es) since: to resume after them save before eval() or after "
-                f"train(), or evaluate at multiples of inner_steps ({self._walk.inner_steps}) only",
+                f"{type(self._optimizer()).__name__}'s state_dict() after eval() describes the start of the cycle and "
+                f"leaves out {self._walk.position} micro-batch(es) since: to resume after them save before eval() or "
+                f"after train(), or evaluate at multiples of inner_steps ({self._walk.inner_steps}) only",
                 stacklevel=8,
             )
 

@@ -658,6 +658,6 @@ class TestAccumulationIsNoticed:
         p.grad = torch.ones(3)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            frameworks.AccumulationWatch().look(params, lambda: None)
+            frameworks.AccumulationWatch("NexusAdamW").look(params, lambda: None)
         assert not p._post_accumulate_grad_hooks
         assert "accelerate.state" not in sys.modules
