@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import warnings
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
-from . import agreement, backends
+from . import agreement, backends, checkpoint
 from .cycle import combine, summarize
 from .frameworks import AccumulationWatch, of_the_optimizer, on_its_own, uninterrupted
 from .options import GROUP_KEYS, is_frozen
@@ -295,14 +296,20 @@ class WalkingOptimizer(Optimizer):
 
     def _pack(self) -> dict[str, Any]:
         """What `state_dict()` returns, before its hooks."""
-        raise NotImplementedError
+        hooks, self._optimizer_state_dict_post_hooks = self._optimizer_state_dict_post_hooks, OrderedDict()
+        try:
+            return checkpoint.pack(super().state_dict())
+        finally:
+            self._optimizer_state_dict_post_hooks = hooks
 
     def _check(self, state_dict: dict[str, Any]) -> tuple[Any, ...]:
         """What `_restore` takes, groups first; raises for a state that does not fit, and modifies nothing."""
-        raise NotImplementedError
+        return checkpoint.check(state_dict, self.param_groups, self._walk)
 
     def _restore(self, groups: Any, *rest: Any) -> None:
-        raise NotImplementedError
+        entries, foreign = rest
+        self._state.restore(groups, entries)
+        self._state.entries.state.update(foreign)
 
     @of_the_optimizer
     def materialize_displacements(self) -> None:

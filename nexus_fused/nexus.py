@@ -244,7 +244,7 @@ class Nexus(WalkingOptimizer):
         """Gives each group the mean learning rate of the ranks that walked, for this step: schedules of others wait."""
         cycle = next(iter(self._walk.cycles.values()))
         for group, lr in zip(self.param_groups, cycle.hyper[:, LR].tolist(), strict=True):
-            if "lr" in group:
+            if group.get("lr") is not None:
                 stack.callback(group.update, lr=group["lr"])
                 group["lr"] = torch.full_like(group["lr"], lr) if isinstance(group["lr"], Tensor) else lr
 
@@ -344,8 +344,8 @@ class Nexus(WalkingOptimizer):
                     saved = state_dict["param_groups"][first : first + len(o.param_groups)]
                     first += len(saved)
                     o.load_state_dict(_part_of(state_dict, saved, index))
-                self._states.are_made = self._states.are_made or bool(state_dict["state"])
                 self._state.restore(groups, entries)
+                self._states.are_made = self._states.are_made or bool(state_dict["state"])
             except BaseException:
                 for o, (state, param_groups) in zip(self.optimizers, before, strict=True):
                     o.state, o.param_groups = state, param_groups

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from . import checkpoint, options
+from . import options
 from .base import WalkingOptimizer
 from .frameworks import of_the_optimizer, on_its_own, uninterrupted
 from .ranks import Ranks
@@ -178,20 +177,6 @@ class NexusAdamW(WalkingOptimizer):
         self._known.update(unique)
 
     # Saving and loading
-
-    def _pack(self) -> dict[str, Any]:
-        hooks, self._optimizer_state_dict_post_hooks = self._optimizer_state_dict_post_hooks, OrderedDict()
-        try:
-            return checkpoint.pack(Optimizer.state_dict(self))
-        finally:
-            self._optimizer_state_dict_post_hooks = hooks
-
-    def _check(self, state_dict: dict[str, Any]) -> tuple[Any, ...]:
-        return checkpoint.check(state_dict, self.param_groups, self._walk)
-
-    def _restore(self, groups: Any, entries: Any, foreign: Any) -> None:
-        self._state.restore(groups, entries)
-        self._state.entries.state.update(foreign)
 
     @on_its_own
     def __getstate__(self) -> dict[str, Any]:

@@ -1085,6 +1085,27 @@ def test_local_walks(dtype, fewer):
     assert not torch.equal(left[3], make_params(*SHAPES, dtype=dtype)[3])
 
 
+def walks_without_lr():
+    """What an optimizer whose groups say None sees as its learning rate."""
+    seen = []
+
+    class Look(torch.optim.SGD):
+        def step(self, closure=None):
+            seen.append(self.param_groups[0]["lr"])
+
+    params = make_params((4,))
+    inner = Look(params, lr=0.1)
+    inner.param_groups[0]["lr"] = None
+    optimizer = Nexus(inner, displacement_group=dist.group.WORLD)
+    run(optimizer, params, 4)
+    return seen
+
+
+def test_local_walks_without_a_learning_rate():
+    """There is nothing to average."""
+    assert on_ranks(2, walks_without_lr) == [[None], [None]]
+
+
 def sharded():
     module = spread("fsdp", model())
     params = list(module.parameters())
