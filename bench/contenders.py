@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import inside
 import torch
@@ -21,6 +21,7 @@ from nexus_fused.cycle import MicroBatch
 K = 4
 BYTES = {torch.float32: 92, torch.bfloat16: 76}  # per parameter of our cycle, with D in bfloat16: bench.cost
 OPTIONS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1}
+Walking = TypeVar("Walking", Nexus, NexusAdamW)
 NEXUS: dict[str, Any] = {**OPTIONS, "inner_lr": 0.01, "inner_steps": K}
 
 CPU = torch.device("cpu")
@@ -99,9 +100,13 @@ def make_gradients(shapes: list[tuple[int, ...]], dtype: torch.dtype, device: to
 
 def nexus(params: list[nn.Parameter], gradients: list[list[Tensor]], **options: Any) -> Callable[[], NexusAdamW]:
     """One cycle of NexusAdamW: what a training loop calls, the hand-over of gradients included."""
-    optimizer = NexusAdamW(params, **{**NEXUS, **options})
+    return cycle_of(NexusAdamW(params, **{**NEXUS, **options}), params, gradients)
 
-    def run() -> NexusAdamW:
+
+def cycle_of(optimizer: Walking, params: list[nn.Parameter], gradients: list[list[Tensor]]) -> Callable[[], Walking]:
+    """K steps of an optimizer with a walk, along these gradients."""
+
+    def run() -> Walking:
         for micro_batch in gradients:
             for p, g in zip(params, micro_batch, strict=True):
                 p.grad = g
@@ -111,19 +116,11 @@ def nexus(params: list[nn.Parameter], gradients: list[list[Tensor]], **options: 
     return run
 
 
-def in_front_of_adamw(params: list[nn.Parameter], gradients: list[list[Tensor]], **options: Any) -> Callable[[], None]:
+def in_front_of_adamw(params: list[nn.Parameter], gradients: list[list[Tensor]], **options: Any) -> Callable[[], Nexus]:
     """The same with torch's fused AdamW behind the walk. The last step moves 50 bytes, not 30: its end 16, D/Γ 6,
     AdamW 28."""
     walk = {key: value for key, value in {**NEXUS, **options}.items() if key not in OPTIONS}
-    optimizer = Nexus(torch.optim.AdamW(params, fused=True, **OPTIONS), **walk)
-
-    def run() -> None:
-        for micro_batch in gradients:
-            for p, g in zip(params, micro_batch, strict=True):
-                p.grad = g
-            optimizer.step()
-
-    return run
+    return cycle_of(Nexus(torch.optim.AdamW(params, fused=True, **OPTIONS), **walk), params, gradients)
 
 
 def captured(cycle: Callable[[], Any]) -> Callable[[], None]:

@@ -42,15 +42,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         epilog="Example: python -m nexus_fused memory 7B --dtype bfloat16 --ranks 8",
     )
     add = counted.add_argument
-    add("parameters", type=model_size, help="of the model, their number: 7e9, 7B or 350M")
-    add("--dtype", choices=DTYPES, default="float32", help="of the parameters (default: %(default)s)")
+    add("parameters", type=model_size, help="how many the model has: 7e9, 7B or 350M")
+    add("--dtype", choices=DTYPES, default="float32", help="dtype of the parameters (default: %(default)s)")
     add(
         "--gradients",
         choices=DTYPES,
-        help="their dtype, where the optimizer reads others than the parameters' (the default)",
+        help="dtype of the gradients, for optimizers that read another than the parameters' (the default)",
     )
     add("--inner-steps", type=count, default=4, metavar="K", help="micro-batches in a cycle (default: %(default)s)")
-    add("--ranks", type=count, default=1, help="FSDP2's, that share one copy of the model (default: %(default)s)")
+    add(
+        "--ranks",
+        type=count,
+        default=1,
+        help="that share one copy of the model, as in FSDP2 (default: %(default)s)",
+    )
     add("--amsgrad", action="store_true", help="keep the maxima of second moments too")
     add(
         "--state-bytes",

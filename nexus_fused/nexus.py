@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
-import itertools
 import warnings
 import weakref
-from collections import defaultdict
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,12 +18,22 @@ from .cycle import combine
 from .dtensor import local_part
 from .frameworks import of_the_optimizer, on_its_own
 from .options import GROUP_KEYS, LR, OPTIMIZER, WALK_OPTIONS
+from .others import (
+    MORE,
+    OURS,
+    States,
+    check_groups,
+    check_optimizers,
+    groups_of,
+    leave_walk_out,
+    part_of,
+    without_ours,
+    without_walk,
+)
 from .ranks import Ranks
 from .walk import entries_of
 
 FEW_MOVES, SMALL_SHARE = 100, 1e-4  # of a cycle's moves: below them chance decides where the model sees the walk lead
-_OURS = ("displacement", "remainder", "anchor")  # keys of the state
-MORE = "optimizers"  # of a state dict: what optimizers save beside their parameters' state and groups, by their number
 
 
 class Nexus(WalkingOptimizer):
@@ -78,7 +85,7 @@ class Nexus(WalkingOptimizer):
         if steps == 1 and displacement_dtype is None:
             displacement_dtype = torch.float32  # it only carries g/‖g‖
         choices = (steps, backend, None, flatten, options.displacement_dtype(displacement_dtype, steps), False)
-        _check_optimizers(optimizers)
+        check_optimizers(optimizers)
         defaults = {
             "inner_lr": inner_lr,
             "inner_steps": steps,
@@ -87,11 +94,11 @@ class Nexus(WalkingOptimizer):
             "replicated": False,
         }
         options.group_row({"base_lr": 0.0, OPTIMIZER: 0, **defaults}, 0, steps)
-        _check_groups([{"base_lr": 0.0, **defaults, **_without_walk(group)} for group in _groups_of(optimizers)], steps)
-        before = [(group, dict(group)) for group in _groups_of(optimizers)]
+        check_groups([{"base_lr": 0.0, **defaults, **without_walk(group)} for group in groups_of(optimizers)], steps)
+        before = [(group, dict(group)) for group in groups_of(optimizers)]
         try:
             for group, _ in before:
-                for key in group.keys() - _without_walk(group).keys():  # of a Nexus before this one
+                for key in group.keys() - without_walk(group).keys():  # of a Nexus before this one
                     del group[key]
             self._wrap(optimizers, defaults, choices, Ranks(norm_group, displacement_group))
             self._take_groups(0, "at construction")
@@ -115,7 +122,7 @@ class Nexus(WalkingOptimizer):
         self._build(choices, ranks, lambda given: itself()._step_optimizers(given))  # type: ignore[union-attr]
         first, *others = (o.defaults for o in optimizers)  # schedulers look for momentum there
         defaults = {key: value for key, value in first.items() if all(key in other for other in others)}
-        self._states = _States(optimizers)
+        self._states = States(optimizers)
         Optimizer.__setstate__(self, {"defaults": {**defaults, **walk}, "state": self._states})
         for index, o in enumerate(optimizers):
 
@@ -124,7 +131,7 @@ class Nexus(WalkingOptimizer):
                 if known is not None:
                     known._note(index, "stepped")
 
-            for handle in o.register_step_post_hook(note), o.register_state_dict_post_hook(_leave_walk_out):
+            for handle in o.register_step_post_hook(note), o.register_state_dict_post_hook(leave_walk_out):
                 weakref.finalize(self, handle.remove).atexit = False
 
     @contextlib.contextmanager
@@ -157,7 +164,7 @@ class Nexus(WalkingOptimizer):
 
     def check_groups(self) -> None:
         """Raises ValueError or TypeError, naming group and parameter, where the walk cannot take the groups' own."""
-        _check_groups(self.param_groups, self.inner_steps)
+        check_groups(self.param_groups, self.inner_steps)
 
     # Parameters
 
@@ -302,7 +309,7 @@ class Nexus(WalkingOptimizer):
                     entry = {**theirs["state"].get(key, {}), **ours.get(param, {})}
                     if entry or key in theirs["state"]:
                         packed["state"][number[key]] = entry
-                walk = {key: group[key] for key in group.keys() - _without_walk(group).keys()}
+                walk = {key: group[key] for key in group.keys() - without_walk(group).keys()}
                 packed["param_groups"].append({**shown, **walk, "params": [number[key] for key in shown["params"]]})
             params += len(number)
             more = {key: value for key, value in theirs.items() if key not in ("state", "param_groups")}
@@ -321,7 +328,7 @@ class Nexus(WalkingOptimizer):
         ours = state_dict
         if isinstance(state, dict):
             entries = {key: entry for key, entry in state.items() if isinstance(entry, dict)}
-            ours = {**state_dict, "state": {k: {n: e[n] for n in _OURS if n in e} for k, e in entries.items()}}
+            ours = {**state_dict, "state": {k: {n: e[n] for n in OURS if n in e} for k, e in entries.items()}}
         if isinstance(saved, (list, tuple)) and all(isinstance(group, dict) for group in saved):
             wrapped = [group[OPTIMIZER] for group in saved if OPTIMIZER in group]
             here = [group[OPTIMIZER] for group in self.param_groups]
@@ -343,7 +350,7 @@ class Nexus(WalkingOptimizer):
                 for index, o in enumerate(self.optimizers):
                     saved = state_dict["param_groups"][first : first + len(o.param_groups)]
                     first += len(saved)
-                    o.load_state_dict(_part_of(state_dict, saved, index))
+                    o.load_state_dict(part_of(state_dict, saved, index))
                 self._state.restore(groups, entries)
                 self._states.are_made = self._states.are_made or bool(state_dict["state"])
             except BaseException:
@@ -391,7 +398,7 @@ class Nexus(WalkingOptimizer):
     @on_its_own
     def __getstate__(self) -> dict[str, Any]:
         state, ours = self._state_to_copy(), self._ours_in_cycle()
-        optimizers = tuple(_without_ours(o) if ours and self._state.entries.known else o for o in self.optimizers)
+        optimizers = tuple(without_ours(o) if ours and self._state.entries.known else o for o in self.optimizers)
         return {**state, "optimizers": optimizers, "_options": self._options, "_ours": ours}
 
     @on_its_own
@@ -402,156 +409,6 @@ class Nexus(WalkingOptimizer):
         self._state.register(entries_of(self.param_groups), flatten=self._walk.flatten, known=state["_ours"])
         self._state.restore(loaded, state["_ours"])
         self._take_finished(state["_finished"])
-
-
-class _States(MutableMapping[Any, Any]):
-    """The optimizers' states in one; each entry stands in that of the optimizer whose parameter it is."""
-
-    def __init__(self, optimizers: tuple[Optimizer, ...]) -> None:
-        self._optimizers = optimizers
-        self.are_made = False  # each was stepped or loaded
-
-    def _holder(self, key: Any) -> Any:
-        """The state that has an entry for the key, else that of the optimizer whose parameter it is."""
-        owners = (o for o in self._optimizers if any(key is p for group in o.param_groups for p in group["params"]))
-        known = (o for o in self._optimizers if key in o.state)
-        return next(itertools.chain(known, owners), self._optimizers[0]).state
-
-    def __getitem__(self, key: Any) -> Any:
-        return self._holder(key)[key]  # torch.optim's makes an entry
-
-    def get(self, key: Any, default: Any = None) -> Any:
-        return next((o.state[key] for o in self._optimizers if key in o.state), default)
-
-    def __contains__(self, key: Any) -> bool:
-        return any(key in o.state for o in self._optimizers)
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self._holder(key)[key] = value
-
-    def __delitem__(self, key: Any) -> None:
-        del self._holder(key)[key]
-
-    def setdefault(self, key: Any, default: Any = None) -> Any:
-        return self._holder(key).setdefault(key, default)
-
-    def __iter__(self) -> Iterator[Any]:
-        return itertools.chain.from_iterable(o.state for o in self._optimizers)
-
-    def __len__(self) -> int:
-        return sum(len(o.state) for o in self._optimizers)
-
-    def __bool__(self) -> bool:
-        """Whether there is nothing left to be made: torch.distributed.checkpoint asks."""
-        return self.are_made or all(o.state for o in self._optimizers)
-
-    def __repr__(self) -> str:
-        return repr(dict(self))
-
-
-def _groups_of(optimizers: tuple[Optimizer, ...]) -> list[dict[str, Any]]:
-    return [group for o in optimizers for group in o.param_groups]
-
-
-def _without_walk(group: dict[str, Any]) -> dict[str, Any]:
-    """A copy of a group without what the walk of another Nexus put there."""
-    ours = (*WALK_OPTIONS, *GROUP_KEYS, OPTIMIZER) if OPTIMIZER in group else ()
-    return {key: value for key, value in group.items() if key not in ours}
-
-
-def _leave_walk_out(_: Optimizer, state_dict: dict[str, Any]) -> None:
-    """What an optimizer behind a walk saves by itself is its own."""
-    if isinstance(state_dict.get("state"), dict):
-        entries = state_dict["state"].items()
-        state_dict["state"] = {
-            key: {k: v for k, v in entry.items() if k not in _OURS} if isinstance(entry, dict) else entry
-            for key, entry in entries
-            if not isinstance(entry, dict) or not entry or entry.keys() - set(_OURS)
-        }
-    state_dict["param_groups"] = [_without_walk(group) for group in state_dict.get("param_groups", [])]
-
-
-def _without_ours(o: Optimizer) -> Optimizer:
-    """An optimizer of the same parameters and state, but for what is ours, which its own class could not copy."""
-    twin: Optimizer = object.__new__(type(o))
-    entries = ((key, {k: v for k, v in entry.items() if k not in _OURS}) for key, entry in o.state.items())
-    twin.__dict__.update(o.__dict__, state=defaultdict(dict, {key: entry for key, entry in entries if entry}))
-    return twin
-
-
-def _part_of(state_dict: dict[str, Any], groups: list[dict[str, Any]], index: int) -> dict[str, Any]:
-    """The state of one optimizer, whose groups are given, without what is ours."""
-    ours = {key for group in groups for key in group["params"]}
-    others = {key for group in state_dict["param_groups"] for key in group["params"]} - ours
-    state = {}
-    for key, entry in state_dict["state"].items():
-        kept = {k: v for k, v in entry.items() if k not in _OURS} if key in ours and isinstance(entry, dict) else entry
-        if key not in others and (kept or not entry):
-            state[key] = kept
-    more = state_dict.get(MORE, {}).get(index, {})
-    state.update(more.get("state", {}))
-    rest = {key: value for key, value in state_dict.items() if key != MORE}
-    return {**rest, **more, "state": state, "param_groups": [_without_walk(group) for group in groups]}
-
-
-def _check_optimizers(optimizers: tuple[Any, ...]) -> None:
-    """Whether the walk can stand in front of these."""
-    if not optimizers:
-        raise ValueError("Nexus needs an optimizer to hand the displacement to: Nexus(torch.optim.AdamW(...), ...)")
-    for index, o in enumerate(optimizers):
-        what = f"optimizer {index} ({type(o).__name__})"
-        if not isinstance(o, Optimizer):
-            hint = ": give each one as an argument, Nexus(*optimizers, ...)" if isinstance(o, (list, tuple)) else ""
-            raise TypeError(f"{what} is no torch.optim.Optimizer{hint}")
-        if not hasattr(o, "_optimizer_step_post_hooks"):
-            raise TypeError(
-                f"{what} is a framework's wrapper: give Nexus the optimizer itself, and the framework the Nexus, as in "
-                "accelerator.prepare(Nexus(optimizer))"
-            )
-        if isinstance(o, WalkingOptimizer):
-            raise TypeError(f"{what} takes a walk of its own: give Nexus the optimizer that shall follow the walk")
-        if any(o is other for other in optimizers[:index]):
-            raise ValueError(f"{what} is given twice: leave it out once")
-        needed = [
-            parameter.name
-            for parameter in inspect.signature(o.step).parameters.values()
-            if parameter.default is parameter.empty
-            and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-        ]
-        if needed:
-            raise ValueError(
-                f"{what} cannot follow a walk: its step() needs {', '.join(needed)}, and evaluates the model by itself"
-            )
-        if isinstance(o, torch.optim.SparseAdam):
-            raise ValueError(f"{what} needs sparse gradients, and a displacement is dense: use torch.optim.Adam")
-        if _is_saved_otherwise(o):
-            raise ValueError(
-                f"{what} saves a state of a form of its own, not torch.optim's with 'state' and 'param_groups': where "
-                "it wraps another optimizer, give Nexus that one"
-            )
-        if getattr(o, "maximize", False) is True and not all("maximize" in group for group in o.param_groups):
-            raise ValueError(
-                f"{what} has maximize=True, but not in its parameter groups, where the walk would see it: leave it out "
-                "and negate the loss"
-            )
-
-
-def _is_saved_otherwise(o: Optimizer) -> bool:
-    """Whether its state dict is of a form of its own."""
-    if type(o).state_dict is Optimizer.state_dict:
-        return False
-    try:
-        return not {"state", "param_groups"} <= o.state_dict().keys()
-    except RuntimeError:  # ZeroRedundancyOptimizer has one after consolidate_state_dict()
-        return False
-
-
-def _check_groups(groups: list[dict[str, Any]], steps: int) -> None:
-    """Whether the walk can take the parameters of these groups, and their options."""
-    known: set[Tensor] = set()
-    for index, group in enumerate(groups):
-        new = {key: value for key, value in group.items() if key not in (*GROUP_KEYS, OPTIMIZER)}
-        known.update(options.check_new_group(new, {"lr": 0.0, OPTIMIZER: 0}, index, steps, known))
 
 
 def _let_have(param: Any, gradient: Tensor, stack: contextlib.ExitStack) -> None:

@@ -60,6 +60,15 @@ def dtype(request):
     return request.param
 
 
+@pytest.fixture
+def one_thread():
+    """The models are so small that threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def make_params(*shapes, dtype=torch.float32, seed=0):
     """Parameters of the given shapes, values around 1."""
     generator = torch.Generator().manual_seed(seed)

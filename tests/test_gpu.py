@@ -123,6 +123,21 @@ def close_in_float64(left, right):
         torch.testing.assert_close(a.cpu(), b.cpu(), rtol=1e-11, atol=1e-11)
 
 
+def compare_with_the_reference(make, backend, irregular):
+    """Three and a half cycles of what `make` makes for each of both; the last is ended early."""
+    results, optimizers = [], []
+    for which in (backend, "reference"):
+        params, optimizer = make(which)
+        train(optimizer, params, 14, missing=irregular, nan_at=(1, 7) if irregular else ())
+        optimizer.outer_step()
+        results.append(contents_of(optimizer))
+        optimizers.append(optimizer)
+    compare_metrics(*optimizers)
+    for left, right in zip(*results, strict=True):
+        # One norm over all parameters: with float64 among them the others still see it rounded to float32.
+        (close_in_float64 if left.dtype == torch.float64 else assert_same)([left], [right])
+
+
 def compare_metrics(left, right):
     a, b = left.metrics(), right.metrics()
     for name in ("skipped_inner_steps", "skipped_outer_steps"):
@@ -235,17 +250,7 @@ class TestOptimizerParity:
     @pytest.mark.parametrize("irregular", [False, True], ids=["all gradients", "missing and NaN gradients"])
     def test_reference_on_the_same_device(self, backend, dtypes, options, irregular):
         """Three and a half cycles; the last is ended early."""
-        results, optimizers = [], []
-        for which in (backend, "reference"):
-            params, optimizer = build(dtypes, which, **options)
-            train(optimizer, params, 14, missing=irregular, nan_at=(1, 7) if irregular else ())
-            optimizer.outer_step()
-            results.append(contents_of(optimizer))
-            optimizers.append(optimizer)
-        compare_metrics(*optimizers)
-        for left, right in zip(*results, strict=True):
-            # One norm over all parameters: with float64 among them the others still see it rounded to float32.
-            (close_in_float64 if left.dtype == torch.float64 else assert_same)([left], [right])
+        compare_with_the_reference(lambda which: build(dtypes, which, **options), backend, irregular)
 
     @pytest.mark.parametrize("options", SETTINGS, ids=str)
     def test_reference_on_a_cpu(self, backend, options):
@@ -277,18 +282,13 @@ class TestOptimizerParity:
 @pytest.mark.parametrize("irregular", [False, True], ids=["all gradients", "missing and NaN gradients"])
 def test_nexus_before_another_optimizer(backend, dtypes, options, irregular):
     """As with the reference on the same device, which hands the same gradients to torch.optim.AdamW."""
-    results, optimizers = [], []
-    for which in (backend, "reference"):
+
+    def made(which):
         params = make_params(dtypes)
         groups = [{"params": params[0::2]}, {"params": params[1::2], "lr": 3e-3}]
-        optimizer = Nexus(torch.optim.AdamW(groups, lr=1e-2, eps=1e-3, **options), inner_lr=0.05, backend=which)
-        train(optimizer, params, 14, missing=irregular, nan_at=(1, 7) if irregular else ())
-        optimizer.outer_step()
-        results.append(contents_of(optimizer))
-        optimizers.append(optimizer)
-    compare_metrics(*optimizers)
-    for left, right in zip(*results, strict=True):
-        (close_in_float64 if left.dtype == torch.float64 else assert_same)([left], [right])
+        return params, Nexus(torch.optim.AdamW(groups, lr=1e-2, eps=1e-3, **options), inner_lr=0.05, backend=which)
+
+    compare_with_the_reference(made, backend, irregular)
 
 
 def test_two_runs_give_the_same_bits(backend):

@@ -19,6 +19,8 @@ from nexus_fused.demo.train import Result, Settings, train
 ROOT = Path(__file__).parent.parent
 K, GAMMA = 3, 0.05
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 class Tiny(nn.Module):
     """An embedding, hidden matrices, one of them frozen, a norm, biases and a head; and what no gradient reaches."""
@@ -36,14 +38,6 @@ class Tiny(nn.Module):
     def forward(self, x):
         y = self.norm(self.wide(self.words(x)).tanh())
         return self.head(self.narrow(y + self.frozen(y)))
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def tiny(dtype):

@@ -41,7 +41,11 @@ BARE = {  # a Trainer of Lightning that leaves nothing behind
 }
 
 # What the libraries warn of is theirs to mend; what we warn of is an error, as everywhere.
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.filterwarnings("error:.*NexusAdamW")]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.filterwarnings("error:.*NexusAdamW"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 
 def load(name):
@@ -53,15 +57,6 @@ def load(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The models are so small that threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
