@@ -165,7 +165,7 @@ class Table:
                 if bucket.ensure(name, self._dtype_of[name]):
                     self._outdated = True
                     if name == "remainder":
-                        self._fill_remainder(bucket, torch.zeros((), dtype=torch.float64, device=self.device))
+                        self._fill_remainder(bucket, hashed(self.device).clamp(-LARGEST, LARGEST))
         self.refresh()
 
     def fill_remainders(self, seed: Tensor) -> None:
@@ -173,13 +173,15 @@ class Table:
 
         seed: 0-dim float64, on the device; the same one gives the same numbers. Moves 2 bytes for each element.
         """
-        for bucket in self.buckets if self.low_precision else []:
-            self._fill_remainder(bucket, seed)
+        if self.low_precision:
+            # The middle of a float64's bits: the last ones depend on the order of a sum, the first ones hardly change.
+            shift = (seed.view(torch.int64) >> 28).to(torch.int16)
+            numbers = (hashed(self.device) ^ shift).clamp_(-LARGEST, LARGEST)
+            for bucket in self.buckets:
+                self._fill_remainder(bucket, numbers)
 
-    def _fill_remainder(self, bucket: Bucket, seed: Tensor) -> None:
-        # The middle of a float64's bits: the last ones depend on the order of a sum, the first ones hardly ever change.
-        shift = (seed.view(torch.int64) >> 28).to(torch.int16)
-        numbers = (hashed(self.device) ^ shift).clamp_(-LARGEST, LARGEST)
+    def _fill_remainder(self, bucket: Bucket, numbers: Tensor) -> None:
+        """Repeats numbers over a bucket: int16 from -LARGEST to LARGEST, in units of 2^-16 of a parameter's spacing."""
         sign = torch.iinfo(torch.int16).min
         if self.dtype == torch.float16:  # sign and magnitude
             numbers = torch.where(numbers < 0, -numbers | sign, numbers)

@@ -230,20 +230,22 @@ class Walk:
         everybody_is_here = True
         given: list[tuple[Tensor, Tensor]] = []
         if self.is_local or self.outer is not None:
-            votes, moved = self._end_walk(micro_batch)
-            if micro_batch is None and self.is_local:  # only here does the host wait for them
-                waiting, walking = votes.tolist()
-                everybody_is_here = bool(waiting == self.ranks.walkers)
-                if walking == 0:
-                    self.discard()
-                    return everybody_is_here
-            for (cycle, tables), who in zip(self.work, moved, strict=True):
-                if self.outer is None:
-                    cycle.backend.adamw(tables, cycle, who, taken)
+            moved = self._end_walk(micro_batch)
+            if self.is_local:
+                votes, moved = self._average(moved, [micro_batch is None, taken > 0])
+                if micro_batch is None:  # only here does the host wait for them
+                    waiting, walking = votes.tolist()
+                    everybody_is_here = bool(waiting == self.ranks.walkers)
+                    if walking == 0:
+                        self.discard()
+                        return everybody_is_here
             if self.outer is not None:
                 given = self._gradients(moved)
                 for cycle, _ in self.work:
                     cycle.finish(taken)
+            else:
+                for (cycle, tables), who in zip(self.work, moved, strict=True):
+                    cycle.backend.adamw(tables, cycle, who, taken)
         else:
             for cycle, tables in self.work:
                 cycle.backend.outer_step(tables, cycle, micro_batch, taken)
@@ -261,13 +263,15 @@ class Walk:
             return [
                 pair
                 for (cycle, tables), who in zip(self.work, moved, strict=True)
-                for pair in self._displacements(cycle, tables, who)
+                for pair in self._gradients_on_device(cycle, tables, who)
             ]
         except BaseException:
             self.discard()
             raise
 
-    def _displacements(self, cycle: Cycle, tables: list[Table], moved: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    def _gradients_on_device(
+        self, cycle: Cycle, tables: list[Table], moved: list[Tensor]
+    ) -> list[tuple[Tensor, Tensor]]:
         """The parameters that take part in the outer step, each with G = D/Γ in its dtype (−G for `maximize`).
 
         After `_end_walk`. Lets the last gradients go first, so that memory does not grow. A group that has not walked
@@ -304,35 +308,35 @@ class Walk:
             for table in tables:
                 table.fill_remainders(seed)
 
-    def _end_walk(self, micro_batch: MicroBatch | None) -> tuple[Tensor, list[list[Tensor]]]:
-        """Returns to θ, and replaces D and Γ by their means over `displacement_group`, if there is one.
-
-        Sends a vector of each cycle and the flat buckets as they lie. Returns how many ranks are in outer_step() and
-        how many took an inner step, [2]; and of each cycle and table how many had a gradient for each segment.
-        """
-        votes = [micro_batch is None, self.position > 0 or micro_batch is not None]
+    def _end_walk(self, micro_batch: MicroBatch | None) -> list[list[Tensor]]:
+        """Returns to θ, with D in its memory, divided by the ranks that average it. Returns, of each cycle and table,
+        whether each segment had a gradient."""
         self.ensure_displacements()
-        moved: list[list[Tensor]] = []
         share = 1 / self.ranks.walkers if self.is_local else 1.0
         for cycle, tables in self.work:
             cycle.backend.end_walk(tables, cycle, micro_batch, share)
-            moved.append([table.took_part() for table in tables])
-        if not self.is_local:
-            return torch.tensor(votes), moved
+        return [[table.took_part() for table in tables] for _, tables in self.work]
+
+    def _average(self, moved: list[list[Tensor]], votes: list[bool]) -> tuple[Tensor, list[list[Tensor]]]:
+        """Replaces D and Γ by their means over `displacement_group`.
+
+        votes: whether this rank is in outer_step(), and whether it took an inner step. Sends a vector of each cycle and
+        the flat buckets as they lie. Returns the ranks' sum of votes, [2] float64, and of `moved`.
+        """
         self._rows = []  # the mean over ranks takes their place
-        moved = []
+        sums: list[list[Tensor]] = []
         try:
-            for cycle, tables in self.work:
-                vector = cycle.walk_to_average(votes, [table.took_part() for table in tables])
+            for (cycle, tables), who in zip(self.work, moved, strict=True):
+                vector = cycle.walk_to_average(votes, who)
                 self.ranks.sum_over_walkers([vector])
                 sum_of_votes, counts = cycle.take_average(vector, self.ranks.walkers)
-                moved.append(list(counts.split([len(table.segments) for table in tables])))
+                sums.append(list(counts.split([len(table.segments) for table in tables])))
             flats = [flat for _, tables in self.work for table in tables for flat in table.displacements()]
             self.ranks.sum_over_walkers(flats)
         except BaseException:  # a rank that has stopped, for example: D is lost, θ is not
             self.discard()
             raise
-        return sum_of_votes, moved
+        return sum_of_votes, sums
 
     def discard(self) -> None:
         """Forgets the cycle, where the parameters hold θ already."""
