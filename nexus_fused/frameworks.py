@@ -42,8 +42,8 @@ def on_its_own(method: Method) -> Method:
             with torch.inference_mode(False), unset_fake_temporarily():
                 return call(*args, **kwargs)
         before = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(False)  # torch.no_grad() takes 1 us longer
-        try:
+        try:  # from before the switch: Ctrl-C may come as soon as a call returns
+            torch._C._set_grad_enabled(False)  # torch.no_grad() takes 1 us longer
             return method(*args, **kwargs)
         finally:
             torch._C._set_grad_enabled(before)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import io
+import linecache
 import os
 import pickle
 import signal
@@ -250,7 +251,9 @@ def _interrupted_at(line, call):
     def trace(frame, event, _):
         if not frame.f_code.co_filename.startswith(package):
             return None
-        left[0] -= event == "line"
+        # Python runs handlers when a call has returned or a loop goes round, so none on its way into `finally`.
+        restores = "_set_grad_enabled(before)" in linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+        left[0] -= event == "line" and not restores
         if left[0] == 0:
             sys.settrace(None)
             signal.raise_signal(signal.SIGINT)
@@ -265,6 +268,7 @@ def _interrupted_at(line, call):
     finally:
         sys.settrace(None)
         signal.signal(signal.SIGINT, handler)
+        assert torch.is_grad_enabled()
     return False
 
 
