@@ -192,6 +192,20 @@ bool unchanged(const py::list& entries, const py::list& keys, const py::list& te
   return true;
 }
 
+// What autograd calls when a parameter has got a gradient: takes a function off a list, if there is one, and calls it.
+PyObject* on_gradient(PyObject* armed, PyObject*) {
+  if (PyList_GET_SIZE(armed) == 0) Py_RETURN_NONE;
+  const py::object begin = py::reinterpret_borrow<py::object>(PyList_GET_ITEM(armed, 0));
+  if (PyList_SetSlice(armed, 0, 1, nullptr) < 0) return nullptr;
+  return PyObject_CallNoArgs(begin.ptr());
+}
+
+PyMethodDef on_gradient_definition{"on_gradient", on_gradient, METH_O, nullptr};
+
+py::object hook_of(const py::list& armed) {
+  return py::reinterpret_steal<py::object>(PyCFunction_New(&on_gradient_definition, armed.ptr()));
+}
+
 }  // namespace
 
 void define_look(py::module_& m) {
@@ -199,4 +213,5 @@ void define_look(py::module_& m) {
   m.def("prepare_to_look_at_dtensors", &prepare_to_look_at_dtensors);
   m.def("look", &look);
   m.def("unchanged", &unchanged);
+  m.def("hook_of", &hook_of);
 }

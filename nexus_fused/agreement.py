@@ -64,7 +64,7 @@ def compare_replicas(walk: Walk, groups: Groups, state: Any, group: Any) -> None
     if not walk.is_local:
         cycles = list(walk.cycles.values())
         running = cycles[0].grad_norms[: walk.position].tolist()
-        norms = running or summarize(combine(cycles), walk.inner_steps)["grad_norms"]
+        norms = running or summarize(combine(cycles), cycles[0].room)["grad_norms"]
         compare_norms(norms, group or torch.distributed.group.WORLD, "in check_ranks()")
 
 

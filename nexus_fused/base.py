@@ -16,6 +16,7 @@ from . import agreement, backends, checkpoint
 from .cycle import combine, summarize
 from .frameworks import AccumulationWatch, of_the_optimizer, on_its_own, uninterrupted
 from .options import GROUP_KEYS, is_frozen
+from .passes import ForScaler, Passes
 from .ranks import Ranks
 from .state import State
 from .traps import Traps
@@ -33,8 +34,19 @@ class WalkingOptimizer(Optimizer):
         backends.check_choice(*choices[1:3])
         self._choices = choices  # of the constructor, as `Walk` takes them
         self._walk = Walk(choices, ranks, outer)
-        self._state = State(self, self._walk)
+        itself: Any = self._itself
+        self._for_scaler = ForScaler()
+        self._passes = Passes(self._for_scaler.hide, lambda: itself()._end_pass()) if self._walk.is_open else None
+        self._merges = False  # in one_micro_batch()
+        self._zeroed = self._told_of_zeroing = False  # in it, since the last pass; at all
+        self._state = State(self, self._walk, lambda: itself()._follow_passes())
         self._built = False
+
+    def _follow_passes(self) -> None:
+        """Sees the backward passes of all parameters that there are now."""
+        if self._passes is not None:
+            self._passes.follow((p for group in self.param_groups for p in group["params"]), self._walk.ranks.modules)
+            self._for_scaler.forget()
 
     @on_its_own
     def _take_groups(self, first: int, when: str) -> None:
@@ -52,6 +64,9 @@ class WalkingOptimizer(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Consumes the gradients of one micro-batch: an inner step, or in the last of a cycle also the outer step.
 
+        With `inner_steps=None` the outer step, after as many inner ones as there were backward passes since the last;
+        without any it does nothing.
+
         Updates weights and state in place; waits for a device only if other parameters lie on the CPU.
         Returns what `closure` returns. Captured into a CUDA graph, it reads gradients where they lie now, and
         hyperparameters that are tensors on the device, at every replay; others keep their values. A capture holds whole
@@ -65,8 +80,13 @@ class WalkingOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._passes is not None:
+            self._end_cycle(self._passes)
+            return loss
         with uninterrupted():
-            self._watch.look((p for group in self.param_groups for p in group["params"]), closure)
+            assert self.inner_steps is not None
+            params = (p for group in self.param_groups for p in group["params"])
+            self._watch.look(params, closure, self.inner_steps)
             self._state.follow_members()
             last = self.cycle_position + 1 == self.inner_steps
             agreement.compare_for_debugging(
@@ -80,6 +100,143 @@ class WalkingOptimizer(Optimizer):
                 self._state.show_position()
         return loss
 
+    @on_its_own
+    def _end_pass(self) -> None:
+        """Takes the inner step of a backward pass that ends, and lets its gradients go."""
+        self._zeroed = False
+        if self._merges:
+            return
+        self._refuse_inside_outer_weights("a backward pass")
+        with uninterrupted():
+            self._for_scaler.hide()
+            self._state.follow_members()
+            here = self._walk, self.param_groups, self._state.entries.state
+            agreement.compare_for_debugging(*here, "in a backward pass", averages=False)
+            self._state.refresh(gradients=True, moments=False)
+            self._traps.look_at_pass(self.param_groups, self._walk)
+            if self._walk.make_room(self._walk.position + 1):
+                self._state.show(in_cycle=True)
+            try:
+                self._walk.step(None, None)
+            finally:
+                self._state.show_position()
+            self._walk.let_gradients_go()
+            self._for_scaler.show(self._walk.work, self._walk.position)
+
+    def _end_cycle(self, passes: Passes) -> None:
+        """Takes the outer step of an open cycle."""
+        if self._merges:
+            raise RuntimeError(
+                "step() inside one_micro_batch(): leave the with block first, which takes the inner step"
+            )
+        if passes.is_replaced:
+            raise RuntimeError(
+                "another optimizer with inner_steps=None was built for some of its parameters, and takes their inner "
+                "steps now: use that one, or build this one again"
+            )
+        with uninterrupted():
+            self._state.follow_members()
+            self._check_nothing_waits()
+            self._for_scaler.hide()
+            self._traps.look_at_cycle(self.param_groups, self._walk)
+            if self.at_boundary and not self._walk.is_local:
+                return
+            here = self._walk, self.param_groups, self._state.entries.state
+            agreement.compare_for_debugging(*here, "in step()", averages=True)
+            self._state.refresh(gradients=False)
+            self._walk.unscale_norms(getattr(self, "grad_scale", None))
+            try:
+                self._walk.finish(None)
+            finally:
+                self._state.show_position()
+
+    def _waiting(self) -> tuple[int, int] | None:
+        """The group, and the place in it, of a parameter whose gradient no inner step has taken, if there is one."""
+        for index, group in enumerate(self.param_groups):
+            for i, param in enumerate(group["params"]):
+                if param.grad is not None and not self._for_scaler.holds(param):
+                    return index, i
+        return None
+
+    def _check_nothing_waits(self) -> None:
+        """Raises RuntimeError for gradients that no inner step has taken: they would be lost, or merged with others."""
+        waiting = self._waiting()
+        if waiting is not None:
+            raise RuntimeError(
+                f"parameter {waiting[1]} of group {waiting[0]} has a gradient at step() that no inner step has taken: "
+                "with inner_steps=None each backward pass takes its own, when it ends. Did one fail half-way? Then "
+                "call zero_grad(). Did you set p.grad by hand, or does compiled autograd run backward()? Do it inside "
+                "`with optimizer.one_micro_batch():`"
+            )
+
+    @of_the_optimizer
+    @contextlib.contextmanager
+    def one_micro_batch(self) -> Iterator[None]:
+        """Lets the gradients of several backward passes add up, for `inner_steps=None`: one inner step on their sum is
+        taken at the end, none where they were zeroed inside or an error leaves the block.
+
+        For losses whose backward passes need the same weights, for passes whose gradients are thrown away, for
+        gradients set by hand. RuntimeError with a number of inner steps, where `step()` says what a micro-batch is.
+        """
+        if self._passes is None:
+            raise RuntimeError(
+                f"one_micro_batch() is for inner_steps=None: with inner_steps={self.inner_steps} gradients add up "
+                "until step(), which takes one inner step on their sum"
+            )
+        if self._merges:  # the outermost block ends the micro-batch
+            yield
+            return
+        self._for_scaler.hide()
+        self._merges, self._zeroed = True, False
+        try:
+            yield
+        finally:
+            self._merges = False
+        if self._zeroed:
+            self._walk.let_gradients_go()
+        elif self._waiting() is not None:
+            self._end_pass()
+
+    @of_the_optimizer
+    def discard_cycle(self) -> None:
+        """Forgets the running cycle: the parameters return to θ, AdamW is not called. At a boundary does nothing.
+
+        With a `displacement_group` all ranks call it.
+        """
+        self._refuse_inside_outer_weights("discard_cycle()")
+        self._for_scaler.hide()
+        if self.at_boundary:
+            return
+        with uninterrupted():
+            self._state.follow_members()
+            self._state.refresh(gradients=False, moments=False)
+            try:
+                self._walk.return_to_theta()
+            finally:
+                self._state.show_position()
+
+    @on_its_own
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch.optim's. With `inner_steps=None` gradients are gone anyway; in mid-cycle warns once that their
+        micro-batches are not."""
+        optimizer: Any = self._itself()
+        optimizer._zeroed = True
+        optimizer._watch.zeroed()
+        if optimizer._passes is not None and not (optimizer._merges or optimizer.at_boundary):
+            optimizer._tell_of_zeroing()
+        super().zero_grad(set_to_none)
+
+    def _tell_of_zeroing(self) -> None:
+        if not self._told_of_zeroing and self._waiting() is None:  # else they are of a pass that failed
+            self._told_of_zeroing = True
+            warnings.warn(
+                f"zero_grad() after {self.cycle_position} backward pass(es) without a step(): with inner_steps=None "
+                "each of them has taken its inner step, and zero_grad() takes none back. To throw passes away, run "
+                "them inside `with optimizer.one_micro_batch():` and call zero_grad() there, or call discard_cycle(). "
+                "To have the K-th step() end the cycle, build with inner_steps=K",
+                stacklevel=4,
+            )
+
     @of_the_optimizer
     def outer_step(self) -> None:
         """Ends a partial cycle: applies the displacement so far. Gradients that wait are not used.
@@ -89,6 +246,7 @@ class WalkingOptimizer(Optimizer):
         `step()`, returns when all have come, and waits for the device.
         """
         self._refuse_inside_outer_weights("outer_step()")
+        self._for_scaler.hide()
         if self.at_boundary and not self._walk.is_local:
             return
         everybody_is_here = False
@@ -99,18 +257,18 @@ class WalkingOptimizer(Optimizer):
                 agreement.compare_for_debugging(*here, "in outer_step()", averages=self._walk.is_local)
                 self._state.refresh(gradients=False)
                 try:
-                    everybody_is_here = self._walk.finish(None)
+                    everybody_is_here = self._walk.finish(None, leaves=True)
                 finally:
                     self._state.show_position()
 
     @property
-    def inner_steps(self) -> int:
-        """K, micro-batches in a cycle."""
+    def inner_steps(self) -> int | None:
+        """K, micro-batches in a cycle; None where `step()` ends it."""
         return self._walk.inner_steps
 
     @property
     def cycle_position(self) -> int:
-        """Inner steps taken in the running cycle, 0 … inner_steps-1."""
+        """Inner steps taken in the running cycle, 0 … inner_steps-1, or as many as there were."""
         return self._walk.position
 
     @property
@@ -187,7 +345,7 @@ class WalkingOptimizer(Optimizer):
         """
         cycles = list(self._walk.cycles.values())
         return {
-            **summarize(combine(cycles), self.inner_steps),
+            **summarize(combine(cycles), cycles[0].room),
             "skipped_inner_steps": int(cycles[0].skipped_inner_steps),
             "skipped_outer_steps": int(cycles[0].skipped_outer_steps),
         }
@@ -235,7 +393,7 @@ class WalkingOptimizer(Optimizer):
         """
         if self._walk.is_local and not self.at_boundary and not self._state.shows_theta:
             warnings.warn(
-                f"state_dict() in mid-cycle ({self.cycle_position} of {self.inner_steps} inner steps), where each rank "
+                f"state_dict() in mid-cycle ({self._walk.progress}), where each rank "
                 "of displacement_group has a walk of its own: have every rank save its model and optimizer for itself, "
                 "or save inside outer_weights() or at a boundary",
                 stacklevel=6,
@@ -283,13 +441,18 @@ class WalkingOptimizer(Optimizer):
         finished = combine(list(self._walk.cycles.values()))
         # As lists: other processes are sent where a tensor lies, and these would be gone when they look.
         kept = None if finished is None else [sums.tolist() for sums in finished]
-        return {"_choices": self._choices, "_finished": kept}
+        return {"_choices": self._choices, "_finished": kept, "_for_scaler": self._for_scaler.shown()}
 
-    def _take_finished(self, finished: list[list[float]] | None) -> None:
-        """Ends the building of a copy; its figures of the last cycle are those of what was copied."""
+    def _take_rest(self, state: dict[str, Any]) -> None:
+        """Ends the building of a copy from `_state_to_copy`; its figures of the last cycle are the original's."""
         self._built, self._traps.knows_schedule, self._state.entries.known = True, False, False
+        for param in state["_for_scaler"]:  # a copy of what it showed
+            param.grad = None
+        finished = state["_finished"]
         if finished is not None:
             of_all = next(iter(self._walk.cycles.values()))
+            if self._walk.make_room(len(finished[0]) - 3 * len(self.param_groups)):
+                self._state.show(in_cycle=self._walk.position > 0)
             with torch.device("cpu"):  # whatever the default device is
                 sums, counts = finished
                 of_all.finished = torch.tensor(sums, dtype=torch.float64), torch.tensor(counts, dtype=torch.int64)
@@ -317,5 +480,5 @@ class WalkingOptimizer(Optimizer):
         checkpoint of mid-cycle. They are dropped again if the loaded position is 0, or at the end of the next cycle.
         """
         self._refuse_inside_outer_weights("materialize_displacements()")
-        if self.inner_steps > 1:
+        if self.inner_steps != 1:
             self._state.materialize_displacements()

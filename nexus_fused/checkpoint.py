@@ -3,6 +3,7 @@ modified, and copies of it into place."""
 
 from __future__ import annotations
 
+import math
 import warnings
 from copy import deepcopy
 from typing import Any
@@ -74,7 +75,7 @@ def check(
         _check_totals(group, index)
         if position > 0 and groups[index]["params"]:
             needed = keys_of_group(groups, index)
-            _check_cycle_data(group, index, needed, inner_steps, len(groups[index]["params"]))
+            _check_cycle_data(group, index, needed, position, inner_steps, len(groups[index]["params"]))
         group["cycle_position"] = position
 
     foreign = {}
@@ -111,7 +112,7 @@ def _completed(loaded: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _check_position(groups: list[dict[str, Any]], inner_steps: int) -> int:
+def _check_position(groups: list[dict[str, Any]], inner_steps: int | None) -> int:
     positions = [group["cycle_position"] for group in groups if "cycle_position" in group]
     if any(position != positions[0] for position in positions):
         raise ValueError(f"the loaded parameter groups stand at different positions of a cycle: {positions}")
@@ -127,8 +128,9 @@ def _check_position(groups: list[dict[str, Any]], inner_steps: int) -> int:
                 )
             warnings.warn(f"{message}, which it keeps", stacklevel=8)
             group["inner_steps"] = inner_steps
-    if isinstance(position, bool) or not isinstance(position, int) or not 0 <= position < inner_steps:
-        raise ValueError(f"the loaded cycle_position {position!r} is none of 0 … {inner_steps - 1}")
+    end = math.inf if inner_steps is None else inner_steps
+    if isinstance(position, bool) or not isinstance(position, int) or not 0 <= position < end:
+        raise ValueError(f"the loaded cycle_position {position!r} is none of 0 … {'' if end == math.inf else end - 1}")
     return position
 
 
@@ -148,7 +150,7 @@ def _check_totals(group: dict[str, Any], index: int) -> None:
 
 
 def _check_cycle_data(
-    group: dict[str, Any], index: int, needed: tuple[str, ...], inner_steps: int, n_params: int
+    group: dict[str, Any], index: int, needed: tuple[str, ...], position: int, inner_steps: int | None, n_params: int
 ) -> None:
     missing = [key for key in needed if key not in group]
     if missing:
@@ -156,17 +158,18 @@ def _check_cycle_data(
             f"the loaded state is of mid-cycle, but group {index} lacks {', '.join(missing)}: the checkpoint "
             "is truncated; load one that was saved at a boundary"
         )
-    touched, norms = group["touched"], group.get("grad_norms", [0.0] * inner_steps)
+    touched, norms = group["touched"], group.get("grad_norms", [0.0] * (inner_steps or position))
     if (
         not isinstance(norms, (list, tuple))
-        or len(norms) != inner_steps
+        or (inner_steps is not None and len(norms) != inner_steps)  # an open cycle has room for some
         or not all(map(_is_number, [group["walk_length"], group["walk_sq_length"], *norms]))
         or not isinstance(touched, (list, tuple))
         or [type(flag) for flag in touched] != [bool] * n_params
     ):
         raise ValueError(
             f"the loaded cycle data of group {index} (walk_length, walk_sq_length, grad_norms, touched) do not fit "
-            f"{inner_steps} inner steps and {n_params} parameters: load a checkpoint that was saved at a boundary"
+            f"{inner_steps or position} inner steps and {n_params} parameters: load a checkpoint that was saved at a "
+            "boundary"
         )
 
 

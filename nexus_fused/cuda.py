@@ -53,7 +53,7 @@ def _scalars(cycle: Cycle, micro_batch: MicroBatch | None) -> tuple[tuple[int, .
     """`struct Cycle`, the norms and the rest of `struct MicroBatch`."""
     finished_sums, finished_counts = cycle.results
     tensors = cycle.hyper, cycle.sums, cycle.totals, cycle.counts, finished_sums, finished_counts
-    of_cycle = *(tensor.data_ptr() for tensor in tensors), len(cycle.factor), cycle.inner_steps
+    of_cycle = *(tensor.data_ptr() for tensor in tensors), len(cycle.factor), cycle.room
     if micro_batch is None:
         return of_cycle, [], (0, 0, 0)
     norms = [norm.data_ptr() for norm in micro_batch.sq_norms]

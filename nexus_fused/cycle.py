@@ -37,13 +37,15 @@ class MicroBatch(NamedTuple):
 
 
 class Cycle:
-    """Scalars of the running cycle on one device, for `n_groups` parameter groups and K inner steps; float64 but for
-    `moves` and `lost_moves`, which are int64.
+    """Scalars of the running cycle on one device, for `n_groups` parameter groups; float64 but for `moves` and
+    `lost_moves`, which are int64.
+
+    room: norms that there is room for, K where that is known.
 
     hyper [n_groups, 8]: what the kernels need of each group, see HYPER (`inner_lr` is γ_k, already scheduled).
     factor [n_groups]: ±γ_k/‖g_k‖, what a gradient is multiplied with; 0 where the inner step is skipped.
-    sums [3·n_groups + K]: walk_length, walk_sq_length [n_groups]: Γ = Σγ and Σγ² over the inner steps really taken;
-    displacement_sq [n_groups]: ‖D‖², written by the outer step; grad_norms [K]: unscaled norms, -1 in place of NaN
+    sums [3·n_groups + room]: walk_length, walk_sq_length [n_groups]: Γ = Σγ and Σγ² over the inner steps really taken;
+    displacement_sq [n_groups]: ‖D‖², written by the outer step; grad_norms [room]: unscaled norms, -1 in place of NaN
     (NaN differs from itself, which distributed loading refuses).
     totals: skipped_inner_steps, skipped_outer_steps. counts: moves, lost_moves: element moves in this cycle, and those
     that rounding swallowed whole.
@@ -51,10 +53,10 @@ class Cycle:
     third, its inner steps. finished: `results` once a cycle has finished, before None.
     """
 
-    def __init__(self, device: torch.device, inner_steps: int, backend: ModuleType) -> None:
-        self.device, self.inner_steps, self.backend = device, inner_steps, backend
+    def __init__(self, device: torch.device, room: int, backend: ModuleType) -> None:
+        self.device, self.room, self.backend = device, room, backend
         self.hyper = torch.zeros(0, len(HYPER), dtype=torch.float64, device=device)
-        self.factor, self.sums, self.totals = self._zeros(0), self._zeros(inner_steps), self._zeros(2)
+        self.factor, self.sums, self.totals = self._zeros(0), self._zeros(room), self._zeros(2)
         self.counts = torch.zeros(2, dtype=torch.int64, device=device)
         self.finished: tuple[Tensor, Tensor] | None = None
         self._told: tuple[Tensor, torch.Event] | None = None  # Γ on its way to the host, and whether it is there
@@ -65,7 +67,7 @@ class Cycle:
         return torch.zeros(shape, dtype=torch.float64, device=self.device)
 
     def _lay_out(self) -> None:
-        parts = self.sums.split([len(self.factor)] * 3 + [self.inner_steps])
+        parts = self.sums.split([len(self.factor)] * 3 + [self.room])
         self.walk_length, self.walk_sq_length, self.displacement_sq, self.grad_norms = parts
         self.skipped_inner_steps, self.skipped_outer_steps = self.totals
         self.moves, self.lost_moves = self.counts
@@ -82,9 +84,19 @@ class Cycle:
             self.sums = torch.cat([*grown, self.grad_norms])
             self._lay_out()
 
+    def make_room(self, room: int) -> None:
+        """Makes room for so many norms; what is there stays, and so do the figures of the finished cycle."""
+        if room > self.room:
+            more, finished = self._zeros(room - self.room), self.finished
+            self.sums, self.room = torch.cat([self.sums, more]), room
+            self._lay_out()
+            if finished is not None:
+                self.finished = torch.cat([finished[0], more]), finished[1]
+
     def follow(self, other: Cycle) -> None:
         """Starts where the cycle on another device stands; ‖D‖² and counts are each device's own."""
         n_groups = len(self.factor)
+        self.make_room(other.room)
         self.sums.copy_(other.sums)
         self.sums[2 * n_groups : 3 * n_groups] = 0
         self.totals.copy_(other.totals)
@@ -111,7 +123,8 @@ class Cycle:
             self.walk_sq_length[group] = data["walk_sq_length"]
             if "grad_norms" in data:
                 norms = [torch.as_tensor(norm, device=self.device).double().view(()) for norm in data["grad_norms"]]
-                self.grad_norms.copy_(torch.stack(norms))
+                self.make_room(len(norms))
+                self.grad_norms[: len(norms)] = torch.stack(norms)
 
     def set_hyper(self, rows: list[list[float | Tensor]]) -> None:
         """Brings the groups' hyperparameters, one row of HYPER each, to the device without waiting for it."""
@@ -196,7 +209,7 @@ class Cycle:
 
     def _finished_walk(self) -> tuple[Tensor, Tensor]:
         """Γ and ‖D‖² of each group in the cycle that finished last, views."""
-        walk_length, _, displacement_sq, _ = self.results[0].split([len(self.factor)] * 3 + [self.inner_steps])
+        walk_length, _, displacement_sq, _ = self.results[0].split([len(self.factor)] * 3 + [self.room])
         return walk_length, displacement_sq
 
     def set_results_of_parameters(self, values: Tensor | None) -> None:
@@ -253,7 +266,7 @@ def combine(cycles: list[Cycle]) -> tuple[Tensor, Tensor] | None:
     if not known:
         return None
     (sums, counts), others = known[0], known[1:]
-    n_groups = (len(sums) - cycles[0].inner_steps) // 3
+    n_groups = (len(sums) - cycles[0].room) // 3
     sums, counts = sums.clone(), counts.clone()
     for other_sums, other_counts in others:
         sums[2 * n_groups : 3 * n_groups] += other_sums[2 * n_groups : 3 * n_groups]
@@ -261,8 +274,8 @@ def combine(cycles: list[Cycle]) -> tuple[Tensor, Tensor] | None:
     return sums, counts
 
 
-def summarize(finished: tuple[Tensor, Tensor] | None, inner_steps: int) -> dict[str, Any]:
-    """The figures of one finished cycle, from `combine`.
+def summarize(finished: tuple[Tensor, Tensor] | None, room: int) -> dict[str, Any]:
+    """The figures of one finished cycle, from `combine`. room: `Cycle.room`.
 
     alignment: mean pairwise cosine similarity of the unit gradients taken, each at its own point of the walk:
     (R² − s)/(1 − s) with R² = Σ_groups ‖D‖²/Γ² and s = Σγ²/Γ²; NaN when fewer than two were taken.
@@ -270,8 +283,8 @@ def summarize(finished: tuple[Tensor, Tensor] | None, inner_steps: int) -> dict[
     if finished is None:
         return {"alignment": float("nan"), "grad_norms": [], "lost_fraction": 0.0}
     sums, counts = finished
-    n_groups = (len(sums) - inner_steps) // 3
-    walk_length, walk_sq_length, displacement_sq, grad_norms = sums.split([n_groups] * 3 + [inner_steps])
+    n_groups = (len(sums) - room) // 3
+    walk_length, walk_sq_length, displacement_sq, grad_norms = sums.split([n_groups] * 3 + [room])
     moves, lost, taken = counts.tolist()
     moved = walk_length > 0
     alignment = float("nan")

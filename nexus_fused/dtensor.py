@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import sys
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -143,3 +144,27 @@ def find_fsdp_modules(params: list[Tensor]) -> list[weakref.ref[Any]]:
         return []
     modules = [found for found in gc.get_objects() if issubclass(type(found), fsdp)]
     return [weakref.ref(module) for module in modules if any(id(param) in ours for param in module.parameters())]
+
+
+def reduces_gradients(module: Any) -> bool:
+    """Whether a module under `fully_shard` reduces the gradients of each backward pass."""
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+    return all(group is None or (group.reduce_grads and group.all_reduce_grads) for group in groups)
+
+
+def around_passes(module: Any, before: Callable[[], None], after: Callable[[], None]) -> None:
+    """Has a module under `fully_shard` call `before` in each backward pass before it reduces gradients, and `after`
+    when the pass has reduced all of them, where it is the root."""
+    state = module._get_fsdp_state()
+    begin, end = state._pre_backward, state._root_post_backward_final_callback
+
+    def pre_backward(grad: Tensor) -> Any:
+        before()
+        return begin(grad)
+
+    def root_post_backward_final_callback() -> None:
+        end()
+        after()
+
+    state._pre_backward, state._root_post_backward_final_callback = pre_backward, root_post_backward_final_callback

@@ -1,9 +1,9 @@
-"""Whether a framework accumulates gradients, where that can be seen: the walk wants a step() after each micro-batch.
+"""Whether gradients are accumulated, where K is a number: the walk wants a step() after each micro-batch then.
 
-Several backward passes before a step() are allowed, so counting them says nothing. But Accelerate states, for the whole
-process, whether a step follows a backward pass (the Hugging Face Trainer sets the same flag), and Lightning's Trainer
-hands step() a closure that leads to its settings. A framework that was never imported drives nothing, so nothing is
-imported here.
+Accelerate states, for the whole process, whether a step follows a backward pass (the Hugging Face Trainer sets the same
+flag), and Lightning's Trainer hands step() a closure that leads to its settings. A framework that was never imported
+drives nothing, so nothing is imported here. Other loops are seen by their backward passes: several before each step()
+of a whole cycle may be several losses, but rarely are.
 """
 
 from __future__ import annotations
@@ -97,49 +97,73 @@ class AccumulationWatch:
 
     def __init__(self, name: str) -> None:
         self._name, self._warned = name, False
-        self._looked = False  # at what Accelerate did between two steps
         self._hook: torch.utils.hooks.RemovableHandle | None = None
+        self._passes: list[int] = []  # that added up before each step since the hook came
         self._unfinished = 0  # backward passes that Accelerate said no step would follow
+        self._looks = True  # at backward passes; in the first cycle only
 
-    def look(self, params: Iterable[Tensor], closure: Callable[[], Any] | None) -> None:
-        """Warns (UserWarning) where the framework accumulates; after the backward pass, before gradients are used."""
+    def look(self, params: Iterable[Tensor], closure: Callable[[], Any] | None, inner_steps: int) -> None:
+        """Warns (UserWarning) where gradients are accumulated; after the backward pass, before they are used."""
         if self._warned:
             return
         if closure is not None:
-            self._warn("Lightning's Trainer", "accumulate_grad_batches", _lightning(closure))
-        if not self._looked:
-            self._warn("Accelerate or the Trainer above it", "gradient_accumulation_steps", self._accelerate(params))
+            self._warn("Lightning's Trainer accumulates", "accumulate_grad_batches", _lightning(closure))
+        if self._looks and not self._warned:
+            self._look_at_passes(params, inner_steps)
 
-    def _accelerate(self, params: Iterable[Tensor]) -> int:
-        """Micro-batches per step: a hook counts backward passes from the first step to the second, then it goes."""
-        if self._hook is not None:
+    def zeroed(self) -> None:
+        """Notes that zero_grad() was called: passes before it do not count."""
+        if self._passes:
+            self._passes[-1] = 0
+
+    def _look_at_passes(self, params: Iterable[Tensor], inner_steps: int) -> None:
+        """A hook of one parameter counts backward passes from the first step on."""
+        if self._hook is None:
+            param = next((p for p in params if p.grad is not None and p.requires_grad), None)
+            if param is not None:
+                self._hook = param.register_hook(_counts(weakref.ref(self), weakref.ref(param)))
+                self._passes.append(0)
+            return
+        accelerate = "Accelerate, or the Trainer above it, accumulates"
+        self._warn(accelerate, "gradient_accumulation_steps", self._unfinished + 1)
+        self._looks = not self._warned and self._passes[-1] > 1
+        if self._looks and len(self._passes) == inner_steps:
+            self._warn("Your loop accumulates", "", min(self._passes))
+            self._looks = False
+        self._passes.append(0)
+        if not self._looks:
             self._hook.remove()
-            self._hook, self._looked = None, True
-            return self._unfinished + 1
-        param = next((p for p in params if p.grad is not None and p.requires_grad), None)
-        if "accelerate.state" not in sys.modules:
-            self._looked = True
-        elif param is not None:
-            self._hook = param.register_post_accumulate_grad_hook(functools.partial(_count, weakref.ref(self)))
-        return 1
 
-    def _warn(self, framework: str, setting: str, micro_batches: int) -> None:
+    def _warn(self, who: str, setting: str, micro_batches: int) -> None:
         if micro_batches <= 1:
             return
         self._warned = True
+        what, other_way = "backward passes", "call step() after each of them"
+        if setting:
+            what, other_way = (
+                "micro-batches",
+                f"set {setting} to 1 (inner_steps micro-batches, a cycle, take its place)",
+            )
         warnings.warn(
-            f"{framework} accumulates the gradients of {micro_batches} micro-batches before each step() of "
-            f"{self._name}, so that the walk takes one inner step where it should take {micro_batches}: set {setting} "
-            "to 1 (a cycle of inner_steps micro-batches takes its place), or filter this warning if you mean it",
+            f"{who} the gradients of {micro_batches} {what} before each step() of {self._name}, so that the walk takes "
+            f"one inner step where it should take {micro_batches}: build it with inner_steps=None, which needs no "
+            f"other change, or {other_way}; filter this warning if you mean it (several losses of a micro-batch)",
             stacklevel=1,  # schedulers wrap step(), and Accelerate ignores all that they seem to warn of
         )
 
 
-def _count(watch: weakref.ref[AccumulationWatch], _: Tensor) -> None:
-    """The hook: was this backward pass one that no step follows?"""
-    known = watch()
-    if known is not None and not torch.compiler.is_compiling():
-        known._unfinished += not sys.modules["accelerate.state"].GradientState().sync_gradients
+def _counts(watch: weakref.ref[AccumulationWatch], of: weakref.ref[Any]) -> Callable[[Tensor], None]:
+    """A hook: one more backward pass that adds to a gradient, maybe one that no step follows."""
+
+    def count(_: Tensor) -> None:
+        known, param = watch(), of()
+        if known is not None and param is not None and not torch.compiler.is_compiling():
+            known._passes[-1] = 1 if param.grad is None else known._passes[-1] + 1
+            accelerate = sys.modules.get("accelerate.state")
+            known._unfinished += accelerate is not None and not accelerate.GradientState().sync_gradients
+
+    torch.utils.hooks.unserializable_hook(count)  # else to save a plain tensor warns of it
+    return count
 
 
 def _lightning(closure: Callable[[], Any]) -> int:

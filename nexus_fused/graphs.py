@@ -40,7 +40,7 @@ def _is_captured(device: torch.device) -> bool:
 
 
 def check_can_be_replayed(
-    param_groups: list[dict[str, Any]], *, communicates: bool, ready: bool, inner_steps: int
+    param_groups: list[dict[str, Any]], *, communicates: bool, ready: bool, inner_steps: int | None
 ) -> None:
     """RuntimeError, with the remedy, for what a CUDA graph could not replay.
 
@@ -85,7 +85,7 @@ class Capture:
         self.known: int | None = None
         self.ever = False
 
-    def cut(self, devices: list[torch.device], taken: int, inner_steps: int) -> RuntimeError | None:
+    def cut(self, devices: list[torch.device], taken: int, inner_steps: int | None) -> RuntimeError | None:
         """The error for a capture that begins or ends in mid-cycle, after `taken` inner steps, as one has now."""
         if taken == 0 or capture_id(devices) == self.known:
             return None

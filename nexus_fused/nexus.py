@@ -72,7 +72,7 @@ class Nexus(WalkingOptimizer):
         self,
         *optimizers: Optimizer,
         inner_lr: float | Tensor = 1e-2,
-        inner_steps: int = 4,
+        inner_steps: int | None = 4,
         normalize_displacement: bool = True,
         inner_lr_follows_lr: bool = True,
         displacement_dtype: torch.dtype | None = None,
@@ -84,7 +84,7 @@ class Nexus(WalkingOptimizer):
         steps = options.inner_steps(inner_steps)
         if steps == 1 and displacement_dtype is None:
             displacement_dtype = torch.float32  # it only carries g/‖g‖
-        choices = (steps, backend, None, flatten, options.displacement_dtype(displacement_dtype, steps), False)
+        choices = (steps, backend, None, flatten, displacement_dtype, False)
         check_optimizers(optimizers)
         defaults = {
             "inner_lr": inner_lr,
@@ -108,8 +108,7 @@ class Nexus(WalkingOptimizer):
                 group.update(values)
             raise
         self._built = True
-        if not self._walk.is_local:
-            self._walk.ranks.replicas.find(self.param_groups)
+        self._walk.ranks.replicas.find(self.param_groups)
 
     def _wrap(self, optimizers: tuple[Optimizer, ...], walk: dict[str, Any], choices: Any, ranks: Ranks) -> None:
         """Takes the optimizers, before any parameter. walk: its options, for groups that lack them."""
@@ -149,8 +148,8 @@ class Nexus(WalkingOptimizer):
         itself: Any = self._itself()  # a framework's wrapper may ask for groups
         if not itself._at_work and not self.at_boundary:
             itself._meddled = (
-                f"optimizer {index} ({type(self.optimizers[index]).__name__}) was {what} in mid-cycle, after "
-                f"{self.cycle_position} of {self.inner_steps} inner steps: call only Nexus's own step(), which steps "
+                f"optimizer {index} ({type(self.optimizers[index]).__name__}) was {what} in mid-cycle, "
+                f"{self._walk.progress}: call only Nexus's own step(), which steps "
                 "it at the end of each cycle, and its load_state_dict(); change an optimizer itself at a boundary only "
                 "(at_boundary, or after outer_step()). To go on, load a checkpoint"
             )
@@ -408,7 +407,7 @@ class Nexus(WalkingOptimizer):
         loaded = [{key: group[key] for key in GROUP_KEYS if key in group} for group in self.param_groups]
         self._state.register(entries_of(self.param_groups), flatten=self._walk.flatten, known=state["_ours"])
         self._state.restore(loaded, state["_ours"])
-        self._take_finished(state["_finished"])
+        self._take_rest(state)
 
 
 def _let_have(param: Any, gradient: Tensor, stack: contextlib.ExitStack) -> None:

@@ -114,6 +114,12 @@ class Observer:
         copied = self.copies.get(segment.row)
         return copied if copied is not None else local_part(segment.param.grad)
 
+    def let_go(self) -> None:
+        """Drops all gradients."""
+        self.copies.clear()
+        for param in self.params:
+            param.grad = None
+
     def _look_at_parameter(self, segment: Segment, address: int) -> bool:
         """Whether a parameter lies elsewhere than at `address`; brings one that has gaps up to date."""
         local = segment.local

@@ -85,7 +85,7 @@ class NexusAdamW(WalkingOptimizer):
         amsgrad: bool = False,
         *,
         inner_lr: float | Tensor = 1e-2,
-        inner_steps: int = 4,
+        inner_steps: int | None = 4,
         normalize_displacement: bool = True,
         inner_lr_follows_lr: bool = True,
         displacement_dtype: torch.dtype | None = None,
@@ -106,7 +106,7 @@ class NexusAdamW(WalkingOptimizer):
             backend,
             options.plain("fused", fused),
             flatten,
-            options.displacement_dtype(displacement_dtype, steps),
+            displacement_dtype,
             options.offload(offload),
         )
         self._build(choices, Ranks(norm_group, displacement_group))
@@ -133,8 +133,7 @@ class NexusAdamW(WalkingOptimizer):
         super().__init__(params, defaults)
         self._take_groups(0, "at construction")
         self._built, self._state.entries.known = True, False
-        if not self._walk.is_local:
-            self._walk.ranks.replicas.find(self.param_groups)
+        self._walk.ranks.replicas.find(self.param_groups)
 
     # Parameters
 
@@ -195,4 +194,4 @@ class NexusAdamW(WalkingOptimizer):
         self._state.register(params, flatten=self._walk.flatten, known=entries)
         self._state.restore(loaded, {p: entry for p, entry in entries.items() if isinstance(p, Tensor)})
         self._state.entries.state.update({key: value for key, value in entries.items() if not isinstance(key, Tensor)})
-        self._take_finished(state["_finished"])
+        self._take_rest(state)

@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from . import dtensor
 from .flat import STATE_DTYPE, has_memory, real_dtype
 
+BFLOAT16_STEPS = 32  # roundings of D that leave it good enough
 INNER_LR_FLOOR = 0.1  # of inner_lr: keeps the walk above float32's resolution at both ends of a schedule
 
 
@@ -89,23 +90,27 @@ def number(value: Any, name: str, allowed: Range) -> float | Tensor:
     return result
 
 
-def inner_steps(value: Any) -> int:
-    """`value` as the number of micro-batches in a cycle, at least 1."""
+def inner_steps(value: Any) -> int | None:
+    """`value` as the number of micro-batches in a cycle, at least 1; None where `step()` decides."""
+    if value is None:
+        return None
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"inner_steps must be an int, but is {value!r} ({type(value).__name__})")
+        raise TypeError(f"inner_steps must be an int or None, but is {value!r} ({type(value).__name__})")
     if value < 1:
         raise ValueError(f"inner_steps must be at least 1, but is {value}")
     return int(value)
 
 
-def displacement_dtype(value: Any, steps: int) -> torch.dtype:
-    """What D is kept in: `value`, or bfloat16 up to 32 inner steps, few enough roundings for it, and float32 beyond."""
+def displacement_dtype(value: Any, steps: int | None) -> torch.dtype:
+    """What D is kept in: `value`, or bfloat16 up to 32 inner steps, few enough roundings for it, or an unknown number
+    of them, and float32 beyond."""
     if value not in (None, torch.bfloat16, torch.float32):
         raise ValueError(
-            "displacement_dtype must be None (torch.bfloat16 up to 32 inner steps, else torch.float32), torch.bfloat16 "
-            f"or torch.float32, but is {value!r}; float64 parameters have float64 displacements whatever it is"
+            f"displacement_dtype must be None (torch.bfloat16 up to {BFLOAT16_STEPS} inner steps, else torch.float32), "
+            f"torch.bfloat16 or torch.float32, but is {value!r}; float64 parameters have float64 displacements "
+            "whatever it is"
         )
-    return value or (torch.bfloat16 if steps <= 32 else torch.float32)
+    return value or (torch.bfloat16 if steps is None or steps <= BFLOAT16_STEPS else torch.float32)
 
 
 def offload(value: Any) -> bool:
@@ -138,7 +143,7 @@ def tidy(group: dict[str, Any]) -> None:
     group.update((key, plain(key, group[key])) for key in ours if key in group)
 
 
-def group_row(group: dict[str, Any], index: int, steps: int) -> list[float | Tensor]:
+def group_row(group: dict[str, Any], index: int, steps: int | None) -> list[float | Tensor]:
     """Checks a parameter group and returns its row of `Cycle.hyper`; an option that is not `plain` becomes so."""
     row = _walk_row if OPTIMIZER in group else _row
     try:
@@ -148,7 +153,7 @@ def group_row(group: dict[str, Any], index: int, steps: int) -> list[float | Ten
     return row(group, index, steps)
 
 
-def _walk_row(group: dict[str, Any], index: int, steps: int) -> list[float | Tensor]:
+def _walk_row(group: dict[str, Any], index: int, steps: int | None) -> list[float | Tensor]:
     """The row of a group of another optimizer, zeros in AdamW's columns; without `lr` (or with None) γ is constant."""
     ours = {key: group[key] for key in WALK_OPTIONS} | {"lr": 0.0, "betas": (0.0, 0.0), "eps": 0.0, "weight_decay": 0.0}
     ours |= dict.fromkeys(FLAGS, False) | {key: group[key] for key in FLAGS if key in WALK_OPTIONS}
@@ -157,7 +162,7 @@ def _walk_row(group: dict[str, Any], index: int, steps: int) -> list[float | Ten
     return _row(ours, index, steps)
 
 
-def _row(group: dict[str, Any], index: int, steps: int) -> list[float | Tensor]:
+def _row(group: dict[str, Any], index: int, steps: int | None) -> list[float | Tensor]:
     """The row, with γ_k scheduled.
 
     γ_k = inner_lr · max(lr / base_lr, 0.1), base_lr being the peak that a OneCycleLR recorded or the group's learning
@@ -202,7 +207,7 @@ def first_of(group: dict[str, Any], *keys: str, otherwise: Any) -> Any:
     return next((group[key] for key in keys if group.get(key) is not None), otherwise)
 
 
-def group_rows(groups: list[dict[str, Any]], steps: int, kept: KeptRows) -> list[list[float | Tensor]]:
+def group_rows(groups: list[dict[str, Any]], steps: int | None, kept: KeptRows) -> list[list[float | Tensor]]:
     """The row of each group: the one in `kept`, which is brought up to date, unless a value is another object now, or
     a tensor, which others may have written into."""
     before = kept.copy()
@@ -245,7 +250,7 @@ def _share_of_peak(lr: float | Tensor, base_lr: float | Tensor) -> float | Tenso
 
 
 def check_new_group(
-    param_group: Any, defaults: dict[str, Any], index: int, steps: int, known: set[Tensor]
+    param_group: Any, defaults: dict[str, Any], index: int, steps: int | None, known: set[Tensor]
 ) -> list[Tensor]:
     """Checks a parameter group before anything is built from it; returns its parameters, as tensors, each once.
 

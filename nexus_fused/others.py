@@ -162,7 +162,7 @@ def _is_saved_otherwise(o: Optimizer) -> bool:
         return False
 
 
-def check_groups(groups: list[dict[str, Any]], steps: int) -> None:
+def check_groups(groups: list[dict[str, Any]], steps: int | None) -> None:
     """Whether the walk can take the parameters of these groups, and their options."""
     known: set[Tensor] = set()
     for index, group in enumerate(groups):

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .dtensor import find_fsdp_modules, is_dtensor, local_part, shard_ranks
+from .dtensor import find_fsdp_modules, is_dtensor, local_part, reduces_gradients, shard_ranks
 from .replicas import Replicas, compare_norms
 
 
@@ -205,6 +205,21 @@ class Ranks:
             dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
             flag = bool(found)
         return flag
+
+    def check_reduced(self, groups: list[dict[str, Any]], *, ends_pass: bool) -> None:
+        """RuntimeError where gradients were not reduced over the ranks that need it. ends_pass: a backward pass has
+        just ended, else step() was called."""
+        self.replicas.check_reduced(groups, self.displacement_group, ends_pass=ends_pass)
+        for known in self.modules:
+            module = known()
+            if module is not None and not reduces_gradients(module):
+                raise RuntimeError(
+                    f"FSDP2 did not reduce the gradients of this {'backward pass' if ends_pass else 'step()'} "
+                    "(set_requires_gradient_sync(False), or set_requires_all_reduce(False)): it adds those of several "
+                    "backward passes up, and the walk would take one inner step where there are several micro-batches. "
+                    "Leave it True for every pass; to walk without reduction, shard over one dimension of the mesh and "
+                    "give the other as displacement_group"
+                )
 
     def reshard(self) -> None:
         """Frees the gathered weights of FSDP2 modules: the next forward pass gathers what the shards hold then."""

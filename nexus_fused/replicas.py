@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import gc
 import math
+import sys
+import warnings
 import weakref
 from typing import Any
 
@@ -52,7 +54,7 @@ class Replicas:
     def __init__(self) -> None:
         self.outdated = True  # parameters came
         self._found: list[Replica] = []
-        self._waited: bool | None = None  # whether the gradients of the last step were this rank's own, if known
+        self._told = False
 
     def find(self, groups: list[dict[str, Any]]) -> None:
         """Looks for instances that hold parameters of these groups, which takes some 0.1 s."""
@@ -70,41 +72,64 @@ class Replicas:
                 self._found.append(Replica(module, reduced[0]))
         self.outdated = not self._found
 
-    def forget(self) -> None:
-        """Has the next step's gradients be of either kind: a state was loaded, which replicas have in common."""
-        self._waited = None
+    def check_reduced(self, groups: list[dict[str, Any]], walkers: Any, *, ends_pass: bool) -> None:
+        """Raises RuntimeError where gradients are this rank's own, and nobody averages what comes of them: replicas
+        would part for good. Warns once where `walkers`, the process group that averages D, got reduced ones.
 
-    def check_reduced(self, groups: list[dict[str, Any]], position: int, inner_steps: int) -> None:
-        """Raises RuntimeError where some steps take gradients that DDP reduced and others this rank's own.
-
-        None of them reduced is for those who average weights themselves, from a boundary on: position is 0 there.
+        ends_pass: a backward pass has just ended, else step() was called.
         """
+        what = "this backward pass" if ends_pass else "this step()"
         if self.outdated:
+            known = len(self._found)
             self.find(groups)
             self.outdated = False
-        if not self._found or self._found[0].reduced is None:
-            return
-        waits = any(replica.waits for replica in self._found)
-        if self._waited is not None and waits != self._waited and (position > 0 or (inner_steps == 1 and self._waited)):
-            raise RuntimeError(
-                f"DistributedDataParallel {'did not reduce' if waits else 'reduced'} the gradients of this step() and "
-                f"{'reduced' if waits else 'did not reduce'} those of the one before (its no_sync(), or "
-                "require_backward_grad_sync), so that replicas part: leave that away and call step() once after each "
-                "backward pass, or only after the last one, which is reduced; or give displacement_group, with which "
-                "each rank walks on its own"
-            )
-        self._waited = waits
+            for replica in self._found[known:] if ends_pass else ():  # before any other forward pass
+                replica.reduced = replica.module().require_forward_param_sync  # type: ignore[union-attr]
+        for replica in self._found:
+            module, waits = replica.module(), replica.waits
+            if module is None or replica.reduced is None:  # no backward pass was seen yet
+                continue
+            averaged = walkers is not None and _members(module.process_group) <= _members(walkers)
+            if waits and not averaged and not _is_averaged_by_others(module):
+                raise RuntimeError(
+                    f"DistributedDataParallel did not reduce the gradients of {what} (its no_sync(), or "
+                    "require_backward_grad_sync, as accumulation in Accelerate and the Trainer has it), so each rank "
+                    "would walk on its own and replicas part. Reduce them: leave no_sync() away, or with inner_steps=K "
+                    "call step() only after the last of several backward passes, which is reduced. Or give "
+                    "displacement_group, with which each rank walks on its own and D is averaged at the end of the "
+                    "cycle. Or, to average weights yourself, train the module inside DistributedDataParallel"
+                )
+            if averaged and not waits and not self._told:
+                self._told = True
+                warnings.warn(
+                    f"DistributedDataParallel reduced the gradients of {what}, and displacement_group averages D over "
+                    "the same ranks: both are sent, where D alone does. Keep model.no_sync() open around the whole "
+                    "training loop (frameworks' own no_sync() may stand inside), or train without "
+                    "DistributedDataParallel",
+                    stacklevel=1,
+                )
 
-    def compared(self, sq_norms: list[Tensor]) -> list[Tensor]:
-        """`sq_norms` as they are. Where torch.distributed was asked to look for mistakes, compares ‖g‖ with the other
-        replicas' before, which waits for the device."""
+    def compare(self, sq_norms: list[Tensor]) -> None:
+        """Compares ‖g‖ with the other replicas' where torch.distributed was asked to look for mistakes; waits for the
+        device then."""
         if self._found and dist.get_debug_level() != dist.DebugLevel.OFF and not _capturing():
             norm = sum(float(part.sum()) for part in sq_norms) ** 0.5
             modules = [replica.module() for replica in self._found]
             groups = [m.process_group for m in modules if m is not None and not m._join_config.enable]
             for group in dict.fromkeys(groups):
                 compare_norms([norm], group, "in step()")
-        return sq_norms
+
+
+def _members(group: Any) -> set[int]:
+    return set(dist.get_process_group_ranks(group))
+
+
+def _is_averaged_by_others(module: Any) -> bool:
+    """Whether Accelerate's LocalSGD averages the weights of this module; asked only before an error."""
+    kind = getattr(sys.modules.get("accelerate.local_sgd"), "LocalSGD", None)
+    return kind is not None and any(
+        type(found) is kind and found.enabled and found.model is module for found in gc.get_objects()
+    )
 
 
 def _capturing() -> bool:

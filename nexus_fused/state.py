@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import zip_longest
 from typing import Any
 
@@ -23,10 +23,12 @@ class State:
     """The parameters of an optimizer and what its `state` and `param_groups` show of them, in step with a walk.
 
     optimizer: only its `state` and `param_groups` are read, at each call, since torch.optim replaces them.
+    parameters_came: called after some did.
     """
 
-    def __init__(self, optimizer: Any, walk: Walk) -> None:
+    def __init__(self, optimizer: Any, walk: Walk, parameters_came: Callable[[], None]) -> None:
         self._optimizer, self._walk = weakref.ref(optimizer), walk
+        self._parameters_came = parameters_came
         self._frozen: list[Entry] = []  # no state yet
         self._members: list[list[Tensor]] = []  # each group's parameters, as registered
         self.entries = Entries(self._optimizer, are_guests=not walk.keeps)
@@ -58,6 +60,7 @@ class State:
         self._frozen += waiting
         self._members = [list(group["params"]) for group in self._groups]
         self._add(segments)
+        self._parameters_came()
 
     def _add(self, segments: list[Segment]) -> None:
         """Gives parameters that came an entry, and entries the maxima that came."""
@@ -200,8 +203,8 @@ class State:
             self.show(in_cycle=self._walk.position > 0)  # where a capture was cut, the cycle did not take place
             raise
         self._walk.check_writes()  # before anything has parameters taken as they are
-        if gradients and not self._walk.is_local:
-            self._walk.ranks.replicas.check_reduced(groups, self._walk.position, self._walk.inner_steps)
+        if gradients:
+            self._walk.ranks.check_reduced(groups, ends_pass=self._walk.is_open)
         buckets = [bucket for table in self._walk.tables.values() for bucket in table.buckets]
         maxima_come = any(bucket.amsgrad != has_maxima(groups[bucket.group]) for bucket in buckets)
         self.adopt(moments=moments or maxima_come)  # they are shown with all the rest
@@ -286,7 +289,7 @@ class State:
             warnings.warn(
                 f"{type(self._optimizer()).__name__}'s state_dict() after eval() describes the start of the cycle and "
                 f"leaves out {self._walk.position} micro-batch(es) since: to resume after them save before eval() or "
-                f"after train(), or evaluate at multiples of inner_steps ({self._walk.inner_steps}) only",
+                f"after train(), or evaluate {_at_boundaries(self._walk.inner_steps)} only",
                 stacklevel=8,
             )
 
@@ -322,7 +325,6 @@ class State:
 
     def restore(self, loaded: list[dict[str, Any]], entries: dict[Tensor, dict[str, Any]]) -> None:
         """Copies checked groups and entries into place, zeros where there are none, and the position with them."""
-        self._walk.ranks.replicas.forget()
         self.shows_theta = False  # eval() at a boundary, which hid nothing
         self._is_fresh &= not entries
         late = [entry for entry in self._frozen if entries.get(entry[2]) or self.entries.state.get(entry[2])]
@@ -356,3 +358,8 @@ class State:
             table.set_touched([s for s in table.segments if position > 0 and loaded[s.group]["touched"][s.index]], True)
         self.entries.hide()  # what is shown from here on is the loaded position's
         self._add(walk.segments)
+
+
+def _at_boundaries(inner_steps: int | None) -> str:
+    """When a cycle is at its boundary."""
+    return "after step()" if inner_steps is None else f"at multiples of inner_steps ({inner_steps})"

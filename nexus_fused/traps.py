@@ -14,10 +14,11 @@ from torch import Tensor
 
 from . import graphs
 from .flat import GRAD
-from .options import INNER_LR_FLOOR
+from .options import BFLOAT16_STEPS, INNER_LR_FLOOR
 from .walk import Walk
 
 TOO_FAR = 10  # times the learning rate that γ is scheduled by
+FEW = 3  # open cycles in a row that look wrong
 
 
 class Traps:
@@ -30,7 +31,8 @@ class Traps:
         self.knows_schedule = True
         self._without = 0  # steps so far, without any gradient; -1 once there was one
         self._pile: _Pile | None = None
-        self._too_far = self._too_low = False  # whether it was said
+        self._single = 0  # open cycles in a row that had one backward pass
+        self._too_far = self._too_low = self._too_long = self._too_short = False  # whether it was said
         self._peaks: dict[int, float] = {}  # the largest learning rate of each group, as a share of the one it is for
         self._below: dict[int, int] = {}  # steps below it in a row
 
@@ -39,10 +41,48 @@ class Traps:
         if self._without >= 0:
             self._look_for_gradients(groups, walk)
         elif self._pile is not None:
-            self._look_at_pile(self._pile, walk.inner_steps)
+            self._look_at_pile(self._pile, walk.inner_steps or 1)
+        self._look_at_schedules(groups, walk.inner_steps or 1)
+
+    def look_at_pass(self, groups: list[dict[str, Any]], walk: Walk) -> None:
+        """The same at the end of a backward pass, of an open cycle. RuntimeError where its gradients are gone."""
+        tables = walk.tables.values()
+        if not any(table.observer.complete or bool((table.rows[:, GRAD] != 0).any()) for table in tables):
+            raise RuntimeError(
+                "a backward pass reached parameters, but their gradients are gone at its end, so that no inner step "
+                "can be taken: does a hook take gradients away, to step another optimizer for example? Remove it"
+            )
+        self._without = 0
+        if walk.position == BFLOAT16_STEPS and not (self._too_long or walk.chose_dtype):
+            self._too_long = True
+            _warn(
+                f"more than {BFLOAT16_STEPS} inner steps in a cycle: the displacement is kept in bfloat16, whose "
+                "rounding tells after so many (2 % of it at 256): build with displacement_dtype=torch.float32 (or with "
+                "torch.bfloat16, if you mean it)"
+            )
+        self._look_at_schedules(groups, 1)
+
+    def look_at_cycle(self, groups: list[dict[str, Any]], walk: Walk) -> None:
+        """Looks at a `step()` that ends an open cycle."""
+        self._single = self._single + 1 if walk.position == 1 else 0
+        if self._single == FEW and not self._too_short:
+            self._too_short = True
+            _warn(
+                f"{FEW} cycles in a row had one backward pass each, which makes them AdamW on normalized gradients "
+                "without a walk: with inner_steps=None step() ends the cycle, so call it after the last of K backward "
+                "passes; where each of them has its own step(), build with inner_steps=K"
+            )
+        self._without += walk.position == 0 and not walk.ranks.communicates
+        if self._without == FEW:
+            _warn(
+                f"no backward pass has reached the parameters before any of {FEW} step() calls, so nothing moves: was "
+                "the optimizer built with the parameters of the model that is trained, and is loss.backward() called?"
+            )
+
+    def _look_at_schedules(self, groups: list[dict[str, Any]], inner_steps: int) -> None:
         if not (self._too_far and self._too_low):
             for index, group in enumerate(groups):
-                self._look_at_schedule(index, group, walk.inner_steps)
+                self._look_at_schedule(index, group, inner_steps)
 
     def _look_for_gradients(self, groups: list[dict[str, Any]], walk: Walk) -> None:
         """The first step with a gradient ends this look. Ranks that take part in others' steps may have none."""

@@ -18,13 +18,13 @@ from . import backends, dtensor, graphs, reference
 from .cycle import Cycle, MicroBatch
 from .dtensor import local_part
 from .flat import KEPT, Segment, flat_view, make_segment, real_dtype, state_dtypes, wait_for
-from .options import NORMALIZE, SIGN, KeptRows, group_rows, has_maxima
+from .options import BFLOAT16_STEPS, NORMALIZE, SIGN, KeptRows, displacement_dtype, group_rows, has_maxima
 from .ranks import WHOLE, Ranks, Spread
 from .table import Table
 
 Entry = tuple[int, int, Tensor]  # group, index in it, parameter
-# inner_steps, backend, fused, flatten, D's dtype, offload
-Choices = tuple[int, "str | None", "bool | None", bool, torch.dtype, bool]
+# inner_steps, backend, fused, flatten, displacement_dtype, offload
+Choices = tuple["int | None", "str | None", "bool | None", bool, "torch.dtype | None", bool]
 Outer = Callable[[list[tuple[Tensor, Tensor]]], None]  # an optimizer of others: steps parameters, given their gradients
 
 
@@ -38,7 +38,8 @@ def entries_of(groups: list[dict[str, Any]]) -> list[Entry]:
 
 
 class Walk:
-    """The running cycle of one optimizer: `position` of `inner_steps` inner steps are taken.
+    """The running cycle of one optimizer: `position` of `inner_steps` inner steps are taken; of any number, where that
+    is None.
 
     outer: takes the parameters that moved and their G, where that is not AdamW; all of them hold θ then, and a new
     cycle begins. backend, fused, flatten, offload: as the optimizer's. displacement_dtype: of D, but for float64
@@ -47,7 +48,8 @@ class Walk:
     """
 
     def __init__(self, choices: Choices, ranks: Ranks, outer: Outer | None = None) -> None:
-        self.inner_steps, self.backend, self.fused, self.flatten, self.displacement_dtype, self.offload = choices
+        self.inner_steps, self.backend, self.fused, self.flatten, chosen, self.offload = choices
+        self.displacement_dtype, self.chose_dtype = displacement_dtype(chosen, self.inner_steps), chosen is not None
         self.ranks, self.outer = ranks, outer
         self.keeps = KEPT if outer is None else ()  # of a state that outlives a cycle
         self.position = 0
@@ -63,6 +65,16 @@ class Walk:
     def segments(self) -> list[Segment]:
         """What is known of each parameter, table by table."""
         return [segment for table in self.tables.values() for segment in table.segments]
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the number of inner steps is."""
+        return self.inner_steps is None
+
+    @property
+    def progress(self) -> str:
+        """Where the cycle stands, for a message."""
+        return f"after {self.position} {'' if self.is_open else f'of {self.inner_steps} '}inner steps"
 
     @property
     def is_local(self) -> bool:
@@ -104,7 +116,10 @@ class Walk:
         if not tables:  # all frozen so far
             found[torch.device("cpu")], tables[torch.device("cpu"), WHOLE] = reference, []
         before = list(self.cycles.values())
-        self.cycles = {key: self.cycles.get(key) or Cycle(key[0], self.inner_steps, found[key[0]]) for key in tables}
+        self.cycles = {
+            key: self.cycles.get(key) or Cycle(key[0], self.inner_steps or BFLOAT16_STEPS, found[key[0]])
+            for key in tables
+        }
         self.work = [(self.cycles[key], members) for key, members in tables.items()]
         for cycle in [*before, *self.cycles.values()]:
             cycle.backend = found.get(cycle.device, cycle.backend)
@@ -128,7 +143,7 @@ class Walk:
             made.append(make_segment(param, group=group, index=index))
             fresh[local_part(param).device, real_dtype(param.dtype), spread].append(made[-1])
         for (device, dtype, spread), segments in fresh.items():
-            kept_in, anchor = self._displacement_dtype(dtype), self.is_local and self.inner_steps > 1
+            kept_in, anchor = self._displacement_dtype(dtype), self.is_local and self.inner_steps != 1
             new = Table(device, dtype, kept_in, spread, keeps_anchor=anchor, keeps=self.keeps, offload=self.offload)
             table = self.tables.setdefault((device, dtype, spread), new)
             table.extend(segments, flatten=flatten)
@@ -182,7 +197,9 @@ class Walk:
         last = self.position + 1 == self.inner_steps
         if not last:
             self.ensure_displacements()
-        sq_norms = self.ranks.replicas.compared(self.sq_norms(found_inf))
+        sq_norms = self.sq_norms(found_inf)
+        if not self.is_local:
+            self.ranks.replicas.compare(sq_norms)
         if self.outer is not None and self.position == 0 and not last:
             self._fill_remainders(sq_norms)
         micro_batch = MicroBatch(sq_norms, self.position, grad_scale, found_inf)
@@ -196,6 +213,13 @@ class Walk:
             for table in tables:
                 table.finish_inner_step()
         self.position += 1
+
+    def make_room(self, norms: int) -> bool:
+        """Makes room for so many norms of an open cycle; whether scalars lie elsewhere now."""
+        short = [cycle for cycle in self.cycles.values() if cycle.room < norms]
+        for cycle in short:
+            cycle.make_room(max(norms, 2 * cycle.room))
+        return bool(short)
 
     def ensure_displacements(self) -> None:
         """Allocates displacements where there are none yet."""
@@ -221,19 +245,33 @@ class Walk:
             parts = [(of, torch.where(found_inf.to(part.device).view(()) == 0, part, torch.inf)) for of, part in parts]
         return self.ranks.add(parts, "the norm")
 
+    def let_gradients_go(self) -> None:
+        """Drops the gradients of all parameters, which an inner step has taken."""
+        for table in self.tables.values():
+            table.observer.let_go()
+
+    def unscale_norms(self, grad_scale: Tensor | None) -> None:
+        """Divides the norms of the running cycle by a scale that is known only now."""
+        if grad_scale is not None:
+            for cycle in self.cycles.values():
+                norms, scale = cycle.grad_norms, grad_scale.to(cycle.device, non_blocking=True).double()
+                norms.copy_(torch.where(norms < 0, norms, norms / scale))
+
     # The end of a cycle
 
-    def finish(self, micro_batch: MicroBatch | None) -> bool:
-        """Takes the outer step, with the last inner one if there is a micro-batch; returns, of local walks without one,
-        whether every rank is in outer_step() now."""
+    def finish(self, micro_batch: MicroBatch | None, *, leaves: bool = False) -> bool:
+        """Takes the outer step, with the last inner one if there is a micro-batch.
+
+        leaves: this rank is in outer_step(); returns, of local walks, whether every rank is now.
+        """
         taken = self.position + (micro_batch is not None)
         everybody_is_here = True
         given: list[tuple[Tensor, Tensor]] = []
         if self.is_local or self.outer is not None:
             moved = self._end_walk(micro_batch)
             if self.is_local:
-                votes, moved = self._average(moved, [micro_batch is None, taken > 0])
-                if micro_batch is None:  # only here does the host wait for them
+                votes, moved = self._average(moved, [leaves, taken > 0])
+                if leaves:  # only here does the host wait for them
                     waiting, walking = votes.tolist()
                     everybody_is_here = bool(waiting == self.ranks.walkers)
                     if walking == 0:
@@ -280,9 +318,7 @@ class Walk:
         walked = cycle.walked()
         scale = cycle.hyper[:, SIGN] / torch.where(cycle.hyper[:, NORMALIZE] != 0, cycle.walk_length, 1.0)
         for table in tables:
-            table.observer.copies.clear()
-            for param in table.observer.params:
-                param.grad = None
+            table.observer.let_go()
         given: list[tuple[Tensor, Tensor]] = []
         for table, who in zip(tables, moved, strict=True):
             # Of the sizes that were just let go, which allocators have ready.
@@ -338,6 +374,11 @@ class Walk:
             raise
         return sum_of_votes, sums
 
+    def return_to_theta(self) -> None:
+        """Forgets the cycle: the parameters hold θ again."""
+        self._end_walk(None)
+        self.discard()
+
     def discard(self) -> None:
         """Forgets the cycle, where the parameters hold θ already."""
         for cycle, tables in self.work:
@@ -391,7 +432,7 @@ class Walk:
         self.capture.begin(current)
         capturable = self.outer is None and any(group["capturable"] for group in groups)
         prepares = capturable and current is None and self._devices[0].type == "cuda"
-        count = graphs.PREPARED_CYCLES * self.inner_steps if prepares else 0
+        count = graphs.PREPARED_CYCLES * (self.inner_steps or BFLOAT16_STEPS) if prepares else 0
         for table in tables:
             if self.capture.ever:
                 table.distrust_device()

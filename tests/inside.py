@@ -13,6 +13,7 @@ from torch import Tensor
 from nexus_fused import NexusAdamW
 from nexus_fused import flat as _flat
 from nexus_fused import observer as _observer
+from nexus_fused import passes as _passes
 from nexus_fused import table as _table
 from nexus_fused import walk as _walk
 from nexus_fused.cycle import Cycle
@@ -21,6 +22,9 @@ from nexus_fused.table import Table
 
 compiled_look = _observer._quick_look is not None
 """Whether the extension looks at parameters and gradients, or Python does."""
+
+python_hook = _passes._in_python
+"""What takes the place of the extension's hook where it was not built."""
 
 # Of an optimizer
 
@@ -54,7 +58,7 @@ def split_work(optimizer: NexusAdamW) -> None:
     """Has two cycles share the two tables of one device, as those of two devices do."""
     walk = optimizer._walk
     ((cycle, both),) = walk.work
-    second = Cycle(cycle.device, cycle.inner_steps, cycle.backend)
+    second = Cycle(cycle.device, cycle.room, cycle.backend)
     second.grow(len(optimizer.param_groups))
     walk.work = [(cycle, both[:1]), (second, both[1:])]
     walk.cycles = {(cycle.device, Spread()): cycle, (torch.device("meta"), Spread()): second}

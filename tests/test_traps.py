@@ -161,7 +161,7 @@ class TestPile:
                 optimizer.step()
                 clear()
 
-        return said(train)
+        return [text for text in said(train) if "Your loop accumulates" not in text]
 
     @pytest.mark.parametrize("steps", [1, 2, K])
     @pytest.mark.parametrize("passes", [1, 3])

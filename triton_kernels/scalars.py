@@ -158,7 +158,7 @@ def finish(tables: list[Table], on_device: list[tuple[Tensor, Tensor, Tensor, in
         elements.launch(
             finish_kernel, len(cycle.factor) + 1,
             rows, starts, table.displacement_sq, cycle.sums, cycle.counts, sums, counts,
-            len(cycle.factor), len(starts) - 1, cycle.inner_steps, taken, touch,
+            len(cycle.factor), len(starts) - 1, cycle.room, taken, touch,
             FIRST=table is tables[0], LAST=table is tables[-1], BLOCK=1024, num_warps=4,
         )  # fmt: skip
     cycle.finished = cycle.results

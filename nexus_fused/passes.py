@@ -1,0 +1,249 @@
+"""Backward passes that reach the parameters of an optimizer, seen at their end: each is an inner step where K is open.
+
+Autograd tells of gradients, parameter by parameter, not of passes. So each parameter has a hook. The first one of a
+pass asks the engine for a call at its end; the others return at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Variable
+
+from .cycle import Cycle
+from .dtensor import around_passes, local_part
+from .table import Table
+
+
+def _in_python(armed: list[Callable[[], None]]) -> Callable[[Any], None]:
+    """The hook: takes a function off a list, if there is one, and calls it."""
+
+    def hook(_: Any) -> None:
+        if armed:
+            armed.pop()()
+
+    return hook
+
+
+# The extension's does the same. A hook that does nothing costs the engine 0.1 us, in Python 0.2 us.
+_hook_of: Callable[[list[Callable[[], None]]], Callable[[Any], None]] = _in_python
+with contextlib.suppress(ImportError):
+    from ._C import hook_of as _hook_of
+
+
+_passes_of: weakref.WeakValueDictionary[int, Passes] = weakref.WeakValueDictionary()  # by a parameter's id
+
+
+class Passes:
+    """Calls `ended` at the end of each backward pass that reached parameters; they are told with `follow`.
+
+    ended: may raise, and backward() raises that. FSDP2's parameters get gradients without hooks: its modules tell of
+    passes, and call `before` first.
+    """
+
+    def __init__(self, before: Callable[[], None], ended: Callable[[], None]) -> None:
+        self._before, self._ended = before, ended
+        known = weakref.ref(self)
+
+        def begin() -> None:
+            passes = known()
+            if passes is not None:
+                passes._begin()
+
+        self._armed, self._begins = [begin], begin  # not empty: the next hook begins a pass
+        self._hook = _hook_of(self._armed)
+        self._params: dict[int, weakref.ref[Any]] = {}
+        self._handles: dict[int, Any] = {}
+        self._modules: list[weakref.ref[Any]] = []
+        self._number = 0  # of the pass that began last
+        self.is_replaced = False  # by those of another optimizer that has some of the parameters
+        weakref.finalize(self, _remove_all, self._handles).atexit = False
+
+    def follow(self, params: Iterable[Tensor], modules: Iterable[weakref.ref[Any]]) -> None:
+        """Looks at these parameters from now on, frozen ones too, and at no others. modules: FSDP2's that hold some."""
+        now = {id(param): param for param in params}
+        for key in [key for key, param in self._params.items() if param() is not now.get(key)]:
+            del self._params[key]
+            self._handles.pop(key).remove()
+        for key, param in now.items():
+            if key not in self._params and (param.is_floating_point() or param.is_complex()):
+                self._replace(_passes_of.get(key), key, param)
+                _passes_of[key] = self
+                self._params[key], self._handles[key] = weakref.ref(param), _hooked(param, self._hook)
+        known = weakref.ref(self)
+
+        def before() -> None:
+            passes = known()
+            if passes is not None:
+                passes._before()
+
+        for module in [module for module in modules if module not in self._modules]:
+            found = module()
+            if found is not None:
+                self._modules.append(module)
+                around_passes(found, before, functools.partial(self._hook, None))
+
+    def _replace(self, before: Passes | None, key: int, param: Tensor) -> None:
+        """Takes a parameter over from another optimizer, of a cell of a notebook that runs again for example."""
+        of_before = None if before is None or before is self else before._params.get(key)
+        if before is not None and of_before is not None and of_before() is param:
+            before.is_replaced = True
+            _remove_all(before._handles)
+
+    def _begin(self) -> None:
+        self._number += 1
+        try:
+            compiled = sys.modules.get("torch._dynamo.compiled_autograd")
+            if torch.compiler.is_compiling() or getattr(compiled, "in_compiled_autograd_region", False):
+                raise RuntimeError(
+                    "compiled autograd runs this backward pass, whose end inner_steps=None cannot see: switch it off "
+                    "(torch._dynamo.config.compiled_autograd = False), or use inner_steps=K with a step() after each "
+                    "micro-batch"
+                )
+            Variable._execution_engine.queue_callback(_End(self, self._number))
+        except BaseException:
+            self._arm(self._number)
+            raise
+
+    def _arm(self, number: int) -> None:
+        """Has the next hook begin a pass, where that with this number is the last one."""
+        if number == self._number and not self._armed:
+            self._armed.append(self._begins)
+
+
+class _End:
+    """What the engine calls at the end of a pass. It drops this when a pass fails, and the next one is seen again."""
+
+    def __init__(self, passes: Passes, number: int) -> None:
+        self._passes, self._number = weakref.ref(passes), number
+        self._is_last = False
+
+    def __call__(self) -> None:
+        node = torch._C._current_autograd_node()
+        if node is not None:
+            self._wait_for(node)
+        elif not self._is_last:
+            self._is_last = True  # behind what others, such as DistributedDataParallel, have to do at the end
+            Variable._execution_engine.queue_callback(self)
+        else:
+            passes = self._passes()
+            if passes is not None:
+                passes._arm(self._number)
+                passes._ended()
+
+    def _wait_for(self, node: Any) -> None:
+        """Goes on in the pass that this one was a part of, as those of re-entrant checkpoints are of a node's."""
+        handles: list[Any] = []
+
+        def goes_on(*_: Any) -> None:
+            while handles:
+                handles.pop().remove()
+                if not handles:
+                    Variable._execution_engine.queue_callback(self)
+
+        handles += [after.register_prehook(goes_on) for after, _ in node.next_functions if after is not None]
+
+    def __del__(self) -> None:
+        passes = self._passes()
+        if passes is not None:
+            passes._arm(self._number)
+
+
+def _hooked(param: Any, hook: Callable[[Tensor], None]) -> Any:
+    """Registers a hook, also with a parameter that is frozen as yet; its handle."""
+    frozen = not param.requires_grad
+    try:
+        if frozen:
+            param.requires_grad_(True)
+        return param.register_post_accumulate_grad_hook(hook)
+    finally:
+        if frozen:
+            param.requires_grad_(False)
+
+
+def _remove_all(handles: dict[int, Any]) -> None:
+    while handles:
+        handles.popitem()[1].remove()
+
+
+class ForScaler:
+    """Gradients that torch.amp.GradScaler finds between the end of a pass and the outer step, when all others are gone.
+
+    The smallest parameter of each device shows 0, or inf where a micro-batch of the running cycle overflowed. Taken off
+    before a pass adds to it.
+    """
+
+    def __init__(self) -> None:
+        self._chosen: list[tuple[Any, Tensor, Cycle]] | None = None  # parameter, its gradient, whose norms
+        self._handles: dict[int, Any] = {}
+        self._showing: set[int] = set()  # those parameters, by id, that do now
+        weakref.finalize(self, _remove_all, self._handles).atexit = False
+
+    def forget(self) -> None:
+        """Has parameters be chosen anew: some came, or went."""
+        self.hide()
+        _remove_all(self._handles)
+        self._chosen = None
+
+    def show(self, work: list[tuple[Cycle, list[Table]]], position: int) -> None:
+        """Shows them, after so many inner steps of these cycles. Waits for no device."""
+        if self._chosen is None:
+            self._chosen = self._choose(work)
+        for param, gradient, cycle in self._chosen:
+            overflow = (cycle.grad_norms[:position].sqrt().sum() * 0).nan_to_num(nan=torch.inf)  # NaN is kept as -1
+            local_part(gradient).fill_(overflow)
+            param.grad = gradient
+            self._showing.add(id(param))
+
+    def _choose(self, work: list[tuple[Cycle, list[Table]]]) -> list[tuple[Any, Tensor, Cycle]]:
+        smallest: dict[torch.device, tuple[Any, Any, Cycle]] = {}
+        for cycle, tables in work:
+            for segment in [segment for table in tables for segment in table.segments if segment.param.requires_grad]:
+                # GradScaler takes neither complex numbers nor float16, nor sees an overflow where nothing is.
+                dtype = segment.param.dtype
+                order = dtype.is_complex, dtype == torch.float16, segment.numel == 0, segment.numel
+                if cycle.device not in smallest or order < smallest[cycle.device][0]:
+                    smallest[cycle.device] = order, segment.param, cycle
+        chosen = []
+        for _, param, cycle in smallest.values():
+            gradient = torch.zeros_like(param, dtype=getattr(param, "grad_dtype", None) or param.dtype)
+            chosen.append((param, gradient, cycle))
+            self._handles[id(param)] = param.register_hook(self._before_pass(param))
+        return chosen
+
+    def _before_pass(self, param: Any) -> Callable[[Tensor], None]:
+        known, of = weakref.ref(self), weakref.ref(param)
+
+        def take_off(_: Tensor) -> None:
+            itself, param = known(), of()
+            if itself is None or param is None or not itself.holds(param):
+                return
+            node = torch.autograd.graph.get_gradient_edge(param).node
+            with contextlib.suppress(RuntimeError):  # in torch.autograd.grad(), which adds nothing
+                if torch._C._will_engine_execute_node(node):
+                    param.grad = None
+                    itself._showing.discard(id(param))
+
+        torch.utils.hooks.unserializable_hook(take_off)  # else to save a plain tensor warns of it
+        return take_off
+
+    def hide(self) -> None:
+        """Takes them off, and whatever somebody put in their place."""
+        for param in self.shown() if self._showing else ():
+            param.grad = None
+        self._showing.clear()
+
+    def shown(self) -> list[Tensor]:
+        """The parameters that show one."""
+        return [param for param, *_ in self._chosen or () if self.holds(param)]
+
+    def holds(self, param: Tensor) -> bool:
+        """Whether this parameter shows one."""
+        return id(param) in self._showing
