@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -579,7 +580,15 @@ def test_torchrun_alone(tmp_path, thetas, process_group, precision):
     check_scripted_run(script, ends, loss, thetas, *script.micro_batch(script.MICRO_BATCHES, 0))
 
 
-@pytest.mark.parametrize(("name", "options"), [("torchrun", ["--precision", "fp16"]), ("accelerate_run", [])])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("torchrun", ["--precision", "fp16"]),
+        ("torchrun", ["--accumulate"]),
+        ("accelerate_run", []),
+        ("accelerate_run", ["--accumulate"]),
+    ],
+)
 def test_two_processes(tmp_path, name, options):
     """Both end with the same bits, and so do the runs resumed in mid-cycle."""
     if name in PACKAGES:
@@ -597,6 +606,150 @@ def test_two_processes(tmp_path, name, options):
     assert all(state["step"] == 6 and state["exp_avg"].any() for state in optimizer["state"].values())
     if name == "accelerate_run":  # the scheduler took a step per process and micro-batch
         assert optimizer["param_groups"][0]["lr"] == pytest.approx(0)
+
+
+def _trained_by_the_trainer():
+    """On this rank: weights, what was warned of, with gradients reduced in the last pass, and never."""
+    script = load("huggingface")
+    os.environ["MASTER_ADDR"] = "127.0.0.1"  # Accelerate asks, though the group is there
+
+    class LocalWalks(script.Trainer):  # as docs/trainers.md has it
+        def training_step(self, model, *args, **kwargs):
+            with self.accelerator.no_sync(model):
+                return super().training_step(model, *args, **kwargs)
+
+    found = []
+    for kind in (script.Trainer, LocalWalks):
+        options = {"gradient_accumulation_steps": K, "inner_steps": None, "max_steps": 4, "by_class": True}
+        script.HYPERPARAMETERS["displacement_group"] = dist.group.WORLD
+        script.Trainer = kind
+        trainer = script.make_trainer(tempfile.mkdtemp(), **options)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            trainer.train()
+        said = [str(w.message) for w in seen if "displacement_group" in str(w.message)]
+        found.append((values(trainer.model.parameters()), len(said), trainer.optimizer.optimizer.at_boundary))
+    return found
+
+
+class TestInnerStepsNone:
+    """Their accumulation stays on: each micro-batch that they accumulate is an inner step."""
+
+    @pytest.mark.parametrize("by_class", [False, True])
+    def test_huggingface(self, tmp_path, accelerate_reset, by_class, monkeypatch):
+        script = load("huggingface")
+        monkeypatch.setitem(script.HYPERPARAMETERS, "displacement_dtype", torch.float32)
+        monkeypatch.setattr(script, "get_scheduler", lambda name, *args, **kwargs: get_scheduler("constant", args[0]))
+        from transformers import get_scheduler
+
+        ends = []
+        for inner_steps in (None, K):
+            accumulation = (
+                {"gradient_accumulation_steps": K, "max_steps": 6} if inner_steps is None else {"max_steps": 24}
+            )
+            options = {"by_class": by_class, "inner_steps": inner_steps, "save_strategy": "steps", "save_steps": 4}
+            schedule = {"lr_scheduler_type": "constant", "warmup_steps": 0} if by_class else {}
+            folder = str(tmp_path / str(inner_steps))
+            trainer = make_trainer_with(script, folder, **accumulation, **options, **schedule)
+            trainer.train()
+            assert all(state["step"] == 6 for state in trainer.optimizer.state.values())
+            ends.append(values(trainer.model.parameters()))
+            if inner_steps is None:
+                again = make_trainer_with(script, folder, **accumulation, **options, **schedule)
+                again.train(resume_from_checkpoint=f"{folder}/checkpoint-4")
+                assert_same_end((trainer.model, trainer.optimizer), (again.model, again.optimizer))
+        torch.testing.assert_close(*ends, rtol=1e-3, atol=1e-5)
+
+    def test_huggingface_on_two_processes(self):
+        """With a displacement_group; one warning where the last pass is reduced all the same."""
+        load("huggingface")
+        ranks = on_ranks(2, _trained_by_the_trainer)
+        for (weights, said, ended), (others, *_), expected in zip(*ranks, (1, 0), strict=True):
+            assert_same(weights, others)
+            assert said == expected
+            assert ended
+
+    @pytest.mark.parametrize("precision", ["no", "bf16"])
+    def test_accelerate(self, tmp_path, accelerate_reset, precision):
+        script, ends = load("accelerate_run"), []
+        for resume in (False, True):
+            options = {"accumulation": K, "inner_steps": None, "mixed_precision": precision}
+            ends.append(script.train(str(tmp_path), resume=resume, **options)[:2])
+        assert_same_end(*ends)
+        assert all(state["step"] == 6 for state in ends[0][1].state.values())
+        assert ends[0][1].param_groups[0]["lr"] == pytest.approx(0)
+
+    @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+    def test_fabric(self, tmp_path, precision):
+        """Saved in mid-cycle."""
+        script, ends = load("lightning_fabric"), []
+        for resume in (False, True):
+            found = script.train(str(tmp_path), resume=resume, inner_steps=None, **fabric_options(precision))
+            ends.append(found[:2])
+        assert_same_end(*ends)
+        assert all(state["step"] == 6 for state in ends[0][1].state.values())
+
+    @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+    def test_lightning(self, tmp_path, precision):
+        """Epochs of 6 micro-batches: Lightning steps after 4, and after the last 2, a shorter cycle."""
+        script = load("lightning_trainer")
+        options = {"inner_steps": None, "accumulate_grad_batches": K, **trainer_options(precision)}
+        trainer = script.train(str(tmp_path), **options)
+        optimizer = trainer.optimizers[0]
+        assert all(state["step"] == 8 for state in optimizer.state.values())
+        assert len(optimizer.metrics()["grad_norms"]) == 2
+        again = script.train(str(tmp_path), resume_from=str(tmp_path / "epoch=2.ckpt"), **options)
+        assert_same_end((trainer.model, optimizer), (again.model, again.optimizers[0]))
+
+    @pytest.mark.parametrize("save_after", [10, 8], ids=["mid-cycle", "boundary"])
+    def test_torchtitan_style(self, tmp_path, save_after):
+        script, ends = load("torchtitan_style"), []
+        for resume in (False, True):
+            ends.append(script.train(str(tmp_path), save_after=save_after, resume=resume, inner_steps=None)[:2])
+        assert_same_end(*ends)
+        assert all(state["step"] == 6 for state in ends[0][1].state.values())
+
+    @pytest.mark.parametrize("precision", ["fp32", "fp16"])
+    def test_torchrun_alone(self, tmp_path, process_group, precision):
+        script, ends = load("torchrun"), []
+        for resume in (False, True):
+            ends.append(script.train(tmp_path / "saved.pt", resume=resume, precision=precision, accumulate=True)[:2])
+        assert_same_end(*ends)
+
+    def test_trl(self, tmp_path, accelerate_reset):
+        """Its own trainers are the Trainer's kind."""
+        trl = pytest.importorskip("trl", reason="trl is not installed")
+        script = load("huggingface")
+        datasets = importlib.import_module("datasets")
+        rows = [row["input_ids"].tolist() for row in script.make_data(64, seed=1)]
+        data = datasets.Dataset(datasets.table.InMemoryTable.from_pydict({"input_ids": rows}), fingerprint="numbers")
+        args = trl.SFTConfig(
+            str(tmp_path), max_steps=3, gradient_accumulation_steps=K, report_to="none", use_cpu=True, bf16=False,
+            disable_tqdm=True, save_strategy="no", dataset_kwargs={"skip_prepare_dataset": True},
+        )  # fmt: skip
+        trainer = trl.SFTTrainer(
+            script.make_model(), args, train_dataset=data, processing_class=tokenizer(),
+            optimizer_cls_and_kwargs=(NexusAdamW, {"lr": 3e-3, "inner_lr": 0.05, "inner_steps": None}),
+        )  # fmt: skip
+        trainer.train()
+        assert all(state["step"] == 3 for state in trainer.optimizer.state.values())
+
+
+def tokenizer():
+    """One for numbers."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = models.WordLevel({str(i): i for i in range(32)}, unk_token="0")
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), pad_token="0", eos_token="0")
+
+
+def make_trainer_with(script, folder, *, lr_scheduler_type=None, warmup_steps=None, **options):
+    """The script's Trainer, with another schedule where the Trainer builds it."""
+    trainer = script.make_trainer(folder, **options)
+    if lr_scheduler_type is not None:
+        trainer.args.lr_scheduler_type, trainer.args.warmup_steps = lr_scheduler_type, warmup_steps
+    return trainer
 
 
 class TestAccumulationIsNoticed:
@@ -632,19 +785,27 @@ class TestAccumulationIsNoticed:
         assert_same(values(model.parameters()), before)
         assert trainer.optimizers[0].at_boundary
 
-    def test_several_backward_passes_of_ones_own(self, accelerate_reset):
-        """Allowed, also where Accelerate is imported; and the hook that counts goes after the second step."""
-        pytest.importorskip("accelerate", reason="accelerate is not installed")
+    @pytest.mark.parametrize(
+        ("passes", "looks"), [((3, 3, 2, 3, 3, 3), K), ((1, 3, 1, 3, 3, 3), 2), ((1,) * 6, 1)], ids=str
+    )
+    def test_several_backward_passes_of_ones_own(self, passes, looks):
+        """Noticed where all steps of the first cycle have several; the hook that counts goes then, or at the first that
+        has one."""
         model = nn.Linear(3, 2)
         optimizer = NexusAdamW(model.parameters())
-        hooked = []
-        for _ in range(5):
-            for _ in range(3):
+        hooked, said = [], []
+        for count in passes:
+            for _ in range(count):
                 model(torch.ones(1, 3)).sum().backward()
-            optimizer.step(lambda: None)
-            hooked.append(bool(model.weight._post_accumulate_grad_hooks))
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter("always")
+                optimizer.step(lambda: None)
+            said += [str(w.message) for w in seen]
+            hooked.append(bool(model.weight._backward_hooks))
             optimizer.zero_grad()
-        assert hooked == [True, False, False, False, False]
+        assert hooked == [True] * looks + [False] * (len(passes) - looks)
+        accumulates = ["Your loop accumulates the gradients of 2 backward passes" in line for line in said]
+        assert accumulates == [True] * (looks == K)
 
     def test_nothing_is_imported(self, monkeypatch):
         for name in ("accelerate.state", "lightning.pytorch", "pytorch_lightning"):
@@ -653,6 +814,5 @@ class TestAccumulationIsNoticed:
         p.grad = torch.ones(3)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            frameworks.AccumulationWatch("NexusAdamW").look(params, lambda: None)
-        assert not p._post_accumulate_grad_hooks
+            frameworks.AccumulationWatch("NexusAdamW").look(params, lambda: None, K)
         assert "accelerate.state" not in sys.modules

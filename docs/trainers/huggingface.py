@@ -2,7 +2,10 @@
 
     python docs/trainers/huggingface.py
 
-What to watch for:
+With inner_steps=None and gradient_accumulation_steps=K nothing else changes: what the Trainer counts in steps stays,
+and checkpoints and evaluations see θ. (Its last update of an epoch may have fewer micro-batches: a shorter cycle.)
+
+What to watch for with inner_steps=K:
 * gradient_accumulation_steps=1 (the Trainer's default). Each optimizer step is one micro-batch, so what the Trainer
   counts in steps (max_steps, warmup, save_steps, eval_steps, logging_steps) are micro-batches, K to a cycle.
 * max_grad_norm=0 turns the Trainer's clipping off. Its default of 1.0 is harmless here, as the walk is normalized, but
@@ -43,9 +46,14 @@ def make_data(samples: int, seed: int) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": row, "labels": row} for row in tokens]
 
 
-def make_trainer(folder: str, *, max_steps: int = 10 * K, by_class: bool = False, **arguments: Any) -> Trainer:
-    """A Trainer with the optimizer built here or (`by_class`) by the Trainer, which then makes groups of its own."""
-    model = make_model()
+def make_trainer(
+    folder: str, *, max_steps: int = 10 * K, by_class: bool = False, inner_steps: int | None = K, **arguments: Any
+) -> Trainer:
+    """A Trainer with the optimizer built here or (`by_class`) by the Trainer, which then makes groups of its own.
+
+    inner_steps: may be None with gradient_accumulation_steps=K; `max_steps` are cycles then.
+    """
+    model, hyperparameters = make_model(), {**HYPERPARAMETERS, "inner_steps": inner_steps}
     args = TrainingArguments(
         folder,
         max_steps=max_steps,
@@ -59,8 +67,8 @@ def make_trainer(folder: str, *, max_steps: int = 10 * K, by_class: bool = False
     )
     data: dict[str, Any] = {"train_dataset": make_data(64, seed=1), "eval_dataset": make_data(8, seed=2)}
     if by_class:  # lr belongs into these, TrainingArguments.learning_rate is not read
-        return Trainer(model, args, optimizer_cls_and_kwargs=(NexusAdamW, dict(HYPERPARAMETERS)), **data)
-    optimizer = NexusAdamW(model.parameters(), **HYPERPARAMETERS)
+        return Trainer(model, args, optimizer_cls_and_kwargs=(NexusAdamW, hyperparameters), **data)
+    optimizer = NexusAdamW(model.parameters(), **hyperparameters)
     scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=2 * K, num_training_steps=max_steps)
     return Trainer(model, args, optimizers=(optimizer, scheduler), **data)
 

@@ -33,16 +33,21 @@ def micro_batch(index: int) -> tuple[torch.Tensor, torch.Tensor]:
     return x, x.sum(1, keepdim=True).sin()
 
 
-def train(folder: str, *, resume: bool = False, **options: Any) -> tuple[nn.Module, NexusAdamW, float]:
+def train(
+    folder: str, *, resume: bool = False, inner_steps: int | None = K, **options: Any
+) -> tuple[nn.Module, NexusAdamW, float]:
     """Trains, or goes on from the checkpoint in `folder`; `options` (precision, plugins) are Fabric's.
 
+    inner_steps: K, a step() after each micro-batch, or None, the loop that accumulates K of them.
     Returns the model, its optimizer and the loss of θ at SAVE_AFTER micro-batches (NaN after resuming).
     """
     fabric = Fabric(accelerator="cpu", devices=1, **options)
     fabric.seed_everything(0, verbose=False)
     model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 1))
-    nexus = NexusAdamW(model.parameters(), lr=1e-2, inner_lr=0.05, inner_steps=K)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(nexus, max_lr=1e-2, total_steps=MICRO_BATCHES, cycle_momentum=False)
+    nexus = NexusAdamW(model.parameters(), lr=1e-2, inner_lr=0.05, inner_steps=inner_steps)
+    per_step = K if inner_steps is None else 1
+    steps = MICRO_BATCHES // per_step
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(nexus, max_lr=1e-2, total_steps=steps, cycle_momentum=False)
     model, optimizer = fabric.setup(model, nexus)
     state = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "done": 0}
     if resume:
@@ -51,9 +56,10 @@ def train(folder: str, *, resume: bool = False, **options: Any) -> tuple[nn.Modu
     for index in range(state["done"], MICRO_BATCHES):
         x, y = micro_batch(index)
         fabric.backward(nn.functional.mse_loss(model(x), y))
-        optimizer.step()
-        optimizer.zero_grad()
-        scheduler.step()
+        if (index + 1) % per_step == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
         state["done"] = index + 1
         if index + 1 == SAVE_AFTER and not resume:
             fabric.save(Path(folder) / "fabric.ckpt", state)

@@ -3,8 +3,10 @@
     python docs/trainers/lightning_trainer.py
 
 What to watch for:
-* Trainer(accumulate_grad_batches=1), the default; with more, a warning says so at the first step().
-* A scheduler with "interval": "step" is stepped per micro-batch: count its length in micro-batches.
+* inner_steps=None with Trainer(accumulate_grad_batches=K) needs nothing else: steps, schedules and checkpoints are
+  AdamW's. (A batch at the end of an epoch that Lightning steps early is a shorter cycle.)
+* inner_steps=K: Trainer(accumulate_grad_batches=1), the default; with more, a warning says so at the first step().
+* With it, a scheduler with "interval": "step" is stepped per micro-batch: count its length in micro-batches.
 * gradient_clip_val is never needed; under "16-mixed" Lightning refuses it for an optimizer that, like this one or
   torch's fused AdamW, handles the loss scale itself.
 * Validation and test in mid-cycle: the callback below shows θ meanwhile.
@@ -55,8 +57,11 @@ class ShowOuterWeights(lightning.Callback):
 
 
 class Regression(lightning.LightningModule):
-    def __init__(self) -> None:
+    """inner_steps: K, or None with Trainer(accumulate_grad_batches=K)."""
+
+    def __init__(self, inner_steps: int | None = K) -> None:
         super().__init__()
+        self.inner_steps = inner_steps
         self.net = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 1))
 
     def training_step(self, batch: list[torch.Tensor], batch_index: int) -> torch.Tensor:
@@ -66,8 +71,8 @@ class Regression(lightning.LightningModule):
         self.log("val_loss", nn.functional.mse_loss(self.net(batch[0]), batch[1]))
 
     def configure_optimizers(self) -> dict[str, Any]:
-        optimizer = NexusAdamW(self.parameters(), lr=1e-2, inner_lr=0.05, inner_steps=K)
-        length = int(self.trainer.estimated_stepping_batches)  # micro-batches, as accumulate_grad_batches is 1
+        optimizer = NexusAdamW(self.parameters(), lr=1e-2, inner_lr=0.05, inner_steps=self.inner_steps)
+        length = int(self.trainer.estimated_stepping_batches)  # micro-batches, where accumulate_grad_batches is 1
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, length)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -78,7 +83,9 @@ def make_loader(batches: int, seed: int) -> torch.utils.data.DataLoader[tuple[to
     return torch.utils.data.DataLoader(data, batch_size=16)
 
 
-def train(folder: str, *, resume_from: str | None = None, **options: Any) -> lightning.Trainer:
+def train(
+    folder: str, *, resume_from: str | None = None, inner_steps: int | None = K, **options: Any
+) -> lightning.Trainer:
     """Trains, or goes on from the checkpoint `resume_from`; `options` are the Trainer's. One checkpoint per epoch."""
     lightning.seed_everything(0, verbose=False)
     every_epoch = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
@@ -91,7 +98,7 @@ def train(folder: str, *, resume_from: str | None = None, **options: Any) -> lig
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = lightning.Trainer(default_root_dir=folder, **{**defaults, **quiet, **options})
     loaders = make_loader(MICRO_BATCHES_PER_EPOCH, seed=1), make_loader(2, seed=2)
-    trainer.fit(Regression(), *loaders, ckpt_path=resume_from)
+    trainer.fit(Regression(inner_steps), *loaders, ckpt_path=resume_from)
     return trainer
 
 

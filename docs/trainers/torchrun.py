@@ -1,8 +1,10 @@
 """NexusAdamW in a loop of your own under torchrun, with DistributedDataParallel; here two processes on a CPU.
 
-    torchrun --nproc-per-node 2 docs/trainers/torchrun.py --precision bf16
+    torchrun --nproc-per-node 2 docs/trainers/torchrun.py --precision bf16 --accumulate
 
-What to watch for:
+With --accumulate (inner_steps=None) step() comes after K backward passes, as for AdamW. Each process walks on its own,
+inside no_sync(), and D is averaged once in a cycle. Without it inner_steps=K, and gradients are averaged in each step.
+What to watch for then:
 * step() after every backward(), without DDP.no_sync(): all processes take each step of the walk together, on the mean
   of their gradients, and stay equal bit for bit.
 * Build the optimizer from the model that DDP wraps (or from DDP's own parameters(), which are the same).
@@ -14,6 +16,7 @@ What to watch for:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -35,16 +38,26 @@ def micro_batch(index: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     return x, x.sum(1, keepdim=True).sin()
 
 
-def train(checkpoint: Path, *, resume: bool = False, precision: str = "fp32") -> tuple[nn.Module, NexusAdamW, float]:
+def train(
+    checkpoint: Path, *, resume: bool = False, precision: str = "fp32", accumulate: bool = False
+) -> tuple[nn.Module, NexusAdamW, float]:
     """Trains, or goes on from `checkpoint`; call it in every process. `precision` is "fp32", "bf16" or "fp16".
 
-    Returns the model, its optimizer and the loss of θ at SAVE_AFTER micro-batches (NaN after resuming).
+    Returns the model, its optimizer and the loss of θ when it is saved (NaN after resuming).
     """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 1))
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    optimizer = NexusAdamW(model.parameters(), lr=1e-2, inner_lr=0.05, inner_steps=K)
-    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, 1.0, total_iters=2 * K)  # a warm-up of two cycles
+    save_after, per_step = (2 * K, K) if accumulate else (SAVE_AFTER, 1)
+    optimizer = NexusAdamW(
+        model.parameters(),
+        lr=1e-2,
+        inner_lr=0.05,
+        inner_steps=None if accumulate else K,
+        displacement_group=dist.group.WORLD if accumulate and dist.get_world_size() > 1 else None,
+    )
+    warmup = 2 * K // per_step  # two cycles
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, 1.0, total_iters=warmup)
     scaler = torch.amp.GradScaler("cpu", enabled=precision == "fp16")
     stateful: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
     if resume:
@@ -55,16 +68,18 @@ def train(checkpoint: Path, *, resume: bool = False, precision: str = "fp32") ->
         "cpu", torch.float16 if precision == "fp16" else torch.bfloat16, enabled=precision != "fp32"
     )
     loss_of_theta = float("nan")
-    for index in range(SAVE_AFTER if resume else 0, MICRO_BATCHES):
+    for index in range(save_after if resume else 0, MICRO_BATCHES):
         x, y = micro_batch(index, dist.get_rank())
-        with autocast:
-            loss = nn.functional.mse_loss(ddp(x), y)
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        scheduler.step()
-        if index + 1 == SAVE_AFTER and not resume:
+        with ddp.no_sync() if accumulate else contextlib.nullcontext():
+            with autocast:
+                loss = nn.functional.mse_loss(ddp(x), y)
+            scaler.scale(loss).backward()
+        if (index + 1) % per_step == 0:
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            scheduler.step()
+        if index + 1 == save_after and not resume:
             if dist.get_rank() == 0:
                 torch.save({name: part.state_dict() for name, part in stateful.items()}, checkpoint)
             dist.barrier()
@@ -77,6 +92,7 @@ def train(checkpoint: Path, *, resume: bool = False, precision: str = "fp32") ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16", "fp16"])
+    parser.add_argument("--accumulate", action="store_true", help="inner_steps=None, a step() after K backward passes")
     parser.add_argument("--out", type=Path, help="folder that receives what each process ends with")
     args = parser.parse_args()
     dist.init_process_group("gloo")
@@ -85,8 +101,9 @@ def main() -> None:
         folder = [own]
         dist.broadcast_object_list(folder)
         checkpoint = Path(folder[0]) / "checkpoint.pt"
-        model, optimizer, loss = train(checkpoint, precision=args.precision)
-        resumed, resumed_optimizer, _ = train(checkpoint, precision=args.precision, resume=True)
+        options: dict[str, Any] = {"precision": args.precision, "accumulate": args.accumulate}
+        model, optimizer, loss = train(checkpoint, **options)
+        resumed, resumed_optimizer, _ = train(checkpoint, resume=True, **options)
         dist.barrier()  # before the folder goes
     print(f"process {rank}: loss of θ {loss:.4f}, alignment {optimizer.metrics()['alignment']:.2f}")
     if args.out:

@@ -89,27 +89,33 @@ def micro_batch(index: int) -> tuple[torch.Tensor, torch.Tensor]:
     return x, x.sum(1, keepdim=True).sin()
 
 
-def train(folder: str, *, resume: bool = False, save_after: int = SAVE_AFTER) -> tuple[nn.Module, NexusAdamW, float]:
+def train(
+    folder: str, *, resume: bool = False, save_after: int = SAVE_AFTER, inner_steps: int | None = K
+) -> tuple[nn.Module, NexusAdamW, float]:
     """Trains, or goes on from the checkpoint in `folder`.
 
+    inner_steps: K, or None, as where torchtitan accumulates: a global_batch_size of K times what one pass takes.
     Returns the model, its optimizer and the loss of θ at `save_after` micro-batches (NaN after resuming).
     """
     torch.manual_seed(1 if resume else 0)  # what is loaded counts, not what the model began with
     model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 1))
-    optimizers = build_optimizers([model], lr=1e-2, inner_lr=0.05, inner_steps=K)
+    optimizers = build_optimizers([model], lr=1e-2, inner_lr=0.05, inner_steps=inner_steps)
+    per_step = K if inner_steps is None else 1
     nexus = optimizers.optimizers[0]
-    scheduler = torch.optim.lr_scheduler.LambdaLR(nexus, lambda step: 1 - step / (MICRO_BATCHES + 1))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(nexus, lambda step: 1 - step * per_step / (MICRO_BATCHES + 1))
     states = {"model": ModelState(model), "optimizer": optimizers, "lr_scheduler": scheduler}
     if resume:
         load(states, nexus, folder)
     loss_of_theta = float("nan")
     for index in range(save_after if resume else 0, MICRO_BATCHES):
-        optimizers.zero_grad()
+        if index % per_step == 0:
+            optimizers.zero_grad()
         x, y = micro_batch(index)
         nn.functional.mse_loss(model(x), y).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # torchtitan's; changes nothing but the reported norms
-        optimizers.step()
-        scheduler.step()
+        if (index + 1) % per_step == 0:
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # torchtitan's; changes nothing but the reported norms
+            optimizers.step()
+            scheduler.step()
         if index + 1 == save_after and not resume:
             dcp.save(states, checkpoint_id=folder)
             with nexus.outer_weights(), torch.no_grad():
