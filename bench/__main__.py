@@ -28,6 +28,8 @@ from .contenders import (
     cycles,
     inner_steps_on_small,
     kernels,
+    passes_on_small,
+    quartiles,
     ratio,
     steps_on_small,
     time_in_turn,
@@ -67,6 +69,9 @@ def sections(rounds: int) -> Iterator[tuple[str, list[dict[str, Any]], dict[str,
         if dtype == torch.float32:
             figures["float32: foreach Nexus / ours"] = ratio(seconds[contenders[2].name], ours)
             figures["float32: Nexus(torch AdamW(fused=True)) / ours"] = ratio(seconds[contenders[3].name], ours)
+            figures["float32: whole cycle with inner_steps=None / AdamW's cycle"] = ratio(
+                seconds[contenders[4].name], adamw
+            )
             per_byte = [t * contenders[0].bytes / 12 for t in seconds["triad"]]
             name_of_bandwidth = f"float32: bandwidth by {contenders[0].bytes} bytes per parameter / triad's"
             figures[name_of_bandwidth] = ratio(per_byte, ours)
@@ -86,6 +91,11 @@ def sections(rounds: int) -> Iterator[tuple[str, list[dict[str, Any]], dict[str,
     seconds = timed(contenders, 2 * rounds, "2,000 parameters, inner steps")
     figures = {"inner steps on 2,000 parameters of 64: Nexus(torch AdamW) / NexusAdamW": ratio(*seconds.values())}
     yield "inner steps on 2,000 parameters of 64 elements, float32", rows(contenders, seconds, 128_000), figures
+    contenders = passes_on_small()
+    seconds = timed(contenders, 4 * rounds, "500 parameters, backward passes")
+    added = [(a - b) / 4 * 1e6 for a, b in zip(*seconds.values(), strict=True)]
+    figures = {"microseconds added to a backward pass by inner_steps=None, 500 parameters": quartiles(added)}
+    yield "backward passes, 500 parameters of 4 elements, float32", rows(contenders, seconds, 2000), figures
 
 
 def processor() -> str:

@@ -37,8 +37,7 @@ class WalkingOptimizer(Optimizer):
         itself: Any = self._itself
         self._for_scaler = ForScaler()
         self._passes = Passes(self._for_scaler.hide, lambda: itself()._end_pass()) if self._walk.is_open else None
-        self._merges = False  # in one_micro_batch()
-        self._zeroed = self._told_of_zeroing = False  # in it, since the last pass; at all
+        self._told_of_zeroing = False
         self._state = State(self, self._walk, lambda: itself()._follow_passes())
         self._built = False
 
@@ -70,8 +69,10 @@ class WalkingOptimizer(Optimizer):
         Updates weights and state in place; waits for a device only if other parameters lie on the CPU.
         Returns what `closure` returns. Captured into a CUDA graph, it reads gradients where they lie now, and
         hyperparameters that are tensors on the device, at every replay; others keep their values. A capture holds whole
-        cycles, after one outside of it: replays of a part of one would never reach AdamW, and nobody could tell. It
-        must be repeated after groups were added, parameters unfrozen or moved, or amsgrad changed.
+        cycles, after one outside of it: replays of a part of one would never reach AdamW, and nobody could tell. Where
+        K is open a backward pass or `step()` may be captured alone, since the device counts inner steps then (with the
+        "cuda" or "triton" backend, and without other ranks). It must be repeated after groups were added, parameters
+        unfrozen or moved, or amsgrad changed.
         RuntimeError, ValueError or TypeError for a gradient, parameter or hyperparameter that cannot be used, naming
         its group; nothing is modified then.
         """
@@ -103,9 +104,6 @@ class WalkingOptimizer(Optimizer):
     @on_its_own
     def _end_pass(self) -> None:
         """Takes the inner step of a backward pass that ends, and lets its gradients go."""
-        self._zeroed = False
-        if self._merges:
-            return
         self._refuse_inside_outer_weights("a backward pass")
         with uninterrupted():
             self._for_scaler.hide()
@@ -114,18 +112,18 @@ class WalkingOptimizer(Optimizer):
             agreement.compare_for_debugging(*here, "in a backward pass", averages=False)
             self._state.refresh(gradients=True, moments=False)
             self._traps.look_at_pass(self.param_groups, self._walk)
-            if self._walk.make_room(self._walk.position + 1):
+            if not self._walk.is_blind and self._walk.make_room(self._walk.position + 1):
                 self._state.show(in_cycle=True)
             try:
                 self._walk.step(None, None)
             finally:
                 self._state.show_position()
             self._walk.let_gradients_go()
-            self._for_scaler.show(self._walk.work, self._walk.position)
+            self._for_scaler.show(self._walk.work)
 
     def _end_cycle(self, passes: Passes) -> None:
         """Takes the outer step of an open cycle."""
-        if self._merges:
+        if passes.merges:
             raise RuntimeError(
                 "step() inside one_micro_batch(): leave the with block first, which takes the inner step"
             )
@@ -138,9 +136,10 @@ class WalkingOptimizer(Optimizer):
             self._state.follow_members()
             self._check_nothing_waits()
             self._for_scaler.hide()
-            self._traps.look_at_cycle(self.param_groups, self._walk)
-            if self.at_boundary and not self._walk.is_local:
-                return
+            if not self._walk.is_blind:  # else a replay may have taken inner steps
+                self._traps.look_at_cycle(self._walk)
+                if self.at_boundary and not self._walk.is_local:
+                    return
             here = self._walk, self.param_groups, self._state.entries.state
             agreement.compare_for_debugging(*here, "in step()", averages=True)
             self._state.refresh(gradients=False)
@@ -178,21 +177,22 @@ class WalkingOptimizer(Optimizer):
         For losses whose backward passes need the same weights, for passes whose gradients are thrown away, for
         gradients set by hand. RuntimeError with a number of inner steps, where `step()` says what a micro-batch is.
         """
-        if self._passes is None:
+        passes = self._passes
+        if passes is None:
             raise RuntimeError(
                 f"one_micro_batch() is for inner_steps=None: with inner_steps={self.inner_steps} gradients add up "
                 "until step(), which takes one inner step on their sum"
             )
-        if self._merges:  # the outermost block ends the micro-batch
+        if passes.merges:  # the outermost block ends the micro-batch
             yield
             return
         self._for_scaler.hide()
-        self._merges, self._zeroed = True, False
+        passes.merges, passes.zeroed = True, False
         try:
             yield
         finally:
-            self._merges = False
-        if self._zeroed:
+            passes.merges = False
+        if passes.zeroed:
             self._walk.let_gradients_go()
         elif self._waiting() is not None:
             self._end_pass()
@@ -220,10 +220,12 @@ class WalkingOptimizer(Optimizer):
         """As torch.optim's. With `inner_steps=None` gradients are gone anyway; in mid-cycle warns once that their
         micro-batches are not."""
         optimizer: Any = self._itself()
-        optimizer._zeroed = True
         optimizer._watch.zeroed()
-        if optimizer._passes is not None and not (optimizer._merges or optimizer.at_boundary):
-            optimizer._tell_of_zeroing()
+        passes = optimizer._passes
+        if passes is not None:
+            passes.zeroed = True
+            if not (passes.merges or optimizer._walk.is_blind or optimizer.at_boundary):
+                optimizer._tell_of_zeroing()
         super().zero_grad(set_to_none)
 
     def _tell_of_zeroing(self) -> None:
@@ -283,6 +285,8 @@ class WalkingOptimizer(Optimizer):
         """Each parameter's state, as torch.optim's. What its reader changes, assigns or moves is taken over."""
         optimizer: Any = self._itself()
         optimizer._walk.wait_for_host_state()
+        if optimizer._walk.is_blind:
+            optimizer._state.catch_up()
         optimizer._state.entries.known = True
         optimizer._state.entries.reveal()
         state: dict[Any, Any] = optimizer.__dict__["state"]

@@ -48,7 +48,7 @@ class Cycle:
     displacement_sq [n_groups]: ‖D‖², written by the outer step; grad_norms [room]: unscaled norms, -1 in place of NaN
     (NaN differs from itself, which distributed loading refuses).
     totals: skipped_inner_steps, skipped_outer_steps. counts: moves, lost_moves: element moves in this cycle, and those
-    that rounding swallowed whole.
+    that rounding swallowed whole. taken: inner steps of this cycle, 0-dim int64, where the host does not count them.
     results: memory, its own for each number of groups, that keeps a finished cycle: sums as above; counts and, as the
     third, its inner steps. finished: `results` once a cycle has finished, before None.
     """
@@ -58,6 +58,7 @@ class Cycle:
         self.hyper = torch.zeros(0, len(HYPER), dtype=torch.float64, device=device)
         self.factor, self.sums, self.totals = self._zeros(0), self._zeros(room), self._zeros(2)
         self.counts = torch.zeros(2, dtype=torch.int64, device=device)
+        self.taken = torch.zeros((), dtype=torch.int64, device=device)
         self.finished: tuple[Tensor, Tensor] | None = None
         self._told: tuple[Tensor, torch.Event] | None = None  # Γ on its way to the host, and whether it is there
         self.capturing, self.replayed = False, Replayed()  # into a CUDA graph
@@ -200,6 +201,26 @@ class Cycle:
         counts[2].fill_(taken)
         self.reset()
 
+    def count_pass(self) -> None:
+        """Counts an inner step whose norm the backend put at the end of `grad_norms`, in the place of none."""
+        place = self.taken.clamp(max=self.room - 1).view(1)
+        self.grad_norms.index_copy_(0, place, self.grad_norms[-1:].clone())
+        self.taken += 1
+
+    def finish_pass_count(self, *, before: bool) -> None:
+        """Ends a cycle whose inner steps the device has counted: called before the outer step and after it.
+
+        Without any inner step nothing has changed since.
+        """
+        results = *self.results, self.skipped_outer_steps
+        if before:
+            self._before = [result.clone() for result in results]
+            return
+        self.results[1][2] = self.taken
+        for result, known in zip(results, self._before, strict=True):
+            result.copy_(torch.where(self.taken > 0, result, known))
+        self.taken.zero_()
+
     def results_of_parameters(self) -> Tensor:
         """What the parameters of this cycle alone brought to the finished one, other ranks' others, which may have
         other groups: [3] float64, Σ_groups ‖D‖²/Γ², moves and lost moves."""
@@ -230,7 +251,7 @@ class Cycle:
 
     def hold(self) -> None:
         """Keeps alive what captured steps write."""
-        self.replayed.hold(self.hyper, self.factor, self.sums, self.totals, self.counts, *self.results)
+        self.replayed.hold(self.hyper, self.factor, self.sums, self.totals, self.counts, self.taken, *self.results)
 
     def tell_host(self) -> None:
         """Sends Γ to the host, without waiting for it: see `walked`."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 PREPARED_CYCLES = 4  # that can be captured without a step outside of a graph in between
+PREPARED_PASSES = 8  # for each of them, where the number is open
 
 _kernels: ModuleType | None = None
 with contextlib.suppress(ImportError):
@@ -34,6 +35,11 @@ def capture_id(devices: list[torch.device]) -> int | None:
     return _kernels.cuda_capture_id(torch.cuda.current_stream(devices[0]).cuda_stream) if _kernels else 0
 
 
+def may_be_captured(devices: list[torch.device]) -> bool:
+    """Whether an optimizer of these devices may be, at all."""
+    return len(devices) == 1 and devices[0].type == "cuda"
+
+
 def _is_captured(device: torch.device) -> bool:
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         return torch.cuda.is_current_stream_capturing()
@@ -53,10 +59,11 @@ def check_can_be_replayed(
             "supported there: leave step() out of the graph"
         )
     if not ready:
+        steps = "" if inner_steps is None else f" ({inner_steps} steps)"
         raise RuntimeError(
             "step() is being captured into a CUDA graph, but memory would have to be allocated for it: run at "
-            f"least one whole cycle ({inner_steps} steps) before the capture, and after adding or unfreezing "
-            "parameters or changing amsgrad"
+            f"least one whole cycle{steps} before the capture, and after adding or unfreezing parameters or changing "
+            "amsgrad"
         )
 
 

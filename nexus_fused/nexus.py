@@ -39,7 +39,8 @@ FEW_MOVES, SMALL_SHARE = 100, 1e-4  # of a cycle's moves: below them chance deci
 class Nexus(WalkingOptimizer):
     """A walk of normalized SGD steps, one per micro-batch, in front of others: its displacement is their gradient.
 
-    Call `step()` after the backward pass of every micro-batch, without gradient accumulation or clipping. Of
+    Call `step()` after the backward pass of every micro-batch, without gradient accumulation or clipping (or leave a
+    loop that accumulates as it is, with `inner_steps=None`: see NexusAdamW). Of
     `inner_steps` calls (K, one cycle) the first K-1 move the weights along the walk. The last one takes the last step,
     returns to the start θ, puts D/Γ into `p.grad`, in the parameter's dtype, and calls each optimizer's `step()`; then
     `p.grad` is None. What had no gradient in the whole cycle has none there either. Source: arXiv 2604.09258.

@@ -22,6 +22,10 @@ class NexusAdamW(WalkingOptimizer):
     `inner_steps` calls (K, one cycle) the first K-1 move the weights along the walk; the last one takes the last step,
     returns to the start θ and applies AdamW to the displacement. Source: arXiv 2604.09258, Algorithm 3.
 
+    With `inner_steps=None` a loop that accumulates stays as it is: each backward pass that reaches the parameters takes
+    an inner step at its end and lets its gradients go (one parameter per device shows 0, or inf after an overflow, for
+    GradScaler), and `step()` ends the cycle, whatever the number of passes was.
+
     Args:
         params: tensors, (name, tensor) pairs or parameter groups, as for torch.optim.AdamW. float64, float32, bfloat16,
             float16, complex64, complex128; dense gradients, of these dtypes or of another floating one
@@ -29,16 +33,17 @@ class NexusAdamW(WalkingOptimizer):
             `p.data` may be re-pointed here, once, into flat memory; values and identity stay.
         lr, betas, eps, weight_decay, amsgrad, maximize, capturable: as for torch.optim.AdamW. `lr` may be a tensor of
             one element, of which each group gets its own copy. With `capturable=True` a whole cycle, K backward passes
-            with their `step()`, may be captured into one CUDA graph; see `step`.
+            with their `step()`, may be captured into one CUDA graph, or, where K is open, a backward pass; see `step`.
         inner_lr: γ, length of an inner step, > 0; per group; may be a tensor of one element.
-        inner_steps: K, micro-batches in a cycle, one for the optimizer. 1 is AdamW on g/‖g‖.
+        inner_steps: K, micro-batches in a cycle, one for the optimizer; None where `step()` ends it. 1 is AdamW on
+            g/‖g‖. Who changes K keeps the product γ·(K-1).
         normalize_displacement: give AdamW D/Γ (Γ: the length of the walk) instead of D, so that `lr`, `eps` and
             `betas` keep AdamW's meaning. False is the paper's choice.
         inner_lr_follows_lr: γ_k = inner_lr · max(lr/base_lr, 0.1), with base_lr the group's learning rate when it was
             added, or the peak (`max_lr`) that a OneCycleLR recorded.
         displacement_dtype: of the displacement, kept in mid-cycle and averaged over a `displacement_group`:
-            torch.bfloat16, torch.float32, or None: bfloat16 up to 32 inner steps, else float32. float64 parameters
-            have float64.
+            torch.bfloat16, torch.float32, or None: bfloat16 up to 32 inner steps or an open number, else float32.
+            float64 parameters have float64.
         offload: True keeps the moments, and the `anchor` of local walks, in pinned host memory: kernels on a GPU reach
             them there, once in a cycle. 8 bytes per parameter (float32 and below) less on the device; results stay as
             they are, bit for bit. Reading `state`, saving, copying and loading wait for the device; tensors of the

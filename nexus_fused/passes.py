@@ -62,6 +62,8 @@ class Passes:
         self._params: dict[int, weakref.ref[Any]] = {}
         self._handles: dict[int, Any] = {}
         self._modules: list[weakref.ref[Any]] = []
+        self.merges = False  # passes into one micro-batch; nothing is called then
+        self.zeroed = False  # zero_grad() was called since the last pass
         self._number = 0  # of the pass that began last
         self.is_replaced = False  # by those of another optimizer that has some of the parameters
         weakref.finalize(self, _remove_all, self._handles).atexit = False
@@ -102,15 +104,25 @@ class Passes:
         try:
             compiled = sys.modules.get("torch._dynamo.compiled_autograd")
             if torch.compiler.is_compiling() or getattr(compiled, "in_compiled_autograd_region", False):
+                if self.merges:
+                    self.end()
+                    self._arm(self._number)
+                    return
                 raise RuntimeError(
                     "compiled autograd runs this backward pass, whose end inner_steps=None cannot see: switch it off "
-                    "(torch._dynamo.config.compiled_autograd = False), or use inner_steps=K with a step() after each "
-                    "micro-batch"
+                    "(torch._dynamo.config.compiled_autograd = False), run the pass inside `with "
+                    "optimizer.one_micro_batch():`, or use inner_steps=K with a step() after each micro-batch"
                 )
             Variable._execution_engine.queue_callback(_End(self, self._number))
         except BaseException:
             self._arm(self._number)
             raise
+
+    def end(self) -> None:
+        """A pass has ended."""
+        self.zeroed = False
+        if not self.merges:
+            self._ended()
 
     def _arm(self, number: int) -> None:
         """Has the next hook begin a pass, where that with this number is the last one."""
@@ -136,7 +148,7 @@ class _End:
             passes = self._passes()
             if passes is not None:
                 passes._arm(self._number)
-                passes._ended()
+                passes.end()
 
     def _wait_for(self, node: Any) -> None:
         """Goes on in the pass that this one was a part of, as those of re-entrant checkpoints are of a node's."""
@@ -192,12 +204,12 @@ class ForScaler:
         _remove_all(self._handles)
         self._chosen = None
 
-    def show(self, work: list[tuple[Cycle, list[Table]]], position: int) -> None:
-        """Shows them, after so many inner steps of these cycles. Waits for no device."""
+    def show(self, work: list[tuple[Cycle, list[Table]]]) -> None:
+        """Shows them, after an inner step of these cycles. Waits for no device."""
         if self._chosen is None:
             self._chosen = self._choose(work)
         for param, gradient, cycle in self._chosen:
-            overflow = (cycle.grad_norms[:position].sqrt().sum() * 0).nan_to_num(nan=torch.inf)  # NaN is kept as -1
+            overflow = (cycle.grad_norms.sqrt().sum() * 0).nan_to_num(nan=torch.inf)  # NaN is kept as -1
             local_part(gradient).fill_(overflow)
             param.grad = gradient
             self._showing.add(id(param))

@@ -172,6 +172,8 @@ class State:
         found = self.entries.foreign(self._walk.segments, moments=moments)
         if found is None:
             return
+        if self._walk.is_blind:
+            self.catch_up()
         self._is_fresh &= not found
         if self._walk.capture.known is not None:
             raise RuntimeError(
@@ -219,10 +221,16 @@ class State:
 
     def show_position(self) -> None:
         """Puts the position into the groups, and displacements into the entries or out of them."""
-        for group in self._groups[: len(self._members)]:
-            group["cycle_position"] = self._walk.position
-        self._follow(in_cycle=self._walk.position > 0)
         self._is_fresh = False
+        if not self._walk.is_blind:
+            self.catch_up()
+
+    def catch_up(self) -> None:
+        """The same, also where only the device knows the position; waits for it then."""
+        position = self._walk.position
+        for group in self._groups[: len(self._members)]:
+            group["cycle_position"] = position
+        self._follow(in_cycle=position > 0)
 
     def show(self, *, in_cycle: bool) -> None:
         """Puts the cycle's own data into groups and entries, the groups' under the same keys at every position."""
@@ -298,6 +306,8 @@ class State:
     def prepare_to_save(self) -> None:
         """Brings groups and entries up to date for somebody who copies them."""
         self.follow_members()
+        if self._walk.is_blind:
+            self.catch_up()
         self._walk.check_capture_has_not_ended()
         self._walk.wait_for_host_state()
         for group in self._groups:

@@ -89,7 +89,11 @@ class Table:
         self._outdated = True  # `rows` lacks a segment, a buffer or where a parameter lies now
         self._stale = self._stale_touched = True  # `rows` has addresses, or who is touched, that the device has not
         self._on_device: tuple[Tensor, ...] = ()
+        self._kept_touched: Tensor
         self.capturing, self.replayed = False, Replayed()  # into a CUDA graph
+        self._touched_on_device = self._device_is_told = (
+            False  # the device keeps who is; it was told what the host knew
+        )
 
     @property
     def dtypes(self) -> tuple[int, int]:
@@ -220,6 +224,8 @@ class Table:
                 f"the memory of parameters on {self.device} was exchanged just before or while step() was captured "
                 "into a CUDA graph: run one whole cycle before the capture"
             )
+        if self._touched_on_device and len(self._on_device[0]) == len(self._flags):
+            self.learn_touched()
         known = len(self.rows) == len(self.segments)
         gradients = self.rows[:, GRAD : GRAD + 2].tolist() if known else [[0, DTYPES[self.dtype]]] * len(self.segments)
         rows: list[list[int]] = []
@@ -253,7 +259,8 @@ class Table:
         self.sq_norm = torch.zeros(1, dtype=torch.float64, device=self.device)
         self.arrivals = torch.zeros(1, dtype=torch.int32, device=self.device)
         self._touched = sum(self._flags)
-        self._stale, self._outdated = True, False
+        self._kept_touched = torch.zeros_like(self._on_device[0][:, TOUCHED])
+        self._stale, self._outdated, self._device_is_told = True, False, False
 
     # On the device
 
@@ -264,7 +271,9 @@ class Table:
         touch: 0 no parameter is touched, 1 just those with a gradient are, 2 the rows tell. Rows are copied only if an
         address changed (or who is touched, with 2), through pinned memory and without waiting.
         """
-        if not self._touched:
+        if self._touched_on_device:
+            touch = 2
+        elif not self._touched:
             touch = 0
         elif (self._touched == len(self.segments) and self.observer.complete) or torch.equal(
             self.rows[:, TOUCHED], (self.rows[:, GRAD] != 0).long()
@@ -273,9 +282,43 @@ class Table:
         else:
             touch = 2
         if self._stale or (touch == 2 and self._stale_touched):
-            upload(self.rows, self._on_device[0], self.replayed if self.capturing else None)
+            self._upload_rows()
             self._stale = self._stale_touched = False
         return (*self._on_device, touch)  # type: ignore[return-value]
+
+    def _upload_rows(self) -> None:
+        keeps = self._touched_on_device and self._device_is_told
+        if keeps:
+            self._keep_touched(aside=True)
+        upload(self.rows, self._on_device[0], self.replayed if self.capturing else None)
+        if keeps:
+            self._keep_touched(aside=False)
+        self._device_is_told = True
+
+    def _keep_touched(self, *, aside: bool) -> None:
+        """Puts the device's own word of who is touched aside, or back."""
+        here, there = self._on_device[0][:, TOUCHED], self._kept_touched
+        (there if aside else here).copy_(here if aside else there)
+
+    def keep_touched_on_device(self, keeps: bool) -> None:
+        """Has only the device know whose displacements are valid, once it was told, or the host again."""
+        self._touched_on_device, self._device_is_told = keeps, False
+        self._stale = True
+
+    def learn_touched(self) -> None:
+        """Has the host know it too; waits for the device."""
+        if self._device_is_told:
+            flags = self._on_device[0][:, TOUCHED].tolist()
+            self._flags[:], self._touched = bytes(flags), sum(flags)
+            self.rows[:, TOUCHED] = torch.tensor(flags, dtype=torch.int64, device="cpu")
+
+    def _note_on_device(self, *, moved: bool) -> None:
+        """Notes that displacements of segments with a gradient are valid, or none any more."""
+        rows = self._on_device[0]
+        if moved:
+            rows[:, TOUCHED] |= rows[:, GRAD] != 0
+        else:
+            rows[:, TOUCHED] = 0
 
     def on_device_after_walk(self, moved: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
         """The same for an outer step after the end of a walk. moved: != 0 for each segment that had a gradient, on any
@@ -301,7 +344,9 @@ class Table:
 
     def hold(self) -> None:
         """Keeps alive what captured steps read and write beside weights and state."""
-        self.replayed.hold(*self._on_device, self.partials, self.displacement_sq, self.sq_norm, self.arrivals)
+        self.replayed.hold(
+            *self._on_device, self._kept_touched, self.partials, self.displacement_sq, self.sq_norm, self.arrivals
+        )
 
     # One micro-batch
 
@@ -363,7 +408,9 @@ class Table:
         """Ends the micro-batch after a backend's inner_step: copies of gradients are let go."""
         moved = self.with_gradient()
         self.wrote(moved)
-        if self._touched < len(self.segments):
+        if self._touched_on_device:
+            self._note_on_device(moved=True)
+        elif self._touched < len(self.segments):
             self.set_touched([s for s in moved if not s.touched] if self._touched else moved, True)
         self.observer.copies.clear()
 
@@ -372,7 +419,10 @@ class Table:
         self.wrote(self.segments if everything else self.moving())
         for bucket in self.buckets if self.offloads else ():
             bucket.hold()
-        self.set_touched(self.segments, False)
+        if self._touched_on_device:
+            self._note_on_device(moved=False)
+        else:
+            self.set_touched(self.segments, False)
         self.observer.copies.clear()
 
     def set_touched(self, segments: list[Segment], touched: bool) -> None:
@@ -387,3 +437,4 @@ class Table:
             self.rows[[s.row for s in segments], TOUCHED] = int(touched)
             self._touched = sum(self._flags)
         self._stale_touched |= bool(segments)
+        self._device_is_told &= not segments

@@ -53,7 +53,8 @@ class Traps:
                 "can be taken: does a hook take gradients away, to step another optimizer for example? Remove it"
             )
         self._without = 0
-        if walk.position == BFLOAT16_STEPS and not (self._too_long or walk.chose_dtype):
+        looks = not (self._too_long or walk.chose_dtype or walk.is_blind)
+        if looks and walk.position == BFLOAT16_STEPS:
             self._too_long = True
             _warn(
                 f"more than {BFLOAT16_STEPS} inner steps in a cycle: the displacement is kept in bfloat16, whose "
@@ -62,7 +63,7 @@ class Traps:
             )
         self._look_at_schedules(groups, 1)
 
-    def look_at_cycle(self, groups: list[dict[str, Any]], walk: Walk) -> None:
+    def look_at_cycle(self, walk: Walk) -> None:
         """Looks at a `step()` that ends an open cycle."""
         self._single = self._single + 1 if walk.position == 1 else 0
         if self._single == FEW and not self._too_short:

@@ -52,7 +52,8 @@ class Walk:
         self.displacement_dtype, self.chose_dtype = displacement_dtype(chosen, self.inner_steps), chosen is not None
         self.ranks, self.outer = ranks, outer
         self.keeps = KEPT if outer is None else ()  # of a state that outlives a cycle
-        self.position = 0
+        self.is_blind = False  # replays of CUDA graphs may take steps of an open cycle: only the device knows of them
+        self._position = 0
         self.tables: dict[tuple[torch.device, torch.dtype, Spread], Table] = {}
         self.cycles: dict[tuple[torch.device, Spread], Cycle] = {}
         self.work: list[tuple[Cycle, list[Table]]] = []
@@ -65,6 +66,34 @@ class Walk:
     def segments(self) -> list[Segment]:
         """What is known of each parameter, table by table."""
         return [segment for table in self.tables.values() for segment in table.segments]
+
+    @property
+    def position(self) -> int:
+        """Inner steps taken in the running cycle. Waits for the device where only that knows."""
+        if self.is_blind:
+            self._learn()
+        return self._position
+
+    @position.setter
+    def position(self, position: int) -> None:
+        self._position = position
+        if self.is_blind:
+            for cycle, _ in self.work:
+                cycle.taken.fill_(position)
+
+    def _learn(self) -> None:
+        """Has the host know what the device does: the position, and whose displacements are valid."""
+        self._position = int(self.work[0][0].taken)
+        for table in self.tables.values():
+            table.learn_touched()
+
+    def _set_blind(self, is_blind: bool) -> None:
+        """Has the device keep the position and who is touched, or the host again."""
+        if is_blind != self.is_blind:
+            position, self.is_blind = self.position, is_blind
+            for table in self.tables.values():
+                table.keep_touched_on_device(is_blind)
+            self.position = position
 
     @property
     def is_open(self) -> bool:
@@ -194,25 +223,31 @@ class Walk:
 
     def step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Takes an inner step, with the last of a cycle also the outer one, after `refresh`."""
-        last = self.position + 1 == self.inner_steps
+        position = 0 if self.is_blind else self.position
+        last = position + 1 == self.inner_steps
         if not last:
             self.ensure_displacements()
         sq_norms = self.sq_norms(found_inf)
         if not self.is_local:
             self.ranks.replicas.compare(sq_norms)
-        if self.outer is not None and self.position == 0 and not last:
+        if self.outer is not None and position == 0 and not last:
             self._fill_remainders(sq_norms)
-        micro_batch = MicroBatch(sq_norms, self.position, grad_scale, found_inf)
+        micro_batch = MicroBatch(sq_norms, position, grad_scale, found_inf)
         if last:
             self.finish(micro_batch)
             return
         for cycle, tables in self.work:
+            if self.is_blind:
+                micro_batch = micro_batch._replace(position=cycle.room - 1)
             cycle.backend.inner_step(tables, cycle, micro_batch)
             if self.outer is not None:
                 cycle.tell_host()
+            if self.is_blind:
+                cycle.count_pass()
             for table in tables:
                 table.finish_inner_step()
-        self.position += 1
+        if not self.is_blind:
+            self.position += 1
 
     def make_room(self, norms: int) -> bool:
         """Makes room for so many norms of an open cycle; whether scalars lie elsewhere now."""
@@ -264,7 +299,7 @@ class Walk:
 
         leaves: this rank is in outer_step(); returns, of local walks, whether every rank is now.
         """
-        taken = self.position + (micro_batch is not None)
+        taken = 0 if self.is_blind else self.position + (micro_batch is not None)
         everybody_is_here = True
         given: list[tuple[Tensor, Tensor]] = []
         if self.is_local or self.outer is not None:
@@ -286,10 +321,14 @@ class Walk:
                     cycle.backend.adamw(tables, cycle, who, taken)
         else:
             for cycle, tables in self.work:
+                if self.is_blind:
+                    cycle.finish_pass_count(before=True)
                 cycle.backend.outer_step(tables, cycle, micro_batch, taken)
+                if self.is_blind:
+                    cycle.finish_pass_count(before=False)
         for table in self.tables.values():
-            table.finish_outer_step(everything=self.is_local)
-        self.position, self._warm = 0, True
+            table.finish_outer_step(everything=self.is_local or self.is_blind)
+        self._position, self._warm = 0, True
         self._share_results()
         if self.outer is not None:
             self.outer(given)
@@ -416,8 +455,14 @@ class Walk:
 
         The host sees no replay: once steps were captured, others copy rows and hyperparameters again too.
         """
-        self._check_cut()
         current, tables = graphs.capture_id(self._devices), list(self.tables.values())
+        capturable = self.outer is None and any(group["capturable"] for group in groups)
+        if current is None:
+            reads_rows = all(cycle.backend is not reference for cycle, _ in self.work)
+            alone = not self.ranks.communicates and graphs.may_be_captured(self._devices)
+            self._set_blind(self.is_open and capturable and reads_rows and alone)
+        if not self.is_blind:
+            self._check_cut()
         if current is not None:
             if self.outer is not None:
                 raise RuntimeError(
@@ -430,9 +475,8 @@ class Walk:
                 groups, communicates=self.ranks.communicates, ready=ready, inner_steps=self.inner_steps
             )
         self.capture.begin(current)
-        capturable = self.outer is None and any(group["capturable"] for group in groups)
-        prepares = capturable and current is None and self._devices[0].type == "cuda"
-        count = graphs.PREPARED_CYCLES * (self.inner_steps or BFLOAT16_STEPS) if prepares else 0
+        prepares = capturable and current is None and graphs.may_be_captured(self._devices)
+        count = graphs.PREPARED_CYCLES * (self.inner_steps or graphs.PREPARED_PASSES) if prepares else 0
         for table in tables:
             if self.capture.ever:
                 table.distrust_device()
@@ -442,7 +486,7 @@ class Walk:
 
     def check_capture_has_not_ended(self) -> None:
         """Raises where a capture ended in mid-cycle, before anybody copies the state."""
-        if self.capture.known is not None:
+        if self.capture.known is not None and not self.is_blind:
             self._check_cut()
 
     @property

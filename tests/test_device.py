@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import weakref
 
@@ -168,6 +169,13 @@ class Graph:
         monkeypatch.setattr(graphs, "capture_id", lambda devices: self.id)
         for module in (cycles, tables):
             monkeypatch.setattr(module, "upload", self._upload(module.upload))
+        for kind, name in (
+            (cycles.Cycle, "count_pass"),
+            (cycles.Cycle, "finish_pass_count"),
+            (tables.Table, "_keep_touched"),
+            (tables.Table, "_note_on_device"),
+        ):
+            monkeypatch.setattr(kind, name, self._method(getattr(kind, name)))
 
     def __getattr__(self, name):
         function = getattr(self._kernels, name)
@@ -182,6 +190,17 @@ class Graph:
                 upload(values, target)
             else:
                 self.calls.append((target.copy_, (values.clone(),)))
+
+        return record
+
+    def _method(self, function):
+        """The few operations of torch that captured steps are made of beside kernels."""
+
+        def record(*args, **kwargs):
+            if self.id is None:
+                return function(*args, **kwargs)
+            self.calls.append((functools.partial(function, **kwargs), args))
+            return None
 
         return record
 
@@ -460,3 +479,123 @@ def test_metrics_of_replays_after_loading(graph):
     assert optimizer.metrics()["grad_norms"] == []
     graph.replay()
     assert len(optimizer.metrics()["grad_norms"]) == 3
+
+
+# Graphs of one backward pass, with inner_steps=None: the host sees none of its replays
+
+
+def _open(graph, monkeypatch, **kwargs):
+    monkeypatch.setattr(graphs, "may_be_captured", lambda devices: True)
+    monkeypatch.setattr(graphs.Replayed, "prepare", lambda *args: None)  # pinned memory
+    return mixed(inner_steps=None, capturable=True, **kwargs)
+
+
+def _end_pass(optimizer, params, grads):
+    """As at the end of a backward pass that brought these gradients."""
+    with optimizer.one_micro_batch():
+        for p, grad in zip(params, grads, strict=True):
+            p.grad = grad
+
+
+@pytest.mark.parametrize("step_is_captured", [False, True])
+def test_replays_of_a_pass(graph, monkeypatch, step_is_captured):
+    """One graph of a pass, first and middle one of a cycle; some parameters have no gradient in it, eager passes have
+    others. Whether anything was taken is the device's affair as well: a step without is none."""
+    results = []
+    for captured in (False, True):
+        torch.manual_seed(0)
+        params, optimizer = _open(graph, monkeypatch)
+        static = [torch.empty_like(p) for p in params]
+        static[1] = None
+        others = [torch.randn_like(p) for p in params]
+        generator = torch.Generator().manual_seed(1)
+        _end_pass(optimizer, params, others)
+        optimizer.step()
+        graphs_of = {}
+        for name, call in (
+            ("pass", functools.partial(_end_pass, optimizer, params, static)),
+            ("step", optimizer.step),
+        ):
+            if captured and (name == "pass" or step_is_captured):
+                graph.calls, graph.id = [], 1 + len(graphs_of)
+                call()
+                graph.id, graphs_of[name] = None, graph.calls
+
+        def replay(name, call, graphs_of=graphs_of):
+            if name not in graphs_of:
+                call()
+            for function, args in graphs_of.get(name, ()):
+                function(*args)
+
+        def run_pass(params=params, optimizer=optimizer, static=static, generator=generator, replay=replay):
+            for grad in static:
+                if grad is not None:
+                    grad.copy_(torch.randn(grad.shape, generator=generator))
+            replay("pass", lambda: _end_pass(optimizer, params, static))
+
+        found = []
+        for passes in ((3, 0), (2, 1), (0, 0), (1, 0), (0, 2)):
+            for _ in range(passes[0]):
+                run_pass()
+            for _ in range(passes[1]):
+                _end_pass(optimizer, params, others)
+                run_pass()
+            assert optimizer.cycle_position == passes[0] + 2 * passes[1]
+            replay("step", optimizer.step)
+            metrics = optimizer.metrics()
+            found += [torch.tensor(metrics.pop("grad_norms")), torch.tensor(list(metrics.values()))]
+        run_pass()
+        run_pass()
+        assert not optimizer.at_boundary
+        with optimizer.outer_weights():
+            found += values(params)
+        state = optimizer.state_dict()
+        assert state["param_groups"][0]["cycle_position"] == 2
+        assert state["param_groups"][0]["touched"] == [True, False]
+        found += [entry[key] for entry in state["state"].values() for key in sorted(entry)]
+        optimizer.discard_cycle()
+        run_pass()
+        replay("step", optimizer.step)
+        results.append([*found, *values(params)])
+        graph.calls = []
+    assert_same(*results)
+
+
+def test_the_device_counts_what_the_host_does_otherwise(graph, monkeypatch):
+    results = []
+    monkeypatch.setattr(graphs.Replayed, "prepare", lambda *args: None)
+    for blind in (False, True):
+        monkeypatch.setattr(graphs, "may_be_captured", lambda devices, blind=blind: blind)
+        torch.manual_seed(0)
+        params, optimizer = mixed(inner_steps=None, capturable=True)
+        generator = torch.Generator().manual_seed(1)
+        for cycle in range(4):
+            for i in range(cycle + 1):
+                grads = [torch.randn(p.shape, generator=generator).to(p.dtype) for p in params]
+                grads[cycle % 3] = None
+                _end_pass(optimizer, params, grads)
+                assert optimizer.cycle_position == i + 1
+            if cycle == 1:  # in mid-cycle
+                saved = copy.deepcopy(optimizer.state_dict())
+                weights = values(params)
+                optimizer.step()
+                optimizer.load_state_dict(saved)
+                with torch.no_grad():
+                    for p, w in zip(params, weights, strict=True):
+                        p.copy_(w)
+            if cycle == 2:
+                late = nn.Parameter(torch.ones(3))
+                optimizer.add_param_group({"params": [late]})
+                params.append(late)
+                _end_pass(optimizer, params, [torch.ones_like(p) for p in params])
+            optimizer.step()
+        metrics = optimizer.metrics()
+        results.append([*values(params), torch.tensor(metrics["grad_norms"]), torch.tensor(metrics["alignment"])])
+    assert_same(*results)
+
+
+def test_a_pass_is_captured_after_a_whole_cycle(graph, monkeypatch):
+    params, optimizer = _open(graph, monkeypatch)
+    graph.id = 1
+    with pytest.raises(RuntimeError, match=r"run at least one whole cycle before the capture"):
+        _end_pass(optimizer, params, [torch.ones_like(p) for p in params])

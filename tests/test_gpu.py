@@ -18,7 +18,7 @@ from pathlib import Path
 import inside
 import pytest
 import torch
-from conftest import DTYPES, assert_same, exact
+from conftest import DTYPES, assert_same, exact, values
 from kernel_tables import (
     LOW,
     OFFSETS,
@@ -626,10 +626,10 @@ class TestOffload:
             train(optimizer, params, 10, missing=True, nan_at=(4,))
             with optimizer.outer_weights():
                 shown = [p.detach().clone() for p in params]
-            results.append([values.cpu() for values in (*shown, *contents_of(optimizer))])
-            for name, values in optimizer.state[params[0]].items():
+            results.append([value.cpu() for value in (*shown, *contents_of(optimizer))])
+            for name, value in optimizer.state[params[0]].items():
                 on_host = offload and name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-                assert (values.device.type, values.is_pinned()) == (("cpu", True) if on_host else ("cuda", False)), name
+                assert (value.device.type, value.is_pinned()) == (("cpu", True) if on_host else ("cuda", False)), name
         assert_same(*results)
 
     @everywhere
@@ -804,6 +804,45 @@ class TestGraphs:
             eager.cycle()
         assert_same(captured.results(), eager.results())
         assert_equal_training(captured, eager)
+
+    @only(*FUSED)
+    @pytest.mark.parametrize("step_is_captured", [False, True])
+    def test_backward_passes(self, backend, step_is_captured):
+        """inner_steps=None: a graph of one pass, replayed several times in a cycle, eager ones in between."""
+        ends = []
+        for captured in (False, True):
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1)).cuda()
+            options = {"lr": 1e-2, "inner_lr": 0.05, "inner_steps": None, "capturable": True, "backend": backend}
+            optimizer = NexusAdamW(model.parameters(), **options)
+            inputs = torch.randn(4, 8, device="cuda")
+
+            def run_pass(model=model, inputs=inputs):
+                model(inputs).square().mean().backward()
+
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(3):
+                    run_pass()
+                optimizer.step()
+            torch.cuda.current_stream().wait_stream(side)
+            calls = {"pass": run_pass, "step": optimizer.step}
+            for name in ("pass", "step") if step_is_captured else ("pass",):
+                if captured:
+                    graph = torch.cuda.CUDAGraph()
+                    with torch.cuda.graph(graph):
+                        calls[name]()
+                    calls[name] = graph.replay
+            for passes in (4, 2, 0, 1, 3):
+                for i in range(passes):
+                    inputs.copy_(torch.randn(4, 8, generator=torch.Generator().manual_seed(10 * passes + i)))
+                    run_pass() if i == 2 else calls["pass"]()
+                assert optimizer.cycle_position == passes
+                calls["step"]()
+            metrics = optimizer.metrics()
+            ends.append([*values(model.parameters()), torch.tensor(metrics["grad_norms"])])
+        assert_same(*ends)
 
     @everywhere
     def test_refused_without_capturable(self, backend):

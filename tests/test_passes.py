@@ -405,18 +405,18 @@ def test_compiled_autograd_is_refused():
     before = values(model.parameters())
     optimizer = open_optimizer(model)
 
-    @torch.compile(backend="eager")
-    def run_pass():
-        loss_of(model, 0).backward()
-
     def train_step():
-        run_pass()
+        torch.compile(lambda: loss_of(model, 0).backward(), backend="eager")()
         optimizer.step()
 
     with torch._dynamo.config.patch(compiled_autograd=True), pytest.raises(RuntimeError) as raised:
         train_step()
     assert "compiled autograd" in str(raised.value)
     assert_same(values(model.parameters()), before)
+    optimizer.zero_grad()
+    with torch._dynamo.config.patch(compiled_autograd=True), optimizer.one_micro_batch():
+        torch.compile(lambda: loss_of(model, 0).backward(), backend="eager")()
+    assert optimizer.cycle_position == 1
     torch._dynamo.reset()
 
 
