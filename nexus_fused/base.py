@@ -427,6 +427,7 @@ class WalkingOptimizer(Optimizer):
             raise
         self._compare_ranks("in load_state_dict()", loads=groups[0].get("cycle_position", 0) if groups else 0)
         with uninterrupted():
+            self._for_scaler.hide()
             self._restore(groups, *rest)
             self._traps.knows_schedule = False
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():

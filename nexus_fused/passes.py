@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import sys
 import weakref
 from collections.abc import Callable, Iterable
@@ -73,12 +74,16 @@ class Passes:
         now = {id(param): param for param in params}
         for key in [key for key, param in self._params.items() if param() is not now.get(key)]:
             del self._params[key]
-            self._handles.pop(key).remove()
+            if key in self._handles:
+                self._handles.pop(key).remove()
         for key, param in now.items():
-            if key not in self._params and (param.is_floating_point() or param.is_complex()):
+            if key not in self._params:
                 self._replace(_passes_of.get(key), key, param)
                 _passes_of[key] = self
-                self._params[key], self._handles[key] = weakref.ref(param), _hooked(param, self._hook)
+                self._params[key] = weakref.ref(param)
+                handle = _hooked(param, self._hook)
+                if handle is not None:
+                    self._handles[key] = handle
         known = weakref.ref(self)
 
         def before() -> None:
@@ -168,15 +173,25 @@ class _End:
             passes._arm(self._number)
 
 
+def _overflow(cycle: Cycle) -> float | Tensor:
+    """inf where a norm of the running cycle is not finite (NaN is kept as -1), else 0. Waits for no device."""
+    if cycle.device.type == "cpu":
+        return 0.0 if all(0 <= norm < math.inf for norm in cycle.grad_norms.tolist()) else math.inf
+    return (cycle.grad_norms.sqrt().sum() * 0).nan_to_num(nan=math.inf)
+
+
 def _hooked(param: Any, hook: Callable[[Tensor], None]) -> Any:
-    """Registers a hook, also with a parameter that is frozen as yet; its handle."""
-    frozen = not param.requires_grad
-    try:
-        if frozen:
-            param.requires_grad_(True)
-        return param.register_post_accumulate_grad_hook(hook)
-    finally:
-        if frozen:
+    """Registers a hook, also with a parameter that is frozen or not initialized as yet; its handle, None where the
+    parameter can have no gradient."""
+    with torch._C.DisableTorchFunctionSubclass():
+        if param.requires_grad:
+            return param.register_post_accumulate_grad_hook(hook)
+        if param.is_inference() or not (param.is_floating_point() or param.is_complex()):
+            return None
+        param.requires_grad_(True)
+        try:
+            return param.register_post_accumulate_grad_hook(hook)
+        finally:
             param.requires_grad_(False)
 
 
@@ -209,8 +224,7 @@ class ForScaler:
         if self._chosen is None:
             self._chosen = self._choose(work)
         for param, gradient, cycle in self._chosen:
-            overflow = (cycle.grad_norms.sqrt().sum() * 0).nan_to_num(nan=torch.inf)  # NaN is kept as -1
-            local_part(gradient).fill_(overflow)
+            local_part(gradient).fill_(_overflow(cycle))
             param.grad = gradient
             self._showing.add(id(param))
 

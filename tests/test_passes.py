@@ -298,6 +298,19 @@ def test_frozen_parameters_and_those_that_are_thawed():
     torch.testing.assert_close(*ends, rtol=1e-12, atol=1e-14)
 
 
+def test_parameters_that_are_not_there_yet_or_never_train():
+    with torch.inference_mode():
+        inferred = nn.Parameter(torch.ones(3), requires_grad=False)
+    numbers = nn.Parameter(torch.ones(3, dtype=torch.int8), requires_grad=False)
+    model = nn.Sequential(nn.LazyLinear(4), nn.Tanh(), nn.Linear(4, 1))
+    optimizer = NexusAdamW([*model.parameters(), inferred, numbers], **OPTIONS, inner_steps=None)
+    for i in range(3):
+        model(batch(i)).square().mean().backward()
+    assert optimizer.cycle_position == 3
+    optimizer.step()
+    assert all(optimizer.state[p]["step"] == 1 for p in model.parameters())
+
+
 def test_a_group_added_in_mid_cycle():
     ends = []
     for steps in (None, 4):
@@ -724,6 +737,23 @@ def test_no_hook_outlives_its_optimizer():
     assert not any(p._post_accumulate_grad_hooks or p._backward_hooks for p in model.parameters())
     loss_of(model, 0).backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_memory_is_that_of_a_number():
+    """And gradients are gone but for the smallest."""
+    found = []
+    for steps in (None, 4):
+        model = small_model()
+        optimizer = open_optimizer(model, inner_steps=steps)
+        for i in range(2):
+            loss_of(model, i).backward()
+            if steps:
+                optimizer.step()
+        storages = [t.untyped_storage() for entry in optimizer.state_dict()["state"].values() for t in entry.values()]
+        found.append(sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values()))
+        gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+        assert gradients == (4 if steps is None else 4 * sum(p.numel() for p in model.parameters()))
+    assert found[0] == found[1]
 
 
 # State
