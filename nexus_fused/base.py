@@ -107,11 +107,12 @@ class WalkingOptimizer(Optimizer):
         self._refuse_inside_outer_weights("a backward pass")
         with uninterrupted():
             self._for_scaler.hide()
+            self._tell_of_zeroing()
             self._state.follow_members()
             here = self._walk, self.param_groups, self._state.entries.state
             agreement.compare_for_debugging(*here, "in a backward pass", averages=False)
             self._state.refresh(gradients=True, moments=False)
-            self._traps.look_at_pass(self.param_groups, self._walk)
+            self._traps.look_at_pass(self._walk)
             if not self._walk.is_blind and self._walk.make_room(self._walk.position + 1):
                 self._state.show(in_cycle=True)
             try:
@@ -136,8 +137,9 @@ class WalkingOptimizer(Optimizer):
             self._state.follow_members()
             self._check_nothing_waits()
             self._for_scaler.hide()
+            self._tell_of_zeroing()
             if not self._walk.is_blind:  # else a replay may have taken inner steps
-                self._traps.look_at_cycle(self._walk)
+                self._traps.look_at_cycle(self.param_groups, self._walk)
                 if self.at_boundary and not self._walk.is_local:
                     return
             here = self._walk, self.param_groups, self._state.entries.state
@@ -187,15 +189,23 @@ class WalkingOptimizer(Optimizer):
             yield
             return
         self._for_scaler.hide()
-        passes.merges, passes.zeroed = True, False
+        passes.merges = True
         try:
             yield
+        except BaseException:
+            passes.note_failure()
+            raise
         finally:
             passes.merges = False
-        if passes.zeroed:
-            self._walk.let_gradients_go()
-        elif self._waiting() is not None:
-            self._end_pass()
+        if self._waiting() is not None:
+            passes.end()
+        else:
+            self._show_again()
+
+    def _show_again(self) -> None:
+        """Shows GradScaler a gradient where none came in place of the one that was hidden."""
+        if self._passes is not None and not self._walk.is_blind and not self.at_boundary:
+            self._for_scaler.show(self._walk.work)
 
     @of_the_optimizer
     def discard_cycle(self) -> None:
@@ -214,6 +224,8 @@ class WalkingOptimizer(Optimizer):
                 self._walk.return_to_theta()
             finally:
                 self._state.show_position()
+            if self._passes is not None:  # GradScaler steps all the same
+                self._for_scaler.show(self._walk.work)
 
     @on_its_own
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -223,20 +235,25 @@ class WalkingOptimizer(Optimizer):
         optimizer._watch.zeroed()
         passes = optimizer._passes
         if passes is not None:
-            passes.zeroed = True
-            if not (passes.merges or optimizer._walk.is_blind or optimizer.at_boundary):
+            passes.forget_failure()
+            if passes.merges:
+                set_to_none = True  # a gradient of zeros would be a micro-batch
+            elif not (optimizer._walk.is_blind or optimizer.at_boundary) and optimizer._waiting() is None:
+                optimizer._for_scaler.was_zeroed = True  # else they are of a pass that failed
                 optimizer._tell_of_zeroing()
         super().zero_grad(set_to_none)
 
     def _tell_of_zeroing(self) -> None:
-        if not self._told_of_zeroing and self._waiting() is None:  # else they are of a pass that failed
+        """Warns once where gradients were zeroed in mid-cycle, by zero_grad() or the model's."""
+        if self._for_scaler.was_zeroed and not self._told_of_zeroing:
             self._told_of_zeroing = True
             warnings.warn(
-                f"zero_grad() after {self.cycle_position} backward pass(es) without a step(): with inner_steps=None "
-                "each of them has taken its inner step, and zero_grad() takes none back. To throw passes away, run "
-                "them inside `with optimizer.one_micro_batch():` and call zero_grad() there, or call discard_cycle(). "
-                "To have the K-th step() end the cycle, build with inner_steps=K",
-                stacklevel=4,
+                f"gradients were zeroed after {self.cycle_position} backward pass(es) without a step(): with "
+                "inner_steps=None each of them has taken its inner step, which zeroing does not take back. To throw "
+                "passes away, such as a generator's through its discriminator, run them inside `with "
+                "optimizer.one_micro_batch():` and call zero_grad() there, or call discard_cycle(). To have the K-th "
+                "step() end the cycle, build with inner_steps=K",
+                stacklevel=1,
             )
 
     @of_the_optimizer

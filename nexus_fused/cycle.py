@@ -55,6 +55,7 @@ class Cycle:
 
     def __init__(self, device: torch.device, room: int, backend: ModuleType) -> None:
         self.device, self.room, self.backend = device, room, backend
+        self._shown_norms = room  # by a group: as many always, though there may be room for more
         self.hyper = torch.zeros(0, len(HYPER), dtype=torch.float64, device=device)
         self.factor, self.sums, self.totals = self._zeros(0), self._zeros(room), self._zeros(2)
         self.counts = torch.zeros(2, dtype=torch.int64, device=device)
@@ -109,7 +110,7 @@ class Cycle:
     def optimizer_data(self) -> dict[str, Any]:
         """What is one for all groups, as one of them shows it, views of the live values."""
         return {
-            "grad_norms": list(self.grad_norms),
+            "grad_norms": list(self.grad_norms[: self._shown_norms]),
             "skipped_inner_steps": self.skipped_inner_steps,
             "skipped_outer_steps": self.skipped_outer_steps,
         }

@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import sys
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -153,18 +152,27 @@ def reduces_gradients(module: Any) -> bool:
     return all(group is None or (group.reduce_grads and group.all_reduce_grads) for group in groups)
 
 
-def around_passes(module: Any, before: Callable[[], None], after: Callable[[], None]) -> None:
-    """Has a module under `fully_shard` call `before` in each backward pass before it reduces gradients, and `after`
-    when the pass has reduced all of them, where it is the root."""
+def follow_passes(module: Any, listener: Any) -> None:
+    """Has a module under `fully_shard` call `before_reduction()` of `listener`, as long as that lives, in each backward
+    pass before it reduces gradients, and `after_reduction()`, where it is the root, when all are reduced.
+
+    Nothing public tells of the end: the calls go around two methods of its state, once for all listeners.
+    """
     state = module._get_fsdp_state()
-    begin, end = state._pre_backward, state._root_post_backward_final_callback
+    listeners = getattr(state, "_nexus_listeners", None)
+    if listeners is None:
+        listeners = state._nexus_listeners = weakref.WeakSet()
+        begin, end = state._pre_backward, state._root_post_backward_final_callback
 
-    def pre_backward(grad: Tensor) -> Any:
-        before()
-        return begin(grad)
+        def pre_backward(grad: Tensor) -> Any:
+            for each in listeners:
+                each.before_reduction()
+            return begin(grad)
 
-    def root_post_backward_final_callback() -> None:
-        end()
-        after()
+        def root_post_backward_final_callback() -> None:
+            end()
+            for each in listeners:
+                each.after_reduction()
 
-    state._pre_backward, state._root_post_backward_final_callback = pre_backward, root_post_backward_final_callback
+        state._pre_backward, state._root_post_backward_final_callback = pre_backward, root_post_backward_final_callback
+    listeners.add(listener)

@@ -92,6 +92,15 @@ def of_the_optimizer(method: Method) -> Method:
     return cast(Method, on_its_own(call))
 
 
+def adds_to_gradient(param: Any) -> bool:
+    """Whether the backward pass that runs a hook of this parameter will add to its gradient: torch.autograd.grad() does
+    not."""
+    try:
+        return torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(param).node)
+    except RuntimeError:  # for a leaf, in autograd.grad() only
+        return False
+
+
 class AccumulationWatch:
     """Looks at every `step()` of one optimizer, of the class `name`, and warns once."""
 
@@ -147,7 +156,7 @@ class AccumulationWatch:
         warnings.warn(
             f"{who} the gradients of {micro_batches} {what} before each step() of {self._name}, so that the walk takes "
             f"one inner step where it should take {micro_batches}: build it with inner_steps=None, which needs no "
-            f"other change, or {other_way}; filter this warning if you mean it (several losses of a micro-batch)",
+            f"other change, or {other_way}; filter this warning where it is wrong (several losses of one micro-batch)",
             stacklevel=1,  # schedulers wrap step(), and Accelerate ignores all that they seem to warn of
         )
 
@@ -157,7 +166,7 @@ def _counts(watch: weakref.ref[AccumulationWatch], of: weakref.ref[Any]) -> Call
 
     def count(_: Tensor) -> None:
         known, param = watch(), of()
-        if known is not None and param is not None and not torch.compiler.is_compiling():
+        if known is not None and param is not None and not torch.compiler.is_compiling() and adds_to_gradient(param):
             known._passes[-1] = 1 if param.grad is None else known._passes[-1] + 1
             accelerate = sys.modules.get("accelerate.state")
             known._unfinished += accelerate is not None and not accelerate.GradientState().sync_gradients

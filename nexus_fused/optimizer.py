@@ -159,6 +159,7 @@ class NexusAdamW(WalkingOptimizer):
                 self._complete(group, unique)
                 if self._built:  # the constructor takes all groups at once
                     self._take_groups(index, "in add_param_group()")
+                    self._show_again()
             except BaseException:
                 self.param_groups.pop()
                 self._known.difference_update(unique)

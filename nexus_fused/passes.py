@@ -7,7 +7,6 @@ pass asks the engine for a call at its end; the others return at once.
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import sys
 import weakref
@@ -19,7 +18,8 @@ from torch import Tensor
 from torch.autograd import Variable
 
 from .cycle import Cycle
-from .dtensor import around_passes, local_part
+from .dtensor import follow_passes, local_part
+from .frameworks import adds_to_gradient
 from .table import Table
 
 
@@ -62,10 +62,10 @@ class Passes:
         self._hook = _hook_of(self._armed)
         self._params: dict[int, weakref.ref[Any]] = {}
         self._handles: dict[int, Any] = {}
-        self._modules: list[weakref.ref[Any]] = []
         self.merges = False  # passes into one micro-batch; nothing is called then
-        self.zeroed = False  # zero_grad() was called since the last pass
+        self._left: list[tuple[weakref.ref[Any], weakref.ref[Any]]] = []  # parameters, and what failed passes left
         self._number = 0  # of the pass that began last
+        self._ended_task = -1  # of autograd's, whose end was seen last
         self.is_replaced = False  # by those of another optimizer that has some of the parameters
         weakref.finalize(self, _remove_all, self._handles).atexit = False
 
@@ -84,18 +84,17 @@ class Passes:
                 handle = _hooked(param, self._hook)
                 if handle is not None:
                     self._handles[key] = handle
-        known = weakref.ref(self)
+        for module in [known() for known in modules]:
+            if module is not None:
+                follow_passes(module, self)
 
-        def before() -> None:
-            passes = known()
-            if passes is not None:
-                passes._before()
+    def before_reduction(self) -> None:
+        """FSDP2 is about to reduce gradients in a pass."""
+        self._before()
 
-        for module in [module for module in modules if module not in self._modules]:
-            found = module()
-            if found is not None:
-                self._modules.append(module)
-                around_passes(found, before, functools.partial(self._hook, None))
+    def after_reduction(self) -> None:
+        """It has reduced all of them."""
+        self._hook(None)
 
     def _replace(self, before: Passes | None, key: int, param: Tensor) -> None:
         """Takes a parameter over from another optimizer, of a cell of a notebook that runs again for example."""
@@ -106,11 +105,11 @@ class Passes:
 
     def _begin(self) -> None:
         self._number += 1
+        self._before()
         try:
             compiled = sys.modules.get("torch._dynamo.compiled_autograd")
             if torch.compiler.is_compiling() or getattr(compiled, "in_compiled_autograd_region", False):
-                if self.merges:
-                    self.end()
+                if self.merges:  # where no end is needed
                     self._arm(self._number)
                     return
                 raise RuntimeError(
@@ -124,10 +123,39 @@ class Passes:
             raise
 
     def end(self) -> None:
-        """A pass has ended."""
-        self.zeroed = False
-        if not self.merges:
+        """A pass has ended. RuntimeError where its gradients were added to those of one that failed."""
+        if self.merges:
+            return
+        for param, left in self._left:
+            gradient = left()
+            if gradient is not None and getattr(param(), "grad", None) is gradient:
+                raise RuntimeError(
+                    "a backward pass failed, or was refused, and left gradients, to which this pass has added its own: "
+                    "call zero_grad() after such an error, and run the pass again"
+                )
+        self._left.clear()
+        try:
             self._ended()
+        except BaseException:
+            self.note_failure()
+            raise
+
+    def note_failure(self) -> None:
+        """Remembers the gradients that a failed pass has left, which the next one must not add to."""
+        params = [param() for param in self._params.values()]
+        waiting = [param for param in params if param is not None and param.grad is not None]
+        self._left = [(weakref.ref(param), weakref.ref(param.grad)) for param in waiting]
+
+    def forget_failure(self) -> None:
+        """It did not fail, or zero_grad() was called."""
+        self._left.clear()
+
+    def end_once(self) -> None:
+        """The same, once in a task of autograd."""
+        task = torch._C._current_graph_task_id()
+        if task != self._ended_task:
+            self._ended_task = task
+            self.end()
 
     def _arm(self, number: int) -> None:
         """Has the next hook begin a pass, where that with this number is the last one."""
@@ -140,9 +168,10 @@ class _End:
 
     def __init__(self, passes: Passes, number: int) -> None:
         self._passes, self._number = weakref.ref(passes), number
-        self._is_last = False
+        self._is_last = self._came = False
 
     def __call__(self) -> None:
+        self._came = True
         node = torch._C._current_autograd_node()
         if node is not None:
             self._wait_for(node)
@@ -153,7 +182,7 @@ class _End:
             passes = self._passes()
             if passes is not None:
                 passes._arm(self._number)
-                passes.end()
+                passes.end_once()
 
     def _wait_for(self, node: Any) -> None:
         """Goes on in the pass that this one was a part of, as those of re-entrant checkpoints are of a node's."""
@@ -163,21 +192,31 @@ class _End:
             while handles:
                 handles.pop().remove()
                 if not handles:
+                    passes = self._passes()
+                    if passes is not None:
+                        passes.forget_failure()
                     Variable._execution_engine.queue_callback(self)
 
         handles += [after.register_prehook(goes_on) for after, _ in node.next_functions if after is not None]
+        passes = self._passes()
+        if passes is not None:  # it may never come to that
+            passes.note_failure()
+            passes._arm(self._number)
 
     def __del__(self) -> None:
         passes = self._passes()
         if passes is not None:
             passes._arm(self._number)
+            if not self._came:
+                passes.note_failure()
 
 
 def _overflow(cycle: Cycle) -> float | Tensor:
     """inf where a norm of the running cycle is not finite (NaN is kept as -1), else 0. Waits for no device."""
     if cycle.device.type == "cpu":
         return 0.0 if all(0 <= norm < math.inf for norm in cycle.grad_norms.tolist()) else math.inf
-    return (cycle.grad_norms.sqrt().sum() * 0).nan_to_num(nan=math.inf)
+    zero_or_nan: Tensor = cycle.grad_norms.sqrt().sum() * 0
+    return zero_or_nan.nan_to_num(nan=math.inf)
 
 
 def _hooked(param: Any, hook: Callable[[Tensor], None]) -> Any:
@@ -204,13 +243,14 @@ class ForScaler:
     """Gradients that torch.amp.GradScaler finds between the end of a pass and the outer step, when all others are gone.
 
     The smallest parameter of each device shows 0, or inf where a micro-batch of the running cycle overflowed. Taken off
-    before a pass adds to it.
+    before a pass adds to it. was_zeroed: somebody has set one to None meanwhile.
     """
 
     def __init__(self) -> None:
-        self._chosen: list[tuple[Any, Tensor, Cycle]] | None = None  # parameter, its gradient, whose norms
+        self._chosen: list[tuple[Any, Cycle]] | None = None  # parameters, and whose norms
         self._handles: dict[int, Any] = {}
         self._showing: set[int] = set()  # those parameters, by id, that do now
+        self.was_zeroed = False
         weakref.finalize(self, _remove_all, self._handles).atexit = False
 
     def forget(self) -> None:
@@ -223,12 +263,13 @@ class ForScaler:
         """Shows them, after an inner step of these cycles. Waits for no device."""
         if self._chosen is None:
             self._chosen = self._choose(work)
-        for param, gradient, cycle in self._chosen:
+        for param, cycle in self._chosen:
+            gradient = torch.empty_like(param, dtype=getattr(param, "grad_dtype", None) or param.dtype)
             local_part(gradient).fill_(_overflow(cycle))
             param.grad = gradient
             self._showing.add(id(param))
 
-    def _choose(self, work: list[tuple[Cycle, list[Table]]]) -> list[tuple[Any, Tensor, Cycle]]:
+    def _choose(self, work: list[tuple[Cycle, list[Table]]]) -> list[tuple[Any, Cycle]]:
         smallest: dict[torch.device, tuple[Any, Any, Cycle]] = {}
         for cycle, tables in work:
             for segment in [segment for table in tables for segment in table.segments if segment.param.requires_grad]:
@@ -237,38 +278,35 @@ class ForScaler:
                 order = dtype.is_complex, dtype == torch.float16, segment.numel == 0, segment.numel
                 if cycle.device not in smallest or order < smallest[cycle.device][0]:
                     smallest[cycle.device] = order, segment.param, cycle
-        chosen = []
-        for _, param, cycle in smallest.values():
-            gradient = torch.zeros_like(param, dtype=getattr(param, "grad_dtype", None) or param.dtype)
-            chosen.append((param, gradient, cycle))
+        for _, param, _ in smallest.values():
             self._handles[id(param)] = param.register_hook(self._before_pass(param))
-        return chosen
+        return [(param, cycle) for _, param, cycle in smallest.values()]
 
     def _before_pass(self, param: Any) -> Callable[[Tensor], None]:
         known, of = weakref.ref(self), weakref.ref(param)
 
         def take_off(_: Tensor) -> None:
             itself, param = known(), of()
-            if itself is None or param is None or not itself.holds(param):
-                return
-            node = torch.autograd.graph.get_gradient_edge(param).node
-            with contextlib.suppress(RuntimeError):  # in torch.autograd.grad(), which adds nothing
-                if torch._C._will_engine_execute_node(node):
-                    param.grad = None
-                    itself._showing.discard(id(param))
+            if itself is not None and param is not None and itself.holds(param) and adds_to_gradient(param):
+                itself._take_off(param)
 
         torch.utils.hooks.unserializable_hook(take_off)  # else to save a plain tensor warns of it
         return take_off
 
+    def _take_off(self, param: Any) -> None:
+        """Takes off what a parameter shows, and whatever somebody put in its place."""
+        self.was_zeroed |= param.grad is None
+        self._showing.discard(id(param))
+        param.grad = None
+
     def hide(self) -> None:
-        """Takes them off, and whatever somebody put in their place."""
+        """Takes all of them off."""
         for param in self.shown() if self._showing else ():
-            param.grad = None
-        self._showing.clear()
+            self._take_off(param)
 
     def shown(self) -> list[Tensor]:
         """The parameters that show one."""
-        return [param for param, *_ in self._chosen or () if self.holds(param)]
+        return [param for param, _ in self._chosen or () if self.holds(param)]
 
     def holds(self, param: Tensor) -> bool:
         """Whether this parameter shows one."""

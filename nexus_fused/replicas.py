@@ -21,31 +21,51 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 class Replica:
-    """One instance of DDP. reduced: whether it reduced the gradients of the last backward pass; None before the first
-    that is seen."""
+    """One instance of DDP. reduces: whether it reduces the gradients of the last forward pass that has some; reduced:
+    whether it did in the last backward pass. None before the first that is seen."""
 
     def __init__(self, module: DistributedDataParallel, param: Tensor) -> None:
         self.module = weakref.ref(module)
+        self.reduces: bool | None = None
         self.reduced: bool | None = None
-        param.register_post_accumulate_grad_hook(functools.partial(_note, weakref.ref(self)))
+        module.register_forward_hook(_ForwardHook(self))
+        param.register_post_accumulate_grad_hook(functools.partial(_note_backward, weakref.ref(self)))
+
+    def note_backward(self) -> None:
+        """A backward pass is under way."""
+        module = self.module()
+        if module is not None:
+            # Any forward pass sets the first flag, one without gradients too.
+            flags = module.require_forward_param_sync or module.require_backward_grad_sync
+            self.reduced = flags if self.reduces is None else self.reduces
 
     @property
     def waits(self) -> bool:
-        """Whether its gradients are this rank's own.
-
-        Any forward pass sets DDP's flag, one without gradients too; the hook knows the backward pass, but not where
-        its parameter had no part in it.
-        """
-        module = self.module()
-        return module is not None and self.reduced is False and not module.require_forward_param_sync
+        """Whether its gradients are this rank's own. The hook of one parameter does not see passes without it."""
+        return self.reduced is False and not self.reduces
 
 
-def _note(replica: weakref.ref[Replica], _: Tensor) -> None:
-    """The hook: was the forward pass of this backward pass one that DDP reduces?"""
+class _ForwardHook:
+    """Notes what DDP does with the gradients of a forward pass; a module that is pickled has another in its place."""
+
+    def __init__(self, replica: Replica | None = None) -> None:
+        self._replica = (lambda: None) if replica is None else weakref.ref(replica)
+
+    def __call__(self, module: Any, *_: Any) -> None:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return
+        replica = self._replica()
+        if replica is not None:
+            replica.reduces = module.require_backward_grad_sync
+
+    def __reduce__(self) -> Any:
+        return _ForwardHook, ()
+
+
+def _note_backward(replica: weakref.ref[Replica], _: Tensor) -> None:
     known = replica()
-    module = None if known is None else known.module()
-    if module is not None and not torch.compiler.is_compiling():
-        known.reduced = module.require_forward_param_sync  # type: ignore[union-attr]
+    if known is not None and not torch.compiler.is_compiling():
+        known.note_backward()
 
 
 class Replicas:
@@ -84,7 +104,7 @@ class Replicas:
             self.find(groups)
             self.outdated = False
             for replica in self._found[known:] if ends_pass else ():  # before any other forward pass
-                replica.reduced = replica.module().require_forward_param_sync  # type: ignore[union-attr]
+                replica.note_backward()
         for replica in self._found:
             module, waits = replica.module(), replica.waits
             if module is None or replica.reduced is None:  # no backward pass was seen yet

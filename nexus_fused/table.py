@@ -381,11 +381,13 @@ class Table:
         ]
 
     def wrote(self, segments: list[Segment]) -> None:
-        """Tells autograd that these segments' weights were written, and brings parameters with gaps up to date."""
+        """Tells autograd and autocast that these segments' weights were written, and brings parameters with gaps up to
+        date."""
         for segment in set(segments).intersection(self._staged) if self._staged else ():
             segment.local.detach().copy_(segment.staged)  # type: ignore[arg-type]
         params = self.observer.params if segments is self.segments else [s.param for s in segments]
         torch.autograd.graph.increment_version(params)
+        torch.clear_autocast_cache()  # of weights in low precision, kept until the caller's autocast block ends
         self.observer.take_versions()
 
     # One cycle

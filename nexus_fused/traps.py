@@ -44,7 +44,7 @@ class Traps:
             self._look_at_pile(self._pile, walk.inner_steps or 1)
         self._look_at_schedules(groups, walk.inner_steps or 1)
 
-    def look_at_pass(self, groups: list[dict[str, Any]], walk: Walk) -> None:
+    def look_at_pass(self, walk: Walk) -> None:
         """The same at the end of a backward pass, of an open cycle. RuntimeError where its gradients are gone."""
         tables = walk.tables.values()
         if not any(table.observer.complete or bool((table.rows[:, GRAD] != 0).any()) for table in tables):
@@ -52,7 +52,7 @@ class Traps:
                 "a backward pass reached parameters, but their gradients are gone at its end, so that no inner step "
                 "can be taken: does a hook take gradients away, to step another optimizer for example? Remove it"
             )
-        self._without = 0
+        self._without = -1
         looks = not (self._too_long or walk.chose_dtype or walk.is_blind)
         if looks and walk.position == BFLOAT16_STEPS:
             self._too_long = True
@@ -61,10 +61,10 @@ class Traps:
                 "rounding tells after so many (2 % of it at 256): build with displacement_dtype=torch.float32 (or with "
                 "torch.bfloat16, if you mean it)"
             )
-        self._look_at_schedules(groups, 1)
 
-    def look_at_cycle(self, walk: Walk) -> None:
+    def look_at_cycle(self, groups: list[dict[str, Any]], walk: Walk) -> None:
         """Looks at a `step()` that ends an open cycle."""
+        self._look_at_schedules(groups, 1)
         self._single = self._single + 1 if walk.position == 1 else 0
         if self._single == FEW and not self._too_short:
             self._too_short = True
@@ -73,7 +73,9 @@ class Traps:
                 "without a walk: with inner_steps=None step() ends the cycle, so call it after the last of K backward "
                 "passes; where each of them has its own step(), build with inner_steps=K"
             )
-        self._without += walk.position == 0 and not walk.ranks.communicates
+        if self._without < 0 or walk.ranks.communicates:
+            return
+        self._without += 1
         if self._without == FEW:
             _warn(
                 f"no backward pass has reached the parameters before any of {FEW} step() calls, so nothing moves: was "

@@ -109,6 +109,73 @@ def test_tensor_parallel():
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
+class _Head(nn.Module):
+    """Its smallest parameter has no part in some passes of some ranks."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.Linear(6, 2), nn.Linear(2, 1)
+
+    def forward(self, x, *, with_head):
+        return self.head(self.body(x)) if with_head else self.body(x)
+
+
+def _uneven_use(views):
+    ends = []
+    for steps in (None, 4):
+        module = _Head()
+        parallel = DistributedDataParallel(module, find_unused_parameters=True, gradient_as_bucket_view=views)
+        optimizer = NexusAdamW(module.parameters(), **OPTIONS, inner_steps=steps)
+        for i in range(12):
+            x = torch.randn(3, 6, generator=torch.Generator().manual_seed(100 * dist.get_rank() + i))
+            parallel(x, with_head=i % 4 in (0, 3) or dist.get_rank() == 0).square().mean().backward()
+            if steps:
+                optimizer.step()
+                optimizer.zero_grad()
+            elif i % 4 == 3:
+                optimizer.step()
+        ends.append([p.detach().clone() for p in module.parameters()])
+    return ends
+
+
+@pytest.mark.parametrize("views", [False, True])
+def test_parameters_that_one_rank_does_not_use(views):
+    ranks = on_ranks(2, _uneven_use, views)
+    torch.testing.assert_close(ranks[0], ranks[1], rtol=0, atol=0)
+    torch.testing.assert_close(*ranks[0], rtol=1e-5, atol=1e-6)
+
+
+def _looks_before_backward(steps):
+    """A forward pass without gradients between another one and its backward pass, as a teacher's or a metric's."""
+    parallel = _wrapped("DDP")
+    optimizer = NexusAdamW(parallel.parameters(), **OPTIONS, inner_steps=steps)
+    for i in range(4):
+        loss = _loss(parallel, i)
+        with torch.no_grad():
+            _loss(parallel, 50 + i)
+        loss.backward()
+        if steps or i % 2:
+            optimizer.step()
+    with pytest.raises(RuntimeError, match="did not reduce the gradients"):  # of a forward pass inside
+        _unreduced(parallel, optimizer)
+    return [p.detach().clone() for p in parallel.parameters()]
+
+
+def _unreduced(parallel, optimizer):
+    optimizer.zero_grad()
+    with parallel.no_sync():
+        loss = _loss(parallel, 9)
+    loss.backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("steps", [None, 2])
+def test_other_forward_passes(steps):
+    one, other = on_ranks(2, _looks_before_backward, steps)
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
 # Accumulation over ranks
 
 

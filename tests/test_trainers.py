@@ -797,6 +797,7 @@ class TestAccumulationIsNoticed:
         for count in passes:
             for _ in range(count):
                 model(torch.ones(1, 3)).sum().backward()
+                torch.autograd.grad(model(torch.ones(1, 3)).sum(), model.weight)  # adds to nothing
             with warnings.catch_warnings(record=True) as seen:
                 warnings.simplefilter("always")
                 optimizer.step(lambda: None)
