@@ -104,7 +104,7 @@ class WalkingOptimizer(Optimizer):
     @on_its_own
     def _end_pass(self) -> None:
         """Takes the inner step of a backward pass that ends, and lets its gradients go."""
-        self._refuse_inside_outer_weights("a backward pass")
+        self._refuse_inside_outer_weights("a backward pass", ", then zero_grad(), and run the pass again")
         with uninterrupted():
             self._for_scaler.hide()
             self._tell_of_zeroing()
@@ -164,10 +164,10 @@ class WalkingOptimizer(Optimizer):
         waiting = self._waiting()
         if waiting is not None:
             raise RuntimeError(
-                f"parameter {waiting[1]} of group {waiting[0]} has a gradient at step() that no inner step has taken: "
-                "with inner_steps=None each backward pass takes its own, when it ends. Did one fail half-way? Then "
-                "call zero_grad(). Did you set p.grad by hand, or does compiled autograd run backward()? Do it inside "
-                "`with optimizer.one_micro_batch():`"
+                f"parameter {waiting[1]} of group {waiting[0]} has a gradient at step() that no inner step has taken. "
+                "With inner_steps=None each backward pass takes its inner step when it ends. If a pass failed, call "
+                "zero_grad() and run it again. If you set p.grad yourself, do that inside `with "
+                "optimizer.one_micro_batch():`"
             )
 
     @of_the_optimizer
@@ -177,7 +177,8 @@ class WalkingOptimizer(Optimizer):
         taken at the end, none where they were zeroed inside or an error leaves the block.
 
         For losses whose backward passes need the same weights, for passes whose gradients are thrown away, for
-        gradients set by hand. RuntimeError with a number of inner steps, where `step()` says what a micro-batch is.
+        gradients set by hand. An error leaves the gradients where they are: call zero_grad() before the next pass,
+        which raises otherwise. RuntimeError with a number of inner steps, where `step()` says what a micro-batch is.
         """
         passes = self._passes
         if passes is None:
@@ -245,7 +246,7 @@ class WalkingOptimizer(Optimizer):
 
     def _tell_of_zeroing(self) -> None:
         """Warns once where gradients were zeroed in mid-cycle, by zero_grad() or the model's."""
-        if self._for_scaler.was_zeroed and not self._told_of_zeroing:
+        if self._for_scaler.was_zeroed and not (self._told_of_zeroing or self._walk.is_blind):
             self._told_of_zeroing = True
             warnings.warn(
                 f"gradients were zeroed after {self.cycle_position} backward pass(es) without a step(): with "
@@ -379,12 +380,12 @@ class WalkingOptimizer(Optimizer):
             lines += [f"    {key}: {group[key]}" for key in sorted(group) if key not in hidden]
         return "\n".join(lines) + "\n)"
 
-    def _refuse_inside_outer_weights(self, what: str) -> None:
+    def _refuse_inside_outer_weights(self, what: str, then: str = " first") -> None:
         if self._state.shows_theta:
             inside = self._state.in_outer_weights
             where = "inside outer_weights()" if inside else "after eval()"
             remedy = "leave the with block" if inside else "call train()"
-            raise RuntimeError(f"{what} {where}: the parameters show θ there; {remedy} first")
+            raise RuntimeError(f"{what} {where}: the parameters show θ there; {remedy}{then}")
 
     @of_the_optimizer
     def check_ranks(self, group: Any = None) -> None:

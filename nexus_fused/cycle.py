@@ -57,7 +57,8 @@ class Cycle:
         self.device, self.room, self.backend = device, room, backend
         self._shown_norms = room  # by a group: as many always, though there may be room for more
         self.hyper = torch.zeros(0, len(HYPER), dtype=torch.float64, device=device)
-        self.factor, self.sums, self.totals = self._zeros(0), self._zeros(room), self._zeros(2)
+        self.factor, self.totals = self._zeros(0), self._zeros(2)
+        self._set_sums(self._zeros(room))
         self.counts = torch.zeros(2, dtype=torch.int64, device=device)
         self.taken = torch.zeros((), dtype=torch.int64, device=device)
         self.finished: tuple[Tensor, Tensor] | None = None
@@ -67,6 +68,11 @@ class Cycle:
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.float64, device=self.device)
+
+    def _set_sums(self, sums: Tensor) -> None:
+        """Takes these, with one more number behind them: a norm whose place only the device knows, see `count_pass`."""
+        memory = torch.cat([sums, self._zeros(1)])
+        self.sums, self._norm = memory[:-1], memory[-1:]
 
     def _lay_out(self) -> None:
         parts = self.sums.split([len(self.factor)] * 3 + [self.room])
@@ -83,14 +89,15 @@ class Cycle:
             self.factor = torch.cat([self.factor, self._zeros(missing)])
             of_groups = (self.walk_length, self.walk_sq_length, self.displacement_sq)
             grown = [part for old in of_groups for part in (old, self._zeros(missing))]
-            self.sums = torch.cat([*grown, self.grad_norms])
+            self._set_sums(torch.cat([*grown, self.grad_norms]))
             self._lay_out()
 
     def make_room(self, room: int) -> None:
         """Makes room for so many norms; what is there stays, and so do the figures of the finished cycle."""
         if room > self.room:
             more, finished = self._zeros(room - self.room), self.finished
-            self.sums, self.room = torch.cat([self.sums, more]), room
+            self._set_sums(torch.cat([self.sums, more]))
+            self.room = room
             self._lay_out()
             if finished is not None:
                 self.finished = torch.cat([finished[0], more]), finished[1]
@@ -203,9 +210,13 @@ class Cycle:
         self.reset()
 
     def count_pass(self) -> None:
-        """Counts an inner step whose norm the backend put at the end of `grad_norms`, in the place of none."""
+        """Counts an inner step whose norm the backend put behind `grad_norms`, at position `room`.
+
+        Where there is room no more the last place has it, unless that tells of an overflow.
+        """
         place = self.taken.clamp(max=self.room - 1).view(1)
-        self.grad_norms.index_copy_(0, place, self.grad_norms[-1:].clone())
+        before = self.grad_norms[place]
+        self.grad_norms[place] = torch.where((before < 0) | before.isinf(), before, self._norm)
         self.taken += 1
 
     def finish_pass_count(self, *, before: bool) -> None:

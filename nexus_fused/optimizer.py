@@ -18,13 +18,14 @@ from .walk import entries_of
 class NexusAdamW(WalkingOptimizer):
     """AdamW whose gradient is the displacement of a short walk of normalized SGD steps, one per micro-batch.
 
-    Call `step()` after the backward pass of every micro-batch, without gradient accumulation or clipping. Of
-    `inner_steps` calls (K, one cycle) the first K-1 move the weights along the walk; the last one takes the last step,
-    returns to the start θ and applies AdamW to the displacement. Source: arXiv 2604.09258, Algorithm 3.
+    With `inner_steps=None` keep a loop that accumulates: each backward pass that reaches the parameters takes an inner
+    step at its end and lets its gradients go (one parameter per device shows 0, or inf after an overflow, for
+    GradScaler). `step()` ends the cycle, whatever the number of passes was: it returns to the start of the walk, θ, and
+    applies AdamW to the displacement.
 
-    With `inner_steps=None` a loop that accumulates stays as it is: each backward pass that reaches the parameters takes
-    an inner step at its end and lets its gradients go (one parameter per device shows 0, or inf after an overflow, for
-    GradScaler), and `step()` ends the cycle, whatever the number of passes was.
+    With `inner_steps=K` (default 4) call `step()` after the backward pass of every micro-batch, without gradient
+    accumulation. The first K-1 calls of a cycle move the weights along the walk; the last one takes the last step as
+    well. Source: arXiv 2604.09258, Algorithm 3.
 
     Args:
         params: tensors, (name, tensor) pairs or parameter groups, as for torch.optim.AdamW. float64, float32, bfloat16,

@@ -90,11 +90,13 @@ class Passes:
 
     def before_reduction(self) -> None:
         """FSDP2 is about to reduce gradients in a pass."""
-        self._before()
+        if not self.is_replaced:
+            self._before()
 
     def after_reduction(self) -> None:
         """It has reduced all of them."""
-        self._hook(None)
+        if not self.is_replaced:
+            self._hook(None)
 
     def _replace(self, before: Passes | None, key: int, param: Tensor) -> None:
         """Takes a parameter over from another optimizer, of a cell of a notebook that runs again for example."""
@@ -130,8 +132,8 @@ class Passes:
             gradient = left()
             if gradient is not None and getattr(param(), "grad", None) is gradient:
                 raise RuntimeError(
-                    "a backward pass failed, or was refused, and left gradients, to which this pass has added its own: "
-                    "call zero_grad() after such an error, and run the pass again"
+                    "an earlier backward pass failed, or was refused, and its gradients are still there: this pass has "
+                    "added its own to them. Call zero_grad(), and run the pass again"
                 )
         self._left.clear()
         try:
@@ -234,6 +236,13 @@ def _hooked(param: Any, hook: Callable[[Tensor], None]) -> Any:
             param.requires_grad_(False)
 
 
+def _take_all_off(showing: dict[int, weakref.ref[Any]]) -> None:
+    for known in showing.values():
+        param = known()
+        if param is not None:
+            param.grad = None
+
+
 def _remove_all(handles: dict[int, Any]) -> None:
     while handles:
         handles.popitem()[1].remove()
@@ -249,9 +258,10 @@ class ForScaler:
     def __init__(self) -> None:
         self._chosen: list[tuple[Any, Cycle]] | None = None  # parameters, and whose norms
         self._handles: dict[int, Any] = {}
-        self._showing: set[int] = set()  # those parameters, by id, that do now
+        self._showing: dict[int, weakref.ref[Any]] = {}  # by id, those that do now
         self.was_zeroed = False
         weakref.finalize(self, _remove_all, self._handles).atexit = False
+        weakref.finalize(self, _take_all_off, self._showing).atexit = False
 
     def forget(self) -> None:
         """Has parameters be chosen anew: some came, or went."""
@@ -260,14 +270,14 @@ class ForScaler:
         self._chosen = None
 
     def show(self, work: list[tuple[Cycle, list[Table]]]) -> None:
-        """Shows them, after an inner step of these cycles. Waits for no device."""
+        """Shows them, after an inner step of these cycles, where no gradient waits. Waits for no device."""
         if self._chosen is None:
             self._chosen = self._choose(work)
-        for param, cycle in self._chosen:
+        for param, cycle in [(param, cycle) for param, cycle in self._chosen if param.grad is None]:
             gradient = torch.empty_like(param, dtype=getattr(param, "grad_dtype", None) or param.dtype)
             local_part(gradient).fill_(_overflow(cycle))
             param.grad = gradient
-            self._showing.add(id(param))
+            self._showing[id(param)] = weakref.ref(param)
 
     def _choose(self, work: list[tuple[Cycle, list[Table]]]) -> list[tuple[Any, Cycle]]:
         smallest: dict[torch.device, tuple[Any, Any, Cycle]] = {}
@@ -296,7 +306,7 @@ class ForScaler:
     def _take_off(self, param: Any) -> None:
         """Takes off what a parameter shows, and whatever somebody put in its place."""
         self.was_zeroed |= param.grad is None
-        self._showing.discard(id(param))
+        del self._showing[id(param)]
         param.grad = None
 
     def hide(self) -> None:

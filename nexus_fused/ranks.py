@@ -216,9 +216,9 @@ class Ranks:
                 raise RuntimeError(
                     f"FSDP2 did not reduce the gradients of this {'backward pass' if ends_pass else 'step()'} "
                     "(set_requires_gradient_sync(False), or set_requires_all_reduce(False)): it adds those of several "
-                    "backward passes up, and the walk would take one inner step where there are several micro-batches. "
-                    "Leave it True for every pass; to walk without reduction, shard over one dimension of the mesh and "
-                    "give the other as displacement_group"
+                    "backward passes up, where each has its own inner step. Leave it True for every pass (in "
+                    "Accelerate and the Hugging Face Trainer sync_each_batch=True); to walk without reduction, shard "
+                    "over one dimension of the mesh and give the other as displacement_group"
                 )
 
     def reshard(self) -> None:

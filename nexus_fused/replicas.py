@@ -112,20 +112,22 @@ class Replicas:
             averaged = walkers is not None and _members(module.process_group) <= _members(walkers)
             if waits and not averaged and not _is_averaged_by_others(module):
                 raise RuntimeError(
-                    f"DistributedDataParallel did not reduce the gradients of {what} (its no_sync(), or "
-                    "require_backward_grad_sync, as accumulation in Accelerate and the Trainer has it), so each rank "
-                    "would walk on its own and replicas part. Reduce them: leave no_sync() away, or with inner_steps=K "
-                    "call step() only after the last of several backward passes, which is reduced. Or give "
-                    "displacement_group, with which each rank walks on its own and D is averaged at the end of the "
-                    "cycle. Or, to average weights yourself, train the module inside DistributedDataParallel"
+                    f"DistributedDataParallel did not reduce the gradients of {what}: it ran under no_sync(), or with "
+                    "require_backward_grad_sync=False. Each rank would walk on its own, and replicas part. Do one of "
+                    "these. (1) Reduce every pass: leave no_sync() away; in Accelerate and the Hugging Face Trainer "
+                    "set sync_each_batch=True. (2) Give displacement_group: each rank walks on its own, and D is "
+                    "averaged at the end of the cycle. (3) Merge several passes into one inner step: have the last of "
+                    "them reduced, and call step() after it, or with inner_steps=None run them inside "
+                    "one_micro_batch(). (4) To average weights yourself, train the module inside "
+                    "DistributedDataParallel"
                 )
             if averaged and not waits and not self._told:
                 self._told = True
                 warnings.warn(
                     f"DistributedDataParallel reduced the gradients of {what}, and displacement_group averages D over "
                     "the same ranks: both are sent, where D alone does. Keep model.no_sync() open around the whole "
-                    "training loop (frameworks' own no_sync() may stand inside), or train without "
-                    "DistributedDataParallel",
+                    "training loop (frameworks' own no_sync() may stand inside; a loop that sets "
+                    "require_backward_grad_sync must leave it False), or train without DistributedDataParallel",
                     stacklevel=1,
                 )
 

@@ -238,7 +238,7 @@ class Walk:
             return
         for cycle, tables in self.work:
             if self.is_blind:
-                micro_batch = micro_batch._replace(position=cycle.room - 1)
+                micro_batch = micro_batch._replace(position=cycle.room)
             cycle.backend.inner_step(tables, cycle, micro_batch)
             if self.outer is not None:
                 cycle.tell_host()

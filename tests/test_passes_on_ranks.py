@@ -218,8 +218,37 @@ def test_replicas_that_would_part(steps, how):
         pytest.importorskip("accelerate", reason="accelerate is not installed")
     for error in on_ranks(2, _without_reduction, steps, how):
         assert f"did not reduce the gradients of this {'backward pass' if steps is None else 'step()'}" in error
-        for way_out in ("displacement_group", "leave no_sync() away", "train the module inside"):
+        for way_out in ("displacement_group", "sync_each_batch=True", "one_micro_batch()", "train the module inside"):
             assert way_out in error
+
+
+def _accelerate_reduces_all():
+    from accelerate import Accelerator
+    from accelerate.utils import GradientAccumulationPlugin
+
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    ends = []
+    for steps in (None, 4):
+        module = _model()
+        optimizer = NexusAdamW(module.parameters(), **OPTIONS, inner_steps=steps)
+        plugin = GradientAccumulationPlugin(num_steps=4 if steps is None else 1, sync_each_batch=True)
+        accelerator = Accelerator(cpu=True, gradient_accumulation_plugin=plugin)
+        parallel, wrapped = accelerator.prepare(module, optimizer)
+        for i in range(8):
+            with accelerator.accumulate(parallel):
+                accelerator.backward(_loss(parallel, i))
+                wrapped.step()
+                wrapped.zero_grad()
+        assert optimizer.at_boundary
+        ends.append([p.detach().clone() for p in module.parameters()])
+    return ends
+
+
+def test_accelerate_that_reduces_each_pass():
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    ranks = on_ranks(2, _accelerate_reduces_all)
+    torch.testing.assert_close(ranks[0], ranks[1], rtol=0, atol=0)
+    torch.testing.assert_close(*ranks[0], rtol=1e-5, atol=1e-6)
 
 
 def _fsdp_without_reduction(steps):
@@ -235,6 +264,22 @@ def _fsdp_without_reduction(steps):
         train_step()
     assert optimizer.at_boundary
     return str(raised.value)
+
+
+def _rebuilt():
+    """An optimizer that a scheduler keeps alive, and one that takes its place."""
+    model = _wrapped("FSDP2")
+    first = NexusAdamW(model.parameters(), **OPTIONS, inner_steps=None)
+    second = NexusAdamW(model.parameters(), **OPTIONS, inner_steps=None)
+    weights = _train(model, second)
+    assert first.at_boundary
+    fresh = _wrapped("FSDP2")
+    return weights, _train(fresh, NexusAdamW(fresh.parameters(), **OPTIONS, inner_steps=None))
+
+
+def test_the_last_optimizer_built_has_the_passes():
+    for weights, expected in on_ranks(2, _rebuilt):
+        torch.testing.assert_close(weights, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("steps", [None, 4])
@@ -277,7 +322,7 @@ def test_local_walks(how):
     for weights, said, expected in ranks:
         assert len(said) == (how == "last")
         if how == "last":
-            assert "model.no_sync() open around the whole training loop" in said[0]
+            assert "Keep model.no_sync() open around the whole training loop" in said[0]
         else:
             torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-6)
 

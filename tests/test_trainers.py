@@ -609,7 +609,7 @@ def test_two_processes(tmp_path, name, options):
 
 
 def _trained_by_the_trainer():
-    """On this rank: weights, what was warned of, with gradients reduced in the last pass, and never."""
+    """On this rank: weights, what was warned of, with gradients reduced in the last pass, never, and in each."""
     script = load("huggingface")
     os.environ["MASTER_ADDR"] = "127.0.0.1"  # Accelerate asks, though the group is there
 
@@ -619,9 +619,14 @@ def _trained_by_the_trainer():
                 return super().training_step(model, *args, **kwargs)
 
     found = []
-    for kind in (script.Trainer, LocalWalks):
-        options = {"gradient_accumulation_steps": K, "inner_steps": None, "max_steps": 4, "by_class": True}
-        script.HYPERPARAMETERS["displacement_group"] = dist.group.WORLD
+    each = {"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}}
+    for kind, group, more in (
+        (script.Trainer, dist.group.WORLD, {}),
+        (LocalWalks, dist.group.WORLD, {}),
+        (script.Trainer, None, each),
+    ):
+        options = {"gradient_accumulation_steps": K, "inner_steps": None, "max_steps": 4, "by_class": True, **more}
+        script.HYPERPARAMETERS["displacement_group"] = group
         script.Trainer = kind
         trainer = script.make_trainer(tempfile.mkdtemp(), **options)
         with warnings.catch_warnings(record=True) as seen:
@@ -661,10 +666,10 @@ class TestInnerStepsNone:
         torch.testing.assert_close(*ends, rtol=1e-3, atol=1e-5)
 
     def test_huggingface_on_two_processes(self):
-        """With a displacement_group; one warning where the last pass is reduced all the same."""
+        """With a displacement_group, one warning where the last pass is reduced all the same; or with all reduced."""
         load("huggingface")
         ranks = on_ranks(2, _trained_by_the_trainer)
-        for (weights, said, ended), (others, *_), expected in zip(*ranks, (1, 0), strict=True):
+        for (weights, said, ended), (others, *_), expected in zip(*ranks, (1, 0, 0), strict=True):
             assert_same(weights, others)
             assert said == expected
             assert ended

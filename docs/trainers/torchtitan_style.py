@@ -9,9 +9,10 @@ torchtitan itself, subclass its OptimizersContainer so that the name "NexusAdamW
 What to watch for:
 * One optimizer must see the whole model, since the walk's norm is one over all parameters: a pipeline's parts are
   refused here.
-* training.global_batch_size must be local_batch_size times the data-parallel degree: then torchtitan's gradient
-  accumulation is 1. It cannot be seen from the optimizer, and nothing will warn.
-* Its steps are micro-batches: training.steps, warmup, checkpoint and validation intervals, K to a cycle.
+* inner_steps=None where training.global_batch_size is more than local_batch_size times the data-parallel degree, so
+  that torchtitan accumulates. Its steps are cycles then.
+* With inner_steps=K the two are equal, and its steps are micro-batches: training.steps, warmup, checkpoint and
+  validation intervals, K to a cycle.
 * training.max_norm clips: harmless, and wasted.
 * A distributed checkpoint fills only what the state holds already: before loading one of mid-cycle, call
   materialize_displacements(), see `load`. Without it loading raises an error that says so. Intervals that are
@@ -113,7 +114,7 @@ def train(
         x, y = micro_batch(index)
         nn.functional.mse_loss(model(x), y).backward()
         if (index + 1) % per_step == 0:
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # torchtitan's; changes nothing but the reported norms
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # torchtitan's; changes nothing
             optimizers.step()
             scheduler.step()
         if index + 1 == save_after and not resume:
