@@ -33,7 +33,7 @@ def _in_python(armed: list[Callable[[], None]]) -> Callable[[Any], None]:
     return hook
 
 
-# The extension's does the same. A hook that does nothing costs the engine 0.1 us, in Python 0.2 us.
+# The extension's does the same. It costs 0.4 us, of which all but 0.02 us are the engine's; Python's costs 0.5 us.
 _hook_of: Callable[[list[Callable[[], None]]], Callable[[Any], None]] = _in_python
 with contextlib.suppress(ImportError):
     from ._C import hook_of as _hook_of
@@ -216,7 +216,8 @@ class _End:
 def _overflow(cycle: Cycle) -> float | Tensor:
     """inf where a norm of the running cycle is not finite (NaN is kept as -1), else 0. Waits for no device."""
     if cycle.device.type == "cpu":
-        return 0.0 if all(0 <= norm < math.inf for norm in cycle.grad_norms.tolist()) else math.inf
+        norms = cycle.grad_norms.tolist()
+        return math.inf if min(norms) < 0 or max(norms) == math.inf else 0.0
     zero_or_nan: Tensor = cycle.grad_norms.sqrt().sum() * 0
     return zero_or_nan.nan_to_num(nan=math.inf)
 
