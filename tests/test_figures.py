@@ -132,6 +132,7 @@ def test_a_cpu_beside_a_gpu():
     cpu, training = figures_of("cpu.json"), figures_of("training.json")
     for row, figure in {
         "optimizer alone, float32": cpu["float32: whole cycle / AdamW's cycle"],
+        "the same with `inner_steps=None`": cpu["float32: whole cycle with inner_steps=None / AdamW's cycle"],
         "optimizer alone, bfloat16": cpu["bfloat16: whole cycle / AdamW's cycle"],
         "host time of one `step()`": cpu["step() on 2,000 parameters of 64 / AdamW's fused step"],
         "training, forward and backward included, ": training["whole cycle / AdamW's"],
