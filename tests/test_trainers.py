@@ -723,9 +723,8 @@ class TestInnerStepsNone:
 
     def test_trl(self, tmp_path, accelerate_reset):
         """Its own trainers are the Trainer's kind."""
-        trl = pytest.importorskip("trl", reason="trl is not installed")
+        trl, datasets = (pytest.importorskip(name, reason="trl is not installed") for name in ("trl", "datasets"))
         script = load("huggingface")
-        datasets = importlib.import_module("datasets")
         rows = [row["input_ids"].tolist() for row in script.make_data(64, seed=1)]
         data = datasets.Dataset(datasets.table.InMemoryTable.from_pydict({"input_ids": rows}), fingerprint="numbers")
         args = trl.SFTConfig(
