@@ -90,9 +90,7 @@ class WalkingOptimizer(Optimizer):
             self._watch.look(params, closure, self.inner_steps)
             self._state.follow_members()
             last = self.cycle_position + 1 == self.inner_steps
-            agreement.compare_for_debugging(
-                self._walk, self.param_groups, self._state.entries.state, "in step()", averages=last
-            )
+            self._compare_for_debugging("in step()", averages=last)
             self._state.refresh(gradients=True, moments=last)
             self._traps.look(self.param_groups, self._walk)
             try:
@@ -109,8 +107,7 @@ class WalkingOptimizer(Optimizer):
             self._for_scaler.hide()
             self._tell_of_zeroing()
             self._state.follow_members()
-            here = self._walk, self.param_groups, self._state.entries.state
-            agreement.compare_for_debugging(*here, "in a backward pass", averages=False)
+            self._compare_for_debugging("in a backward pass", averages=False)
             self._state.refresh(gradients=True, moments=False)
             self._traps.look_at_pass(self._walk)
             if not self._walk.is_blind and self._walk.make_room(self._walk.position + 1):
@@ -142,8 +139,7 @@ class WalkingOptimizer(Optimizer):
                 self._traps.look_at_cycle(self.param_groups, self._walk)
                 if self.at_boundary and not self._walk.is_local:
                     return
-            here = self._walk, self.param_groups, self._state.entries.state
-            agreement.compare_for_debugging(*here, "in step()", averages=True)
+            self._compare_for_debugging("in step()", averages=True)
             self._state.refresh(gradients=False)
             self._walk.unscale_norms(getattr(self, "grad_scale", None))
             try:
@@ -273,8 +269,7 @@ class WalkingOptimizer(Optimizer):
         while not everybody_is_here:
             with uninterrupted():
                 self._state.follow_members()
-                here = self._walk, self.param_groups, self._state.entries.state
-                agreement.compare_for_debugging(*here, "in outer_step()", averages=self._walk.is_local)
+                self._compare_for_debugging("in outer_step()", averages=self._walk.is_local)
                 self._state.refresh(gradients=False)
                 try:
                     everybody_is_here = self._walk.finish(None, leaves=True)
@@ -303,8 +298,7 @@ class WalkingOptimizer(Optimizer):
         """Each parameter's state, as torch.optim's. What its reader changes, assigns or moves is taken over."""
         optimizer: Any = self._itself()
         optimizer._walk.wait_for_host_state()
-        if optimizer._walk.is_blind:
-            optimizer._state.catch_up()
+        optimizer._state.catch_up()
         optimizer._state.entries.known = True
         optimizer._state.entries.reveal()
         state: dict[Any, Any] = optimizer.__dict__["state"]
@@ -402,6 +396,11 @@ class WalkingOptimizer(Optimizer):
 
     def _compare_ranks(self, when: str, error: Exception | None = None, **what: Any) -> None:
         agreement.compare(self._walk, self.param_groups, self._state.entries.state, when, error, **what)
+
+    def _compare_for_debugging(self, when: str, *, averages: bool) -> None:
+        agreement.compare_for_debugging(
+            self._walk, self.param_groups, self._state.entries.state, when, averages=averages
+        )
 
     # Saving and loading
 

@@ -149,10 +149,8 @@ class AccumulationWatch:
         self._warned = True
         what, other_way = "backward passes", "call step() after each of them"
         if setting:
-            what, other_way = (
-                "micro-batches",
-                f"set {setting} to 1 (inner_steps micro-batches, a cycle, take its place)",
-            )
+            what = "micro-batches"
+            other_way = f"set {setting} to 1 (inner_steps micro-batches, a cycle, take its place)"
         warnings.warn(
             f"{who} the gradients of {micro_batches} {what} before each step() of {self._name}, so that the walk takes "
             f"one inner step where it should take {micro_batches}: build it with inner_steps=None, which needs no "

@@ -33,7 +33,7 @@ def _in_python(armed: list[Callable[[], None]]) -> Callable[[Any], None]:
     return hook
 
 
-# The extension's does the same. It costs 0.4 us, of which all but 0.02 us are the engine's; Python's costs 0.5 us.
+# The extension's does the same. It costs a backward pass 0.4 us for each parameter, Python's 0.5 us.
 _hook_of: Callable[[list[Callable[[], None]]], Callable[[Any], None]] = _in_python
 with contextlib.suppress(ImportError):
     from ._C import hook_of as _hook_of

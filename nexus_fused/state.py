@@ -172,8 +172,7 @@ class State:
         found = self.entries.foreign(self._walk.segments, moments=moments)
         if found is None:
             return
-        if self._walk.is_blind:
-            self.catch_up()
+        self.catch_up()
         self._is_fresh &= not found
         if self._walk.capture.known is not None:
             raise RuntimeError(
@@ -220,13 +219,18 @@ class State:
     # What is shown
 
     def show_position(self) -> None:
-        """Puts the position into the groups, and displacements into the entries or out of them."""
+        """Puts the position into the groups, and displacements into the entries or out of them; later, with `catch_up`,
+        where only the device knows the position."""
         self._is_fresh = False
         if not self._walk.is_blind:
-            self.catch_up()
+            self._show_position()
 
     def catch_up(self) -> None:
-        """The same, also where only the device knows the position; waits for it then."""
+        """Shows the position that only the device knows, if it does; waits for it then."""
+        if self._walk.is_blind:
+            self._show_position()
+
+    def _show_position(self) -> None:
         position = self._walk.position
         for group in self._groups[: len(self._members)]:
             group["cycle_position"] = position
@@ -306,8 +310,7 @@ class State:
     def prepare_to_save(self) -> None:
         """Brings groups and entries up to date for somebody who copies them."""
         self.follow_members()
-        if self._walk.is_blind:
-            self.catch_up()
+        self.catch_up()
         self._walk.check_capture_has_not_ended()
         self._walk.wait_for_host_state()
         for group in self._groups:

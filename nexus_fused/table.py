@@ -91,9 +91,8 @@ class Table:
         self._on_device: tuple[Tensor, ...] = ()
         self._kept_touched: Tensor
         self.capturing, self.replayed = False, Replayed()  # into a CUDA graph
-        self._touched_on_device = self._device_is_told = (
-            False  # the device keeps who is; it was told what the host knew
-        )
+        self._touched_on_device = False  # the device alone keeps who is
+        self._device_is_told = False  # what the host knew of it
 
     @property
     def dtypes(self) -> tuple[int, int]:
@@ -306,7 +305,7 @@ class Table:
         self._stale = True
 
     def learn_touched(self) -> None:
-        """Has the host know it too; waits for the device."""
+        """Has the host know whose displacements are valid, where the device keeps that; waits for it."""
         if self._device_is_told:
             flags = self._on_device[0][:, TOUCHED].tolist()
             self._flags[:], self._touched = bytes(flags), sum(flags)
