@@ -10,16 +10,23 @@ VOCABULARY = 256
 
 
 @dataclass(frozen=True)
-class Size:
-    """A model with the run that fits it.
-
-    `lr_grid` is what AdamW's learning rate is chosen from; `threads` is for a CPU, 0: as many as PyTorch takes.
-    """
+class Shape:
+    """What a model is made of; `context` is the number of bytes it looks back on."""
 
     dim: int
     layers: int
     heads: int
     context: int
+
+
+@dataclass(frozen=True)
+class Size(Shape):
+    """A model with the demo's run that fits it.
+
+    `batch` is in windows per micro-batch; `lr_grid` is what AdamW's learning rate is chosen from; `threads` is for a
+    CPU, 0: as many as PyTorch takes.
+    """
+
     batch: int
     steps: int
     lr_grid: tuple[float, ...]
@@ -73,8 +80,9 @@ class Block(nn.Module):
 class ByteTransformer(nn.Module):
     """Predicts the next byte from up to `context` earlier ones."""
 
-    def __init__(self, size: Size) -> None:
+    def __init__(self, size: Shape) -> None:
         super().__init__()
+        self.context = size.context
         self.tokens = nn.Embedding(VOCABULARY, size.dim)
         self.blocks = nn.ModuleList(Block(size.dim, size.heads) for _ in range(size.layers))
         self.norm = nn.LayerNorm(size.dim)

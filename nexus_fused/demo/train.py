@@ -20,6 +20,8 @@ from .progress import Progress
 BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.1
 CLIP = 1.0
+UNIT = 1e-12
+"""γ of a walk so short that the model does not see it: D/Γ is the mean of the unit gradients at θ."""
 EVALUATIONS = 8
 """Points on the curve of held-out bits per byte, the last one included."""
 
@@ -89,22 +91,21 @@ def micro_batches(texts: Texts, settings: Settings) -> Iterator[tuple[str, torch
             yield names[i], cut(text, starts, size.context, settings.device)
 
 
-def precision(settings: Settings) -> AbstractContextManager[object]:
+def precision(device: str, dtype: str) -> AbstractContextManager[object]:
     """Return the autocast region of the forward pass; float32 needs none."""
-    if settings.dtype == "float32":
+    if dtype == "float32":
         return nullcontext()
-    return torch.autocast(torch.device(settings.device).type, dtype=getattr(torch, settings.dtype))
+    return torch.autocast(torch.device(device).type, dtype=getattr(torch, dtype))
 
 
 @torch.no_grad()
-def bits_per_byte(model: ByteTransformer, text: np.ndarray, windows: int, settings: Settings) -> float:
+def bits_per_byte(model: ByteTransformer, text: np.ndarray, windows: int, device: str, dtype: str) -> float:
     """Return the bits per byte over `windows` evenly spaced windows of a text, the same ones every time."""
-    size = settings.size
-    starts = np.linspace(0, len(text) - size.context - 1, windows).astype(np.int64)
+    starts = np.linspace(0, len(text) - model.context - 1, windows).astype(np.int64)
     total = 0.0
-    with precision(settings):
+    with precision(device, dtype):
         for part in np.array_split(starts, math.ceil(windows / 32)):
-            total += float(model(cut(text, part, size.context, settings.device))) * len(part)
+            total += float(model(cut(text, part, model.context, device))) * len(part)
     return total / windows / math.log(2)
 
 
@@ -174,7 +175,7 @@ def train(
                 for position in range(k):
                     name, batch = next(batches)
                     used[name] += batch.numel()
-                    with precision(settings):
+                    with precision(settings.device, settings.dtype):
                         loss = model(batch)
                     (loss if nexus else loss / k).backward()
                     losses.append(loss.detach())
@@ -190,7 +191,9 @@ def train(
                 last = cycle + 1 == settings.steps
                 few = windows if last else max(1, windows // 4)
                 names = held_out if last else training
-                bits = {name: bits_per_byte(model, held_out[name], few, settings) for name in names}
+                bits = {
+                    name: bits_per_byte(model, held_out[name], few, settings.device, settings.dtype) for name in names
+                }
                 result.curve.append((cycle + 1, sum(bits[name] for name in training) / k))
                 result.bits = bits
     result.epochs = {name: used[name] / len(training[name]) for name in training}

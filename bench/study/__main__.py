@@ -1,0 +1,175 @@
+"""The command line: `python -m bench.study run` measures, `python -m bench.study report` shows."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nexus_fused.demo import DemoError
+from nexus_fused.demo.data import load
+from nexus_fused.demo.train import BETAS, CLIP, WEIGHT_DECAY
+
+from ..__main__ import processor
+from ..gpu import output_of
+from . import StudyError, arms, plan, pool
+from .results import Results
+from .runs import ALIGNED, EVALUATED, SIZES, WARM_UP
+
+MILLION = 1e6
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line; argparse ends the program where it is wrong."""
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    parser = argparse.ArgumentParser(prog="python -m bench.study", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="measure what a file does not have yet")
+    add = run.add_argument
+    add("file", type=Path, help="measurements are added to it, as JSON lines")
+    add(
+        "--arms",
+        nargs="+",
+        default=["adamw", "unit", "nexus:0.2"],
+        help="adamw, unit, nexus:γ, muon, muon+unit, muon+nexus:γ (%(default)s)",
+    )
+    add("--sizes", nargs="+", default=["0.1M", "0.2M"], help=f"of {', '.join(SIZES)} (%(default)s)")
+    add("--inner-steps", nargs="+", type=int, default=[5], help="K; a cycle is as long at any K (%(default)s)")
+    add("--seeds", type=int, default=5, help="runs of each combination (%(default)s)")
+    add(
+        "--tokens",
+        nargs="+",
+        type=float,
+        default=[0.5, 1, 2, 4],
+        help="of pretraining, in millions, each a point of one run (%(default)s)",
+    )
+    add("--domains", nargs="+", default=[], help="to specialize on from each of these points (none)")
+    add(
+        "--domain-tokens",
+        nargs="+",
+        type=float,
+        default=[0.05, 0.15, 0.4],
+        help="of specialization, in millions (%(default)s)",
+    )
+    add(
+        "--search-tokens",
+        type=float,
+        default=0.5,
+        help="after which learning rates are compared, in millions (%(default)s)",
+    )
+    add("--device", default="cpu", help="cpu (default) or cuda")
+    add("--dtype", choices=("float32", "bfloat16"), help="of the forward pass (float32 on a CPU, else bfloat16)")
+    add("--workers", type=int, help="runs at a time (as many as cores; 1 on a GPU)")
+    add("--minutes", type=float, default=1e9, help="stop after so long; the next call goes on (no limit)")
+    add("--cap-mb", default=6.0, type=float, help="MB of text read per training domain (%(default)s)")
+    add("--cache", default=caches / "nexus_fused", type=Path, help="folder of the text (%(default)s)")
+    return parser.parse_args(arguments)
+
+
+def check(options: argparse.Namespace, domains: Sequence[str]) -> None:
+    """Raise StudyError for what cannot be run, before anything is."""
+    for arm in options.arms:
+        arms.parse(arm)
+    for kind, asked, known in (("size", options.sizes, SIZES), ("domain", options.domains, domains)):
+        if unknown := [name for name in asked if name not in known]:
+            raise StudyError(f"there is no {kind} {unknown[0]!r}: {', '.join(known)}.")
+    for name in ("tokens", "domain_tokens", "inner_steps"):
+        if any(value <= 0 for value in getattr(options, name)):
+            raise StudyError(f"--{name.replace('_', '-')} are numbers above 0.")
+    for size in options.sizes:
+        for steps in options.inner_steps:
+            if steps % len(domains) or SIZES[size].windows % steps:
+                raise StudyError(
+                    f"--inner-steps {steps}: a cycle has {SIZES[size].windows} windows of {len(domains)} domains, "
+                    "so K must be a multiple of the domains that divides the windows."
+                )
+    for name in ("seeds", "search_tokens", "minutes", "workers"):
+        if getattr(options, name) is not None and getattr(options, name) <= 0:
+            raise StudyError(f"--{name.replace('_', '-')} must be above 0.")
+
+
+def settings_of(options: argparse.Namespace, dtype: str, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return what measurements of one file have in common."""
+    return {
+        "version": 1,
+        "sizes": {name: asdict(size) for name, size in SIZES.items()},
+        "dtype": dtype,
+        "device": torch.device(options.device).type,
+        "warm_up_cycles": WARM_UP,
+        "decay": plan.DECAY,
+        "betas": BETAS,
+        "weight_decay": WEIGHT_DECAY,
+        "clip": CLIP,
+        "windows_evaluated": EVALUATED,
+        "cycles_of_alignment": ALIGNED,
+        "search": {"seed": plan.SEARCHED, "tokens": options.search_tokens * MILLION},
+        "data": {"sha256": manifest["sha256"], "python": manifest["python"], "cap_mb": manifest["cap_mb"]},
+    }
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure; raises StudyError, DemoError and OSError."""
+    try:
+        torch.zeros(1, device=options.device)
+    except (RuntimeError, AssertionError) as error:
+        raise StudyError(f"--device {options.device} cannot be used here: {str(error).splitlines()[0]}") from error
+    on_cpu = torch.device(options.device).type == "cpu"
+    dtype = options.dtype or ("float32" if on_cpu else "bfloat16")
+    training, held_out, manifest = load(options.cache, options.cap_mb)
+    check(options, sorted(training))
+    wanted = plan.Wanted(
+        options.arms,
+        options.sizes,
+        options.inner_steps,
+        options.seeds,
+        [MILLION * tokens for tokens in options.tokens],
+        options.domains,
+        [MILLION * tokens for tokens in options.domain_tokens],
+        MILLION * options.search_tokens,
+    )
+    stamp = {
+        "commit": next(iter(output_of("git", "describe", "--always", "--dirty")), "unknown"),
+        "processor": processor() if on_cpu else torch.cuda.get_device_name(options.device),
+    }
+    workers = options.workers or (pool.cores() if on_cpu else 1)
+    with Results(options.file, settings_of(options, dtype, manifest)) as results:
+        if results.cut_off:
+            print(f"The last line of {options.file} was cut off while it was written; it is left out.")
+        jobs = plan.pending(wanted, results.measured, sorted(training))
+        print(f"{options.file} has {len(results.measured)} measurements; {len(jobs)} runs are ahead.", flush=True)
+        try:
+            done = pool.study(
+                wanted, results, (training, held_out), options.device, dtype, workers, options.minutes, stamp
+            )
+        finally:
+            print(f"{options.file} has {len(results.measured)} measurements.")
+        if not done:
+            print("The time is over; the same command goes on.")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Do it; return the exit status: 0, 1 (something to put right), 2 (wrong usage), 130 (Ctrl-C)."""
+    options = parse(arguments)
+    try:
+        run(options)
+    except (StudyError, DemoError) as error:
+        print(f"\nThe study stopped: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        where = f" at {error.filename}" if error.filename else ""
+        print(f"\nThe study stopped: {error.strerror or error}{where}.", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nInterrupted. What was measured is kept; the same command goes on.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
