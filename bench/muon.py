@@ -1,10 +1,10 @@
-"""AdamW, Muon, and Nexus before Muon, on the demo's text and model: `python -m bench.muon [--seeds 3] [--out FILE]`.
+"""AdamW, Muon, and Nexus before Muon, on the demo's text: `python -m bench.muon [--seeds 3] [--out FILE]`.
 
-Everything but the optimizer is the demo's: data, model, cycles, K, schedule, clipping, evaluation. Muon steps the
-matrices of the blocks, AdamW the rest, with one learning rate (adjust_lr_fn="match_rms_adamw"). AdamW's is the demo's;
-Muon's is searched for on a seed that is not reported, and what walks before Muon takes Muon's. "Unit gradients" is a
-walk so short that the model does not see it: the mean of normalized gradients at θ. docs/muon.md has the results.
-Downloads the demo's text where it is not there yet.
+Everything but optimizer, size and length is the demo's: data, K, schedule, clipping, evaluation. Muon steps the
+matrices of the blocks, AdamW the rest, with one learning rate (adjust_lr_fn="match_rms_adamw"). Muon's is searched for
+on a seed that is not reported, and what walks before Muon takes Muon's. "Unit gradients" is a walk so short that the
+model does not see it: the mean of normalized gradients at θ. docs/muon.md has the results. Downloads the demo's text
+where it is not there yet.
 """
 
 from __future__ import annotations
@@ -12,9 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import statistics
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -23,24 +21,26 @@ from typing import Any
 
 import torch
 
-from nexus_fused import Nexus, split_matrices
-from nexus_fused.demo.__main__ import WINDOWS, parse, prepare_device
+from nexus_fused.demo.__main__ import WINDOWS, parse
 from nexus_fused.demo.data import Texts, load, write_atomically
-from nexus_fused.demo.model import SIZES, ByteTransformer
+from nexus_fused.demo.model import ByteTransformer, Size
+from nexus_fused.demo.progress import Progress
 from nexus_fused.demo.report import finite, versions
-from nexus_fused.demo.train import BETAS, WEIGHT_DECAY, Result, Settings, build, train
+from nexus_fused.demo.train import Result, Settings, train
 
 from .__main__ import processor
 from .gpu import output_of
+from .study import arms
 
-# Of the walk; None: without one.
-ARMS: dict[str, float | None] = {
-    "AdamW": None,
-    "Muon": None,
-    "Muon + unit gradients": 1e-12,
-    "Muon + Nexus, γ = 0.05": 0.05,
-    "Muon + Nexus, γ = 0.2": 0.2,
+ARMS = {
+    "AdamW": "adamw",
+    "Muon": "muon",
+    "Muon + unit gradients": "muon+unit",
+    "Muon + Nexus, γ = 0.05": "muon+nexus:0.05",
+    "Muon + Nexus, γ = 0.2": "muon+nexus:0.2",
 }
+SIZE = Size(dim=128, layers=3, heads=4, context=128, batch=2, steps=480, lr_grid=())
+"""0.62M parameters."""
 PAIRS = (
     ("Muon", "AdamW"),
     ("Muon + unit gradients", "Muon"),
@@ -50,47 +50,22 @@ PAIRS = (
     ("Muon + Nexus, γ = 0.2", "Muon + unit gradients"),
 )
 ADAMW_LR = 2e-3
-"""AdamW's best of the demo's grid 1e-3, 2e-3, 4e-3."""
+"""AdamW's best of 1e-3, 2e-3, 4e-3."""
 SEARCHED = 100
 """The seed that Muon's is found on."""
 
 
-class Both:
-    """Two optimizers as one, as far as the demo's loop needs it."""
-
-    def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
-        self.optimizers = optimizers
-        self.param_groups = [group for o in optimizers for group in o.param_groups]
-
-    def step(self) -> None:
-        for o in self.optimizers:
-            o.step()
-
-    def zero_grad(self) -> None:
-        for o in self.optimizers:
-            o.zero_grad()
-
-
 def build_arm(settings: Settings, cycle_length: int) -> tuple[ByteTransformer, Any]:
-    """The demo's model and an arm's optimizer."""
-    if settings.arm == "AdamW":
-        return build(settings, cycle_length)
+    """The model of a seed and an arm's optimizer."""
     torch.manual_seed(settings.seed)
     model = ByteTransformer(settings.size)
-    matrices, rest = split_matrices(model, head=None)  # it is the embedding
-    common = {"lr": settings.lr, "weight_decay": WEIGHT_DECAY}
-    muon = torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **common)
-    adamw = torch.optim.AdamW(rest, betas=BETAS, fused=True, **common)
-    if ARMS[settings.arm] is None:
-        return model, Both(muon, adamw)
-    walk = {"inner_lr": settings.inner_lr, "inner_steps": cycle_length, "displacement_dtype": torch.float32}
-    return model, Nexus(muon, adamw, **walk)
+    return model, arms.build(ARMS[settings.arm], model, settings.lr, cycle_length)
 
 
 def measured(training: Texts, held_out: Texts, settings: Settings) -> Result:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="the model saw")  # nothing of a walk that is there to be invisible
-        return train(training, held_out, settings, WINDOWS, build_arm)
+    title = f"{settings.arm:22} lr {settings.lr:g} seed {settings.seed}"
+    with Progress(total=settings.steps, desc=title) as bar:
+        return train(training, held_out, settings, WINDOWS, build_arm, lambda _: bar.update())
 
 
 def climb(measure: Callable[[float], float], start: float) -> float:
@@ -148,26 +123,26 @@ def record(run: Result) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.muon", description=str(__doc__).partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=SIZES["tiny"].steps, help="cycles of a run (%(default)s)")
+    parser.add_argument("--steps", type=int, default=SIZE.steps, help="cycles of a run (%(default)s)")
     parser.add_argument(
         "--start", type=float, default=ADAMW_LR, help="where the search for Muon's begins (%(default)s)"
     )
     parser.add_argument("--out", type=Path, help="also write everything there, as JSON, after each run")
     options = parser.parse_args()
-    prepare_device("cpu", SIZES["tiny"].threads)
+    torch.set_num_threads(1)
     demo = parse([])
     training, held_out, manifest = load(demo.cache, demo.cap_mb)
     searched: list[Result] = []
     runs: list[Result] = []
 
     def measure(arm: str, seed: int, into: list[Result], lr: float) -> float:
-        settings = Settings(SIZES["tiny"], arm, seed, lr, ARMS[arm] or 0.0, options.steps)
+        settings = Settings(SIZE, arm, seed, lr, 0.0, options.steps)
         into.append(measured(training, held_out, settings))
         bits = into[-1].mean_bits
         return bits if math.isfinite(bits) else math.inf
 
     result: dict[str, Any] = {
-        **{"processor": processor(), **versions(), "python": platform.python_version()},
+        **{"processor": processor(), **versions(), "threads": 1},
         "commit": next(iter(output_of("git", "describe", "--always", "--dirty")), None),
         "settings": {"cycles": options.steps, "inner_steps": len(training), "windows": WINDOWS, "arms": ARMS},
         "data": manifest,

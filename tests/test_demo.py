@@ -5,12 +5,14 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
 import time
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -18,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-from nexus_fused.demo import DemoError, __main__, corpora, data, model, progress, train
+from nexus_fused.demo import DemoError, __main__, corpora, data, model, progress, report, train, workers
 
 WORDS = [f"{a}{b}" for a in ("ka", "lo", "mi", "nu", "pe") for b in ("r", "s", "t", "van", "wen", "zo")]
 TINY = model.Size(dim=16, layers=1, heads=2, context=16, batch=2, steps=2, lr_grid=(1e-3, 2e-3), threads=1)
@@ -58,14 +60,16 @@ def run(cache: Path, out: Path, *arguments: str) -> int:
 
 
 def test_whole_demo(offline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Grid, both arms, two seeds: the table, the JSON file and the picture; a second run repeats exactly."""
-    assert run(offline, tmp_path / "a") == 0
+    """Grid, all arms, two seeds: the table, the JSON file and the picture; a second run repeats exactly."""
+    assert run(offline, tmp_path / "a", "--seeds", "2") == 0
     printed = capsys.readouterr().out
     for expected in (
         "Nexus − AdamW",
         "-- trained on",
         "French",
-        "of 2 seeds",
+        "Nexus − unit",
+        "mean, unseen",
+        "moved by its last bit",
         "Learning rate",
         "Alignment",
         "epochs",
@@ -73,30 +77,33 @@ def test_whole_demo(offline: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         assert expected in printed
     assert (tmp_path / "a/result.png").read_bytes().startswith(b"\x89PNG")
     result = json.loads((tmp_path / "a/result.json").read_text())
-    assert sorted((r["arm"], r["seed"]) for r in result["runs"]) == [
-        ("AdamW", 0), ("AdamW", 1), ("Nexus", 0), ("Nexus", 1),
-    ]  # fmt: skip
+    assert sorted((r["arm"], r["seed"], r["nudged"]) for r in result["runs"]) == [
+        *((arm, seed, False) for arm in ("AdamW",) for seed in (0, 1)),
+        *((("Nexus", 0, False), ("Nexus", 0, True), ("Nexus", 1, False))),
+        *((("unit", 0, False), ("unit", 1, False))),
+    ]
     assert {r["lr"] for r in result["runs"]} == {min(result["grid"], key=lambda r: r["curve"][-1][1])["lr"]}
     assert len(result["grid"]) == 2
-    assert set(result["domains"][0]) >= {"domain", "group", "adamw", "nexus", "difference"}
+    assert {len(row["from_unit"]) for row in (*result["domains"], *result["means"])} == {2}
+    assert [row["domain"] for row in result["means"]] == ["mean, trained on", "mean, unseen"]
 
     assert run(offline, tmp_path / "b", "--seeds", "1", "--lr", str(result["runs"][0]["lr"])) == 0
     again = json.loads((tmp_path / "b/result.json").read_text())
     for one in again["runs"]:
-        other = next(r for r in result["runs"] if (r["arm"], r["seed"]) == (one["arm"], one["seed"]))
+        other = next(r for r in result["runs"] if all(r[k] == one[k] for k in ("arm", "seed", "nudged")))
         assert one["bits"] == other["bits"]
         assert one["curve"] == other["curve"]
 
 
 def test_both_arms_see_the_same_micro_batches(offline: Path) -> None:
     texts, _, _ = data.load(offline, 1.0)
-    of = {arm: train.micro_batches(texts, train.Settings(TINY, arm, 3, 1e-3, 0.05, 2)) for arm in ("AdamW", "Nexus")}
+    of = {arm: train.micro_batches(texts, train.Settings(TINY, arm, 3, 1e-3, 0.05, 2)) for arm in report.ARMS}
     for _ in range(4):
         cycles = {arm: [next(batches) for _ in texts] for arm, batches in of.items()}
         assert sorted(name for name, _ in cycles["AdamW"]) == sorted(texts)
-        for (name_a, batch_a), (name_n, batch_n) in zip(cycles["AdamW"], cycles["Nexus"], strict=True):
-            assert name_a == name_n
-            assert batch_a.equal(batch_n)
+        for batches in zip(*cycles.values(), strict=True):
+            assert len({name for name, _ in batches}) == 1
+            assert all(batch.equal(batches[0][1]) for _, batch in batches)
 
 
 def test_prediction_looks_only_back() -> None:
@@ -252,7 +259,7 @@ def test_interrupted_training_writes_nothing(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "show", interrupted)
+    monkeypatch.setattr(workers.Workers, "hear", interrupted)
     assert run(offline, tmp_path / "out") == 130
     assert "Interrupted" in capsys.readouterr().err
     assert not list((tmp_path / "out").iterdir())
@@ -356,14 +363,117 @@ def test_a_bar_moves_while_its_loop_is_busy() -> None:
 
 
 def test_threads(offline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The smallest model takes one thread unless told otherwise."""
-    taken: list[int] = []
-    monkeypatch.setattr(torch, "set_num_threads", taken.append)
-    monkeypatch.setattr(data, "load", lambda *_: sys.exit(3))
-    for arguments in ([], ["--threads", "2"], ["--size", "small"]):
+    """The smallest model takes one thread unless told otherwise, and as many runs at a time as there are cores."""
+    taken: list[tuple[int, int]] = []
+
+    def stop(self, count: int, threads: int, shared: object) -> None:
+        taken.append((count, threads))
+        sys.exit(3)
+
+    monkeypatch.setattr(workers, "cores", lambda: 5)
+    monkeypatch.setattr(workers.Workers, "__init__", stop)
+    for arguments in ([], ["--threads", "2"], ["--threads", "8"], ["--size", "small"]):
         with pytest.raises(SystemExit):
             run(offline, tmp_path / "out", *arguments)
-    assert taken == [1, 2]
+    assert taken == [(5, 1), (2, 2), (1, 8), (1, 0)]
+
+
+def shout(shared: str, tell: workers.Tell, word: str) -> None:
+    tell(shared + word)
+    tell(shared + word.upper())
+
+
+def wait(shared: str, tell: workers.Tell) -> None:
+    while True:
+        tell("tick")
+        time.sleep(0.01)
+
+
+def fail(shared: str, tell: workers.Tell, how: str) -> None:
+    if how == "raise":
+        raise ArithmeticError("of the job")
+    os.kill(os.getpid(), signal.SIGKILL)  # as a system does that runs out of memory
+
+
+def test_workers() -> None:
+    """Each job is heard until its end, and its messages come in order; at the end of `with` nothing is left running."""
+    with workers.Workers(2, 1, "so ") as pool:
+        for word in ("a", "b", "c"):
+            pool.submit(word, shout, word)
+        heard: dict[str, list[str | None]] = {}
+        while pool.running:
+            if message := pool.hear():
+                heard.setdefault(message[0], []).append(message[1])
+        assert heard == {word: [f"so {word}", f"so {word.upper()}", None] for word in ("a", "b", "c")}
+        pool.submit("endless", wait)
+        while pool.hear() != ("endless", "tick"):
+            pass
+    assert not pool.running
+
+
+@pytest.mark.parametrize(("how", "error"), [("raise", ArithmeticError), ("die", DemoError)])
+def test_workers_that_fail(how: str, error: type[Exception]) -> None:
+    """What a job raises is raised here, and a process that dies is an error that says so; the other job is ended."""
+    with workers.Workers(2, 1, "") as pool:
+        pool.submit("endless", wait)
+        pool.submit("bad", fail, how)
+        with pytest.raises(error):  # noqa: PT012 - whichever call hears of it
+            while True:
+                pool.hear()
+
+
+def test_what_is_certain() -> None:
+    """Standard errors and Student's 95 % intervals, by hand; a single seed shows nothing."""
+    assert report.spread([1.0, 3.0]) == report.Spread(2.0, 1.0)
+    assert f"{report.spread([-1.0, -3.0]):+.2f}" == "−2.00 ± 1.00"
+    assert f"{report.spread([1.0]):.1f}" == "1.0"
+    assert not report.certain([1.0])
+    assert not report.certain([1.0, 1.3])  # 1.15 ± 0.15, times 12.71
+    assert report.certain([1.0, 1.1, 1.2])  # 1.10 ± 0.058, times 4.30
+    assert not report.certain([1.0, 3.0, 2.0, -1.0, 1.0, -0.5])  # 0.92 ± 0.60, times 2.57
+
+
+def test_finding_says_no_more_than_is_certain() -> None:
+    def mean(domain: str, from_adamw: tuple[float, ...], from_unit: tuple[float, ...]) -> report.Row:
+        return report.Row(domain, "mean", {}, from_adamw, from_unit, ())
+
+    clear, open_, worse = (-0.03, -0.031, -0.032, -0.033), (-0.03, 0.02, -0.01, 0.008), (0.1, 0.11, 0.12, 0.1)
+    found = report.finding([mean("trained", clear, open_), mean("unseen", open_, worse)])
+    assert "below AdamW by 0.032 ± 0.001 and not certainly different from unit gradients (−0.003 ± 0.011)" in found
+    assert "not certainly different from AdamW (−0.003 ± 0.011) and above unit gradients by 0.107 ± 0.005" in found
+
+
+def test_a_nudge_is_the_last_bit_of_one_weight() -> None:
+    settings = train.Settings(TINY, "AdamW", 3, 1e-3, 0.05, 2)
+    plain, _ = train.build(settings, 5)
+    nudged, _ = train.build(replace(settings, nudged=True), 5)
+    changed = [(p, q) for p, q in zip(plain.parameters(), nudged.parameters(), strict=True) if not p.equal(q)]
+    ((p, q),) = changed
+    assert (p != q).sum() == 1
+    assert abs(int(p.view(torch.int32).flatten()[0]) - int(q.view(torch.int32).flatten()[0])) == 1
+
+
+def test_unit_gradients_are_what_a_short_walk_hands_over(offline: Path) -> None:
+    """After one cycle AdamW's first moment is 0.1 of the mean of g/‖g‖ at the initial weights, up to bfloat16's D."""
+    texts, _, _ = data.load(offline, 1.0)
+    settings = train.Settings(TINY, "unit", 3, 1e-3, 0.05, 1)
+    start, _ = train.build(settings, 5)
+    mean = [torch.zeros_like(p) for p in start.parameters()]
+    batches = train.micro_batches(texts, settings)
+    for _ in range(5):
+        gradients = torch.autograd.grad(start(next(batches)[1]), list(start.parameters()))
+        norm = torch.stack([g.norm() for g in gradients]).norm()
+        mean = [m + g / norm / 5 for m, g in zip(mean, gradients, strict=True)]
+    kept = []
+
+    def build(settings: train.Settings, k: int) -> tuple[model.ByteTransformer, torch.optim.Optimizer]:
+        kept.append(train.build(settings, k))
+        return kept[0]
+
+    train.train(texts, texts, settings, 1, build)
+    trained, optimizer = kept[0]
+    for p, m in zip(trained.parameters(), mean, strict=True):
+        torch.testing.assert_close(optimizer.state[p]["exp_avg"] / 0.1, m, rtol=2e-2, atol=2e-4)
 
 
 def test_missing_extras(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

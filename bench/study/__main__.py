@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -13,13 +14,14 @@ from typing import Any
 import torch
 
 from nexus_fused.demo import DemoError
-from nexus_fused.demo.data import load
+from nexus_fused.demo.data import load, write_atomically
 from nexus_fused.demo.train import BETAS, CLIP, WEIGHT_DECAY
+from nexus_fused.demo.workers import cores
 
 from ..__main__ import processor
 from ..gpu import output_of
 from . import StudyError, arms, plan, pool
-from .results import Results
+from .results import Results, read
 from .runs import ALIGNED, EVALUATED, SIZES, WARM_UP
 
 MILLION = 1e6
@@ -69,6 +71,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--minutes", type=float, default=1e9, help="stop after so long; the next call goes on (no limit)")
     add("--cap-mb", default=6.0, type=float, help="MB of text read per training domain (%(default)s)")
     add("--cache", default=caches / "nexus_fused", type=Path, help="folder of the text (%(default)s)")
+    report = commands.add_parser("report", help="print what a file shows, and draw it")
+    report.add_argument("file", type=Path)
+    report.add_argument("--pictures", type=Path, help="folder for SVG pictures")
+    report.add_argument("--json", type=Path, help="write every figure there")
     return parser.parse_args(arguments)
 
 
@@ -137,7 +143,7 @@ def run(options: argparse.Namespace) -> None:
         "commit": next(iter(output_of("git", "describe", "--always", "--dirty")), "unknown"),
         "processor": processor() if on_cpu else torch.cuda.get_device_name(options.device),
     }
-    workers = options.workers or (pool.cores() if on_cpu else 1)
+    workers = options.workers or (cores() if on_cpu else 1)
     with Results(options.file, settings_of(options, dtype, manifest)) as results:
         if results.cut_off:
             print(f"The last line of {options.file} was cut off while it was written; it is left out.")
@@ -153,12 +159,28 @@ def run(options: argparse.Namespace) -> None:
             print("The time is over; the same command goes on.")
 
 
+def report(options: argparse.Namespace) -> None:
+    """Show; raises StudyError and OSError."""
+    from . import figures, plots
+    from .report import lines
+
+    study = figures.Study(*read(options.file))
+    laws = figures.Laws(study)
+    found = figures.figures(study, laws)
+    print("\n".join(lines(found)))
+    if options.json:
+        content = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+        write_atomically(options.json, content.encode())
+    if options.pictures:
+        print("\nWritten:", *plots.draw(found, laws, options.pictures))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do it; return the exit status: 0, 1 (something to put right), 2 (wrong usage), 130 (Ctrl-C)."""
     options = parse(arguments)
     try:
-        run(options)
-    except (StudyError, DemoError) as error:
+        {"run": run, "report": report}[options.command](options)
+    except DemoError as error:
         print(f"\nThe study stopped: {error}", file=sys.stderr)
         return 1
     except OSError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -37,19 +38,13 @@ class Both:
 
 def parse(arm: str) -> tuple[bool, float | None]:
     """Return whether Muon steps the matrices, and γ (None: no walk); raises StudyError for an unknown arm."""
-    muon = arm == "muon" or arm.startswith("muon+")
-    walk = arm.removeprefix("muon").removeprefix("+") if muon else arm
-    if walk in ("adamw", "") and (walk == "") == muon:
-        return muon, None
-    if walk == "unit":
-        return muon, UNIT
-    if match := re.fullmatch(r"nexus:([0-9.e-]+)", walk):
-        try:
-            gamma = float(match[1])
-        except ValueError:
-            gamma = 0.0
-        if gamma > 0 and math.isfinite(gamma):
-            return muon, gamma
+    if arm in ("adamw", "muon"):
+        return arm == "muon", None
+    if match := re.fullmatch(r"(muon\+)?(?:unit|nexus:([0-9.e-]+))", arm):
+        with suppress(ValueError):
+            gamma = float(match[2]) if match[2] else UNIT
+            if 0 < gamma < math.inf:
+                return bool(match[1]), gamma
     raise StudyError(f"there is no arm {arm!r}: adamw, unit, nexus:γ (as nexus:0.05), muon, muon+unit, muon+nexus:γ.")
 
 

@@ -39,7 +39,7 @@ WARM_UP = 40
 ALIGNED = 40
 """Cycles that a recorded alignment is the mean of, the last ones."""
 UNIFORM = 8.0
-"""Bits per byte of a model that knows nothing; a run that ends above has diverged."""
+"""Bits per byte of a model that knows nothing; what is measured above counts as diverged."""
 
 
 @dataclass(frozen=True)
@@ -115,12 +115,8 @@ def micro_batches(
         yield [cut(text, start, size.context, device) for text, start in zip(chosen, starts, strict=True)]
 
 
-class Stopped(Exception):
-    """The study ends; what has been measured is kept."""
-
-
 class Trainer:
-    """A model under training; `tick` is called after each cycle, and may raise Stopped."""
+    """A model under training; `tick` is called after each cycle."""
 
     def __init__(self, run: Run, device: str, dtype: str, tick: Callable[[], None]) -> None:
         torch.manual_seed(run.seed)
@@ -179,11 +175,11 @@ class Trainer:
         weights = hashlib.sha256()
         for p in self.model.parameters():
             weights.update(p.detach().cpu().numpy().tobytes())
-        self.diverged = self.diverged or not fmean(bits[name] for name in trained_on) < UNIFORM
+        aligned = fmean(self.alignments) if self.alignments else math.nan
         return {
-            "diverged": self.diverged,
+            "diverged": self.diverged or not fmean(bits[name] for name in trained_on) < UNIFORM,
             "bits": {name: value if math.isfinite(value) else None for name, value in bits.items()},
-            "alignment": round(fmean(self.alignments), 6) if self.alignments else None,
+            "alignment": round(aligned, 6) if math.isfinite(aligned) else None,
             "weights": weights.hexdigest()[:16],
             "seconds": round(self.seconds, 2),
         }

@@ -17,116 +17,137 @@ from .corpora import FAR, NEAR
 from .data import write_atomically
 from .train import Result
 
-ARMS = ("AdamW", "Nexus")
+ARMS = ("AdamW", "unit", "Nexus")
 MINUS = "−"
 GROUPS = ("trained on", "unseen, far", "unseen, near")
+STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+"""Half the width of a 95 % interval in standard errors, from 2 seeds on; the last one is for more, too."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A mean over seeds and its standard deviation (NaN with one seed)."""
+    """A mean over seeds and its standard error (NaN with one seed)."""
 
     mean: float
-    deviation: float
+    error: float
 
     def __format__(self, spec: str) -> str:
-        """Write the mean with `spec`, and the deviation where there is one."""
+        """Write the mean with `spec`, and the standard error where there is one."""
         text = f"{self.mean:{spec}}".replace("-", MINUS)
-        return text if math.isnan(self.deviation) else f"{text} ± {self.deviation:{spec.replace('+', '')}}"
+        return text if math.isnan(self.error) else f"{text} ± {self.error:{spec.replace('+', '')}}"
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Return mean and standard error of one value per seed."""
+    return Spread(fmean(values), stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan)
+
+
+def certain(values: Sequence[float]) -> bool:
+    """Return whether the 95 % interval of the mean over seeds (Student's) leaves 0 out; of one seed it does not."""
+    found = spread(values)
+    return len(values) > 1 and abs(found.mean) > STUDENT[min(len(values) - 2, len(STUDENT) - 1)] * found.error
 
 
 @dataclass(frozen=True)
 class Row:
-    """One domain: bits per byte of both arms, and the difference Nexus − AdamW, taken seed by seed."""
+    """Bits per byte of each arm, mean over seeds, of one domain or a mean of domains; differences seed by seed."""
 
     domain: str
     group: str
-    adamw: Spread
-    nexus: Spread
-    difference: Spread
-    by_seed: tuple[float, ...]
-    """The difference of each seed."""
-
-    @property
-    def seeds(self) -> int:
-        """Number of seeds."""
-        return len(self.by_seed)
-
-    @property
-    def better_in(self) -> int:
-        """Seeds in which Nexus has fewer bits per byte."""
-        return sum(difference < 0 for difference in self.by_seed)
-
-
-def spread(values: Sequence[float]) -> Spread:
-    """Return mean and standard deviation of one value per seed."""
-    return Spread(fmean(values), stdev(values) if len(values) > 1 else math.nan)
+    bits: dict[str, float]
+    from_adamw: tuple[float, ...]
+    """Nexus − AdamW."""
+    from_unit: tuple[float, ...]
+    """Nexus − unit gradients: what the walk adds."""
+    unit_from_adamw: tuple[float, ...]
 
 
 def of_arm(runs: Sequence[Result], arm: str) -> list[Result]:
-    """Return the runs of one optimizer in the order of their seeds."""
-    return sorted((run for run in runs if run.arm == arm), key=lambda run: run.seed)
+    """Return the runs of one arm in the order of their seeds, without nudged ones."""
+    return sorted((run for run in runs if run.arm == arm and not run.nudged), key=lambda run: run.seed)
+
+
+def row(runs: Sequence[Result], domain: str, group: str, names: Sequence[str]) -> Row:
+    """Return the means over some domains, from runs of all arms with the same seeds."""
+    bits = {arm: [fmean(run.bits[name] for name in names) for run in of_arm(runs, arm)] for arm in ARMS}
+
+    def difference(arm: str, other: str) -> tuple[float, ...]:
+        return tuple(x - y for x, y in zip(bits[arm], bits[other], strict=True))
+
+    means = {arm: fmean(values) for arm, values in bits.items()}
+    return Row(
+        domain, group, means, difference("Nexus", "AdamW"), difference("Nexus", "unit"), difference("unit", "AdamW")
+    )
 
 
 def compare(runs: Sequence[Result]) -> list[Row]:
-    """Return one row per domain, from runs of both arms with the same seeds."""
-    adamw, nexus = (of_arm(runs, arm) for arm in ARMS)
-    rows = []
-    for domain in adamw[0].bits:
-        a, n = [run.bits[domain] for run in adamw], [run.bits[domain] for run in nexus]
-        differences = [y - x for x, y in zip(a, n, strict=True)]
-        group = GROUPS[1] if domain in FAR else GROUPS[2] if domain in NEAR else GROUPS[0]
-        rows.append(Row(domain, group, spread(a), spread(n), spread(differences), tuple(differences)))
-    return sorted(rows, key=lambda row: GROUPS.index(row.group))
+    """Return a row per domain, those trained on first."""
+    groups = {name: GROUPS[1] if name in FAR else GROUPS[2] if name in NEAR else GROUPS[0] for name in runs[0].bits}
+    return [row(runs, name, groups[name], [name]) for name in sorted(groups, key=lambda n: GROUPS.index(groups[n]))]
 
 
-def verdict(rows: Sequence[Row], kind: str) -> str:
-    """Say on how many rows Nexus is better or worse in every seed, and by how much on average."""
-    better = sum(row.better_in == row.seeds for row in rows)
-    worse = sum(row.better_in == 0 for row in rows)
-    counts = {"better": better, "worse": worse, "undecided": len(rows) - better - worse}
-    found = [f"{word} on {count}" for word, count in counts.items() if count]
-    text = f"{found[0].split()[0]} on all {len(rows)}" if len(found) == 1 else f"{', '.join(found)} of {len(rows)}"
-    mean = f"{fmean(row.difference.mean for row in rows):+.3f}".replace("-", MINUS)
-    return f"{text} {kind} ({mean} bits per byte on average)"
+def overall(runs: Sequence[Result]) -> list[Row]:
+    """Return the means over the domains trained on, and over the unseen ones where there are any."""
+    rows = compare(runs)
+    trained = [r.domain for r in rows if r.group == GROUPS[0]]
+    unseen = [r.domain for r in rows if r.group != GROUPS[0]]
+    found = [("mean, trained on", trained), ("mean, unseen", unseen)]
+    return [row(runs, name, "mean", names) for name, names in found if names]
 
 
-def finding(rows: Sequence[Row]) -> str:
-    """Return the result in one sentence, whatever it is; "undecided" is where the seeds disagree."""
-    trained = [row for row in rows if row.group == GROUPS[0]]
-    unseen = [row for row in rows if row.group != GROUPS[0]]
-    sentence = f"Compared with AdamW, Nexus is {verdict(trained, 'kinds of text trained on')}"
-    return sentence + (f" and {verdict(unseen, 'unseen kinds')}" if unseen else "")
+def clause(values: Sequence[float], other: str) -> str:
+    """Say how Nexus stands to another arm, and how sure that is."""
+    found = spread(values)
+    if not certain(values):
+        return f"not certainly different from {other} ({found:+.3f})"
+    return f"{'below' if found.mean < 0 else 'above'} {other} by {Spread(abs(found.mean), found.error):.3f}"
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Return the comparison as text, one line per domain."""
-    lines = [f"{'domain':16} {'AdamW':>15} {'Nexus':>15} {'Nexus − AdamW':>17}  Nexus better in"]
-    for group in GROUPS:
-        members = [row for row in rows if row.group == group]
-        lines += [f"-- {group}"] if members else []
-        for row in members:
-            arms = f"{f'{row.adamw:.3f}':>15} {f'{row.nexus:.3f}':>15}"
-            difference = f"{f'{row.difference:+.3f}':>17}"
-            lines.append(f"{row.domain:16} {arms} {difference}  {row.better_in} of {row.seeds} seeds")
+def finding(means: Sequence[Row]) -> str:
+    """Return the result in two sentences, whatever it is."""
+    kinds = ("On held-out text of the kinds it trained on", "On kinds it never saw")
+    return " ".join(
+        f"{kind}, Nexus is {clause(mean.from_adamw, 'AdamW')} and {clause(mean.from_unit, 'unit gradients')}."
+        for kind, mean in zip(kinds, means, strict=False)
+    )
+
+
+def table(rows: Sequence[Row], means: Sequence[Row]) -> str:
+    """Return the comparison as text, one line per domain, then the means."""
+    lines = [f"{'bits per byte':17}{'AdamW':>7}{'unit':>7}{'Nexus':>7}{'Nexus − AdamW':>18}{'Nexus − unit':>18}"]
+    for group in (*GROUPS, "mean"):
+        members = [r for r in (*rows, *means) if r.group == group]
+        lines += [f"-- {group}"] if members and group != "mean" else []
+        for r in members:
+            differences = (f"{f'{spread(values):+.3f}':>18}" for values in (r.from_adamw, r.from_unit))
+            lines.append(f"{r.domain:17}" + "".join(f"{r.bits[arm]:7.3f}" for arm in ARMS) + "".join(differences))
     return "\n".join(lines)
+
+
+def rounding_line(runs: Sequence[Result]) -> str:
+    """Return how far a run ends from itself after a change that rounding alone could make."""
+    parts = []
+    for run in (run for run in runs if run.nudged):
+        (same,) = (r for r in of_arm(runs, run.arm) if r.seed == run.seed)
+        parts.append(f"{run.mean_bits - same.mean_bits:+.4f}".replace("-", MINUS) + f" ({run.arm}, seed {run.seed})")
+    return f"With one weight moved by its last bit a run ends elsewhere: {', '.join(parts)} bits per byte."
 
 
 def grid_lines(grid: Sequence[Result], lr: float) -> str:
     """Return what the choice of the learning rate rests on."""
     if not grid:
-        return f"Learning rate {lr:g} for both, as given; it was not searched for."
+        return f"Learning rate {lr:g} for all, as given; it was not searched for."
     figures = ", ".join(f"{run.lr:g}: {run.mean_bits:.3f}" for run in grid)
-    text = f"Learning rate {lr:g} for both, AdamW's best of (held-out bits per byte, seed 0): {figures}."
+    text = f"Learning rate {lr:g} for all, AdamW's best of (held-out bits per byte, seed 0): {figures}."
     if len(grid) > 1 and lr in (min(run.lr for run in grid), max(run.lr for run in grid)):
         text += "\nIt lies at the EDGE of the grid: AdamW may do better beyond it (see --lr-grid)."
     return text
 
 
 def cost_lines(runs: Sequence[Result], steps: int) -> str:
-    """Return where the time of a cycle went, for both arms."""
+    """Return where the time of a cycle went, for AdamW and Nexus."""
     lines = []
-    for arm in ARMS:
+    for arm in ("AdamW", "Nexus"):
         total = 1e3 * fmean(run.seconds for run in of_arm(runs, arm)) / steps
         inside = 1e3 * fmean(run.optimizer_seconds for run in of_arm(runs, arm)) / steps
         lines.append(
@@ -169,7 +190,7 @@ def versions() -> dict[str, Any]:
     """Return what the figures depend on beside the settings."""
     found = {"nexus_fused": __version__, "torch": torch.__version__, "python": platform.python_version()}
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {**found, "machine": platform.machine(), "threads": torch.get_num_threads(), "gpu": gpu}
+    return {**found, "machine": platform.machine(), "gpu": gpu}
 
 
 def finite(value: Any) -> Any:
@@ -187,16 +208,16 @@ def write_json(
     manifest: dict[str, Any],
     grid: Sequence[Result],
     runs: Sequence[Result],
-    rows: Sequence[Row],
 ) -> None:
     """Write every figure, with settings, versions and the hash of the data; raises OSError."""
     content = {
-        "finding": finding(rows),
+        "finding": finding(overall(runs)),
         "settings": settings,
         "versions": versions(),
         "data": manifest,
         "grid": [asdict(run) for run in grid],
         "runs": [asdict(run) for run in runs],
-        "domains": [asdict(row) for row in rows],
+        "domains": [asdict(r) for r in compare(runs)],
+        "means": [asdict(r) for r in overall(runs)],
     }
     write_atomically(path, json.dumps(finite(content), indent=1, ensure_ascii=False).encode())

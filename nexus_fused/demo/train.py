@@ -1,7 +1,8 @@
-"""Trains one model with one optimizer; both optimizers see the same micro-batches in the same order."""
+"""Trains one model with one optimizer; all optimizers see the same micro-batches in the same order."""
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from nexus_fused.base import WalkingOptimizer
 
 from .data import Texts
 from .model import ByteTransformer, Size
-from .progress import Progress
+from .workers import Tell
 
 BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.1
@@ -38,6 +39,8 @@ class Settings:
     steps: int
     device: str = "cpu"
     dtype: str = "float32"
+    nudged: bool = False
+    """Whether one weight starts one unit in its last place away: what changes then, rounding alone can change."""
 
 
 @dataclass
@@ -58,6 +61,7 @@ class Result:
     """Training alone, without the evaluations."""
     optimizer_seconds: float = 0.0
     tokens: int = 0
+    nudged: bool = False
 
     @property
     def mean_bits(self) -> float:
@@ -127,9 +131,13 @@ class Clock:
 
 
 def build(settings: Settings, cycle_length: int) -> tuple[ByteTransformer, torch.optim.Optimizer]:
-    """Return the model of this seed, equal for both arms, and the arm's optimizer."""
+    """Return the model of this seed, equal for all arms, and the arm's optimizer: AdamW, unit or Nexus."""
     torch.manual_seed(settings.seed)
     model = ByteTransformer(settings.size).to(settings.device)
+    if settings.nudged:
+        with torch.no_grad():
+            weight = model.tokens.weight.view(-1)[:1]
+            weight.copy_(torch.nextafter(weight, torch.full_like(weight, math.inf)))
     parameters, lr = model.parameters(), settings.lr
     if settings.arm == "AdamW":
         return model, torch.optim.AdamW(parameters, lr=lr, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
@@ -138,7 +146,7 @@ def build(settings: Settings, cycle_length: int) -> tuple[ByteTransformer, torch
         lr=lr,
         betas=BETAS,
         weight_decay=WEIGHT_DECAY,
-        inner_lr=settings.inner_lr,
+        inner_lr=UNIT if settings.arm == "unit" else settings.inner_lr,
         inner_steps=cycle_length,
     )
     return model, nexus
@@ -150,24 +158,25 @@ def train(
     settings: Settings,
     windows: int,
     build: Callable[[Settings, int], tuple[ByteTransformer, Any]] = build,
+    tick: Callable[[float], Any] = lambda loss: None,
 ) -> Result:
     """Train for `settings.steps` cycles and return the measurements.
 
     `windows` is the number of evaluation windows per domain at the end (a quarter of it on the way). `build` makes the
-    model and its optimizer; one without a walk gets averaged and clipped gradients. A run that diverges has NaN in its
-    results and is not an error.
+    model and its optimizer; one without a walk gets averaged and clipped gradients. `tick` is called with the training
+    loss of each cycle. A run that diverges has NaN in its results and is not an error.
     """
     k = len(training)
     model, optimizer = build(settings, k)
     nexus = isinstance(optimizer, WalkingOptimizer)
     batches = micro_batches(training, settings)
-    result = Result(settings.arm, settings.seed, settings.lr)
+    result = Result(settings.arm, settings.seed, settings.lr, nudged=settings.nudged)
     whole, inside = Clock(settings.device), Clock(settings.device)
     used = dict.fromkeys(training, 0)
     marks = {round(settings.steps * (i + 1) / EVALUATIONS) for i in range(EVALUATIONS)}
-    title = f"{settings.arm:5} lr {settings.lr:g} seed {settings.seed}"
-    with Progress(range(settings.steps), desc=title) as progress:
-        for cycle in progress:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="the model saw")  # nothing of a walk that is there to be invisible
+        for cycle in range(settings.steps):
             with whole:
                 losses = []
                 for group in optimizer.param_groups:
@@ -185,8 +194,11 @@ def train(
                                 torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
                             optimizer.step()
                             optimizer.zero_grad()
-            result.tokens = sum(used.values())
-            show(result, progress, optimizer, float(torch.stack(losses).mean()))
+            if nexus:
+                metrics = optimizer.metrics()
+                result.alignment.append((cycle + 1, metrics["alignment"]))
+                result.lost_fraction = metrics["lost_fraction"]
+            tick(float(torch.stack(losses).mean()))
             if cycle + 1 in marks:
                 last = cycle + 1 == settings.steps
                 few = windows if last else max(1, windows // 4)
@@ -196,17 +208,12 @@ def train(
                 }
                 result.curve.append((cycle + 1, sum(bits[name] for name in training) / k))
                 result.bits = bits
+    result.tokens = sum(used.values())
     result.epochs = {name: used[name] / len(training[name]) for name in training}
     result.seconds, result.optimizer_seconds = whole.seconds, inside.seconds
     return result
 
 
-def show(result: Result, progress: Progress, optimizer: Any, loss: float) -> None:
-    """Record the alignment of the finished cycle and show where the run stands."""
-    shown = f"loss {loss:.2f}"
-    if isinstance(optimizer, WalkingOptimizer):
-        metrics = optimizer.metrics()
-        result.alignment.append((len(result.alignment) + 1, metrics["alignment"]))
-        result.lost_fraction = metrics["lost_fraction"]
-        shown += f" align {metrics['alignment']:+.2f}"
-    progress.set_postfix_str(shown, refresh=False)
+def work(shared: tuple[Texts, Texts], tell: Tell, settings: Settings, windows: int) -> None:
+    """In a process for it: train, tell the loss of each cycle, and the Result in the end."""
+    tell(train(*shared, settings, windows, tick=tell))
