@@ -12,7 +12,7 @@ PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 .PHONY: help demo test test-all bench lint clean
 
 help:
-	@echo "make demo      train a small model with AdamW and with NexusAdamW, and compare"
+	@echo "make demo      train a small model with AdamW, with NexusAdamW and with the control between them"
 	@echo "make test      run the tests, of long products of parameters a sample"
 	@echo "make test-all  run all tests"
 	@echo "make bench     run the benchmarks"

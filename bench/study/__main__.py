@@ -75,6 +75,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     report.add_argument("file", type=Path)
     report.add_argument("--pictures", type=Path, help="folder for SVG pictures")
     report.add_argument("--json", type=Path, help="write every figure there")
+    report.add_argument("--into", type=Path, help="renew the tables of a Markdown page: docs/evidence.md")
     return parser.parse_args(arguments)
 
 
@@ -162,15 +163,17 @@ def run(options: argparse.Namespace) -> None:
 def report(options: argparse.Namespace) -> None:
     """Show; raises StudyError and OSError."""
     from . import figures, plots
-    from .report import lines
+    from .report import insert, text
 
     study = figures.Study(*read(options.file))
     laws = figures.Laws(study)
     found = figures.figures(study, laws)
-    print("\n".join(lines(found)))
+    print(text(found))
     if options.json:
         content = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
         write_atomically(options.json, content.encode())
+    if options.into:
+        insert(found, options.into)
     if options.pictures:
         print("\nWritten:", *plots.draw(found, laws, options.pictures))
 

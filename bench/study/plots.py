@@ -21,6 +21,7 @@ from nexus_fused.demo.plot import bare
 
 from .arms import parse
 from .figures import Laws, held_out
+from .report import title
 
 MILLION = 1e6
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -34,15 +35,6 @@ def color(arm: str) -> str:
         return "#555555"
     known = ("unit", "nexus:0.2", "nexus:0.05", "nexus:0.8", "muon+unit", "muon+nexus:0.2")
     return PALETTE[known.index(arm)] if arm in known else PALETTE[-1]
-
-
-def title(arm: str) -> str:
-    """Return how an arm is called in a picture."""
-    muon, gamma = parse(arm)
-    before = "Muon, " if muon else ""
-    if arm in ("adamw", "muon"):
-        return {"adamw": "AdamW", "muon": "Muon"}[arm]
-    return before + ("unit gradients" if arm.endswith("unit") else f"Nexus, γ = {gamma:g}")
 
 
 def points(axes: Axes, x: Sequence[float], found: Sequence[dict[str, Any]], style: str, **how: Any) -> None:

@@ -1,65 +1,133 @@
-"""Prints what a study found."""
+"""Writes what a study found as Markdown tables, to the terminal and into a page."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
+from nexus_fused.demo.data import write_atomically
 from nexus_fused.demo.report import MINUS
+
+from . import StudyError
+from .arms import parse
 
 MILLION = 1e6
 
 
+def title(arm: str) -> str:
+    """Return how an arm is called in tables and pictures."""
+    muon, gamma = parse(arm)
+    if gamma is None:
+        return "Muon" if muon else "AdamW"
+    return ("Muon, " if muon else "") + ("unit gradients" if arm.endswith("unit") else f"Nexus, γ = {gamma:g}")
+
+
 def shown(found: dict[str, Any], sign: str = "+") -> str:
-    """Write a mean with its standard error, and a star where the 95 % interval leaves 0 out."""
+    """Write a mean with its standard error, in bold where the 95 % interval leaves 0 out."""
     text = f"{found['mean']:{sign}.3f}".replace("-", MINUS)
     text += f" ± {found['standard_error']:.3f}" if found["standard_error"] is not None else ""
-    return text + ("*" if found.get("certain") else "")
+    return f"**{text}**" if found.get("certain") else text
 
 
-def place(row: dict[str, Any]) -> str:
-    """Say which N, K and D a row is of."""
-    return f"{row['size']:>5} K {row['inner_steps']:<3} D {row['tokens'] / MILLION:5.2f}M"
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return a Markdown table, the columns as wide as their cells; "" without rows."""
+    cells = [list(map(str, row)) for row in rows]
+    if not cells:
+        return ""
+    widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
+    lines = [[name.ljust(width) for name, width in zip(row, widths, strict=True)] for row in (head, *cells)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], ["-" * width for width in widths], *lines[1:]))
 
 
-def lines(found: dict[str, Any]) -> Iterator[str]:
-    """Yield the report line by line."""
-    yield f"{found['measurements']} measurements of {found['runs']} runs, {len(found['diverged'])} diverged (left out)."
-    yield f"Commits: {', '.join(found['commits'])}. Machines: {', '.join(found['processors'])}."
-    yield from (f"  diverged: {point}" for point in found["diverged"])
-    yield "\nLearning rates, each arm's best at the end of its search (bits per byte):"
-    for s in found["searches"]:
-        tried = ", ".join(f"{lr:g}: {bits:.3f}" for lr, bits in s["bits"].items())
-        yield f"  {s['size']:>5} K {s['inner_steps']:<3} {s['arm']:14} {s['best']:g}   ({tried})"
-    yield "\nBits per byte after the decay, mean over seeds ± standard error:"
-    for r in found["arms"]:
-        aligned = f"  alignment {shown(r['alignment'])}" if r["alignment"] else ""
-        figures = f"{shown(r['trained'], ''):>16} | {shown(r['unseen'], ''):>16}"
-        yield f"  {place(r)}  {r['arm']:14} {r['seeds']} seeds {figures}{aligned}"
-    yield "\nDifferences seed by seed, trained on | unseen (*: the 95 % interval leaves 0 out):"
-    for r in found["differences"]:
-        names = f"{r['arm']} {MINUS} {r['other']}"
-        yield f"  {place(r)}  {names:22} {r['seeds']} seeds {shown(r['trained']):>18} | {shown(r['unseen']):>18}"
-    if found["specialized"]:
-        yield "\nThe same after specialization, on its domain, mean over all D′:"
-    for r in found["specialized"]:
-        names = f"{r['arm']} {MINUS} {r['other']}"
-        yield f"  {place(r)}  {r['domain']:12} {names:22} {r['seeds']} seeds {shown(r['difference']):>18}"
+def place(row: dict[str, Any]) -> list[str]:
+    """Return the cells that say which N, K and D a row is of."""
+    per = row["tokens"] / row["parameters"]
+    size = f"{row['parameters'] / MILLION:.2f}M"
+    return [size, str(row["inner_steps"]), f"{row['tokens'] / MILLION:.2f}M", f"{per:.1f}"]
+
+
+WHERE = ["N", "K", "D", "D/N"]
+
+
+def sections(found: dict[str, Any]) -> dict[str, str]:
+    """Return the tables by name."""
     law = found["law"]
-    for name, lack in law["missing"].items():
-        yield f"\nNo law for {name}, which lacks {lack}."
-    if law["fits"]:
-        yield "\nThe law, mean relative error within | on the held-out largest N and longest D:"
-    for f in law["fits"]:
-        values = ", ".join(f"{name} {value:.3g}" for name, value in f["parameters"].items())
-        errors = f"{f['error_within']:.2%} of {f['fitted']} | {f['error_held_out']:.2%} of {f['held_out']}"
-        chosen = " <-" if f["form"] == law["form"] else ""
-        yield f"  {f['arm']:10} {f['domain']:10} {f['form']:15} {errors}   {values}{chosen}"
-    if law["splits"]:
-        yield "\nThe best split (90 % of the bootstrap):"
-    for s in law["splits"]:
-        yield (
-            f"  {s['arm']:10} {s['teraflop']:g} TFLOP, {s['domains']:2} domains: N {s['n']:.2f}M, D {s['d']:.2f}M, D′ "
-            f"{s['d_prime']:.3f}M each, share {s['share']:.0%} ({s['share_low']:.0%} to {s['share_high']:.0%}), "
-            f"{s['loss']:.3f}"
-        )
+    runs = f"{found['measurements']} measurements of {found['runs']} runs, of which {len(found['diverged'])} diverged"
+    made = {
+        "runs": f"{runs}. Commits: {', '.join(found['commits'])}. Machines: {', '.join(found['processors'])}.",
+        "learning rates": table(
+            ["N", "K", "arm", "best", "bits per byte by learning rate"],
+            (
+                [s["size"], s["inner_steps"], title(s["arm"]), f"{s['best']:g}", ", ".join(
+                    f"{lr:g}: {bits:.3f}" for lr, bits in s["bits"].items()
+                )]
+                for s in found["searches"]
+            ),
+        ),
+        "bits per byte": table(
+            [*WHERE, "arm", "seeds", "trained on", "unseen", "alignment"],
+            (
+                [*place(r), title(r["arm"]), r["seeds"], shown(r["trained"], ""), shown(r["unseen"], ""),
+                 shown(r["alignment"]) if r["alignment"] else ""]
+                for r in found["arms"]
+            ),
+        ),
+        "differences": table(
+            [*WHERE, "difference", "seeds", "trained on", "unseen"],
+            (
+                [*place(r), f"{title(r['arm'])} {MINUS} {title(r['other'])}", r["seeds"], shown(r["trained"]),
+                 shown(r["unseen"])]
+                for r in found["differences"]
+            ),
+        ),
+        "specialized": table(
+            [*WHERE, "domain", "difference", "seeds", "on that domain"],
+            (
+                [*place(r), r["domain"], f"{title(r['arm'])} {MINUS} {title(r['other'])}", r["seeds"],
+                 shown(r["difference"])]
+                for r in found["specialized"]
+            ),
+        ),
+        "law": table(
+            ["arm", "domain", "form", "error within", "held out", "parameters"],
+            (
+                [title(f["arm"]), f["domain"], f["form"] + (" (chosen)" if f["form"] == law["form"] else ""),
+                 f"{f['error_within']:.2%}", f"{f['error_held_out']:.2%}",
+                 ", ".join(f"{name} {value:.3g}" for name, value in f["parameters"].items())]
+                for f in law["fits"]
+            ),
+        ),
+        "splits": table(
+            ["arm", "budget", "domains", "N", "D", "D′ each", "specialization", "bits per byte"],
+            (
+                [title(s["arm"]), f"{s['teraflop']:g} TFLOP", s["domains"], f"{s['n']:.2f}M", f"{s['d']:.2f}M",
+                 f"{s['d_prime']:.3f}M", f"{s['share']:.0%} ({s['share_low']:.0%} to {s['share_high']:.0%})",
+                 f"{s['loss']:.3f}"]
+                for s in law["splits"]
+            ),
+        ),
+    }  # fmt: skip
+    lacks = [f"No law for {name}, which lacks {lack}." for name, lack in law["missing"].items()]
+    diverged = [f"Diverged: {point}." for point in found["diverged"]]
+    return {**made, "runs": "\n".join([made["runs"], *diverged]), "missing": "\n".join(lacks)}
+
+
+def text(found: dict[str, Any]) -> str:
+    """Return everything, for a terminal."""
+    return "\n\n".join(f"{name.upper()}\n{content}" for name, content in sections(found).items() if content)
+
+
+def insert(found: dict[str, Any], page: Path) -> None:
+    """Renew what a page has between `<!-- study: NAME -->` and `<!-- end -->`; raises StudyError for an unknown name."""
+    made = sections(found)
+
+    def content(match: re.Match[str]) -> str:
+        name = match[1]
+        if name not in made:
+            raise StudyError(f"{page} asks for {name!r}; there are {', '.join(made)}.")
+        return f"<!-- study: {name} -->\n{made[name]}\n<!-- end -->"
+
+    pattern = r"<!-- study: ([^>]+?) -->\n.*?<!-- end -->"
+    write_atomically(page, re.sub(pattern, content, page.read_text(), flags=re.DOTALL).encode())
