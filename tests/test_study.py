@@ -19,7 +19,7 @@ pytest.importorskip("matplotlib")
 
 import numpy as np
 
-from bench.study import StudyError, __main__, arms, figures, law, plan, results, runs
+from bench.study import StudyError, __main__, arms, figures, law, plan, report, results, runs
 from nexus_fused.demo import data
 from nexus_fused.demo.model import ByteTransformer
 
@@ -522,3 +522,32 @@ def test_the_best_split_of_a_budget() -> None:
     assert best["share"] == pytest.approx(0.75, abs=0.006)
     assert best["n"] == 0.5
     assert law.best_split(lambda n, d, s: 10 / n + 1 / d + 1 / s, 24.0, 2, (0.5, 1.0))["n"] == 1.0
+
+
+# The page
+
+
+def test_tables_of_a_page(tmp_path: Path) -> None:
+    """What the page says around the tables stays, and a second time changes nothing."""
+    values = {("adamw", s): (2.0 + s, 3.0 + s) for s in range(3)} | {("unit", s): (1.9 + s, 3.0 + s) for s in range(3)}
+    values |= {("nexus:0.2", s): (1.8 + s + 0.01 * s, 3.1 + s - 0.1 * s) for s in range(3)}
+    study = study_of(values)
+    found = figures.figures(study, figures.Laws(study))
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# Title\n\n<!-- study: differences -->\nold\n<!-- end -->\n\ntext\n<!-- study: runs -->\n<!-- end -->\n"
+    )
+    report.insert(found, page)
+    made = page.read_text()
+    (row,) = (line for line in made.splitlines() if "γ = 0.2" in line)
+    assert [cell.strip() for cell in row.split("|")[5:-1]] == [
+        "Nexus, γ = 0.2", "3", "**−0.190 ± 0.006**", "**−0.090 ± 0.006**", "+0.000 ± 0.058", "+0.000 ± 0.058",
+    ]  # fmt: skip
+    assert made.startswith("# Title\n\n<!-- study: differences -->\n| N ")
+    assert "18 measurements of 9 runs, of which 0 diverged. Commits: abc. Machines: a processor." in made
+    assert "old" not in made
+    report.insert(found, page)
+    assert page.read_text() == made
+    page.write_text("<!-- study: nothing -->\n<!-- end -->\n")
+    with pytest.raises(StudyError, match="asks for 'nothing'"):
+        report.insert(found, page)

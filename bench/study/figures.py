@@ -35,7 +35,7 @@ def summary(values: Sequence[float]) -> dict[str, Any]:
     """Return the mean over seeds, its standard error (None of one seed) and the values."""
     found = spread(values)
     error = None if found.error != found.error else round(found.error, 5)
-    return {"mean": round(found.mean, 5), "standard_error": error, "by_seed": [round(v, 5) for v in values]}
+    return {"mean": round(found.mean, 5) + 0.0, "standard_error": error, "by_seed": [round(v, 5) for v in values]}
 
 
 def order(p: Point) -> tuple[Any, ...]:

@@ -51,6 +51,22 @@ def place(row: dict[str, Any]) -> list[str]:
 WHERE = ["N", "K", "D", "D/N"]
 
 
+def pivot(rows: Sequence[dict[str, Any]]) -> list[list[object]]:
+    """Return a row for each arm, size, K and D, with what it differs by from AdamW and from unit gradients."""
+    found: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for r in rows:
+        found.setdefault((*place(r), title(r["arm"])), {})[r["other"].removeprefix("muon+")] = r
+    return [
+        [*key, max(r["seeds"] for r in of.values())]
+        + [
+            shown(of[other][kind]) if other in of else ""
+            for kind in ("trained", "unseen")
+            for other in ("adamw", "unit")
+        ]
+        for key, of in found.items()
+    ]
+
+
 def sections(found: dict[str, Any]) -> dict[str, str]:
     """Return the tables by name."""
     law = found["law"]
@@ -75,12 +91,8 @@ def sections(found: dict[str, Any]) -> dict[str, str]:
             ),
         ),
         "differences": table(
-            [*WHERE, "difference", "seeds", "trained on", "unseen"],
-            (
-                [*place(r), f"{title(r['arm'])} {MINUS} {title(r['other'])}", r["seeds"], shown(r["trained"]),
-                 shown(r["unseen"])]
-                for r in found["differences"]
-            ),
+            [*WHERE, "arm", "seeds", "trained: − AdamW", "− unit", "unseen: − AdamW", "− unit"],
+            pivot(found["differences"]),
         ),
         "specialized": table(
             [*WHERE, "domain", "difference", "seeds", "on that domain"],
@@ -120,7 +132,7 @@ def text(found: dict[str, Any]) -> str:
 
 
 def insert(found: dict[str, Any], page: Path) -> None:
-    """Renew what a page has between `<!-- study: NAME -->` and `<!-- end -->`; raises StudyError for an unknown name."""
+    """Renew what a page has between `<!-- study: NAME -->` and `<!-- end -->`; StudyError for an unknown name."""
     made = sections(found)
 
     def content(match: re.Match[str]) -> str:
