@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from nexus_fused.demo import DemoError
+from nexus_fused.demo.corpora import TRAINING
 from nexus_fused.demo.data import load, write_atomically
 from nexus_fused.demo.train import BETAS, CLIP, WEIGHT_DECAY
 from nexus_fused.demo.workers import cores
@@ -68,7 +69,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--device", default="cpu", help="cpu (default) or cuda")
     add("--dtype", choices=("float32", "bfloat16"), help="of the forward pass (float32 on a CPU, else bfloat16)")
     add("--workers", type=int, help="runs at a time (as many as cores; 1 on a GPU)")
-    add("--minutes", type=float, default=1e9, help="stop after so long; the next call goes on (no limit)")
+    add("--minutes", type=float, default=1e6, help="stop after so long; the next call goes on (no limit)")
     add("--cap-mb", default=6.0, type=float, help="MB of text read per training domain (%(default)s)")
     add("--cache", default=caches / "nexus_fused", type=Path, help="folder of the text (%(default)s)")
     report = commands.add_parser("report", help="print what a file shows, and draw it")
@@ -79,33 +80,36 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def check(options: argparse.Namespace, domains: Sequence[str]) -> None:
+def check(options: argparse.Namespace) -> None:
     """Raise StudyError for what cannot be run, before anything is."""
     for arm in options.arms:
         arms.parse(arm)
-    for kind, asked, known in (("size", options.sizes, SIZES), ("domain", options.domains, domains)):
+    for kind, asked, known in (("size", options.sizes, SIZES), ("domain", options.domains, TRAINING)):
         if unknown := [name for name in asked if name not in known]:
             raise StudyError(f"there is no {kind} {unknown[0]!r}: {', '.join(known)}.")
-    for name in ("tokens", "domain_tokens", "inner_steps"):
-        if any(value <= 0 for value in getattr(options, name)):
-            raise StudyError(f"--{name.replace('_', '-')} are numbers above 0.")
-    for size in options.sizes:
+    for name in ("seeds", "tokens", "domain_tokens", "inner_steps", "search_tokens", "minutes", "workers", "cap_mb"):
+        given = getattr(options, name)
+        if given is not None and not all(0 < x < math.inf for x in (given if isinstance(given, list) else [given])):
+            raise StudyError(f"--{name.replace('_', '-')} takes numbers above 0.")
+    for size in (SIZES[name] for name in options.sizes):
         for steps in options.inner_steps:
-            if steps % len(domains) or SIZES[size].windows % steps:
+            if steps % len(TRAINING) or size.windows % steps:
                 raise StudyError(
-                    f"--inner-steps {steps}: a cycle has {SIZES[size].windows} windows of {len(domains)} domains, "
-                    "so K must be a multiple of the domains that divides the windows."
+                    f"--inner-steps {steps}: a cycle has {size.windows} windows of {len(TRAINING)} domains, so K must "
+                    "be a multiple of the domains that divides the windows."
                 )
-    for name in ("seeds", "search_tokens", "minutes", "workers"):
-        if getattr(options, name) is not None and getattr(options, name) <= 0:
-            raise StudyError(f"--{name.replace('_', '-')} must be above 0.")
+        for name, least in (("tokens", options.tokens), ("search-tokens", [options.search_tokens])):
+            if size.cycles(MILLION * min(least)) < 2 * WARM_UP:
+                needed = 2 * WARM_UP * size.cycle_tokens / MILLION
+                raise StudyError(f"--{name} {min(least):g} is hardly more than the warm-up; take {needed:g} or more.")
+    if torch.device(options.device).type not in ("cpu", "cuda"):
+        raise StudyError(f"--device {options.device} cannot be used here: cpu and cuda can.")
 
 
 def settings_of(options: argparse.Namespace, dtype: str, manifest: dict[str, Any]) -> dict[str, Any]:
     """Return what measurements of one file have in common."""
     return {
         "version": 1,
-        "sizes": {name: asdict(size) for name, size in SIZES.items()},
         "dtype": dtype,
         "device": torch.device(options.device).type,
         "warm_up_cycles": WARM_UP,
@@ -115,13 +119,14 @@ def settings_of(options: argparse.Namespace, dtype: str, manifest: dict[str, Any
         "clip": CLIP,
         "windows_evaluated": EVALUATED,
         "cycles_of_alignment": ALIGNED,
-        "search": {"seed": plan.SEARCHED, "tokens": options.search_tokens * MILLION},
+        "search": {"seeds": plan.SEARCHED, "start": plan.START, "tokens": options.search_tokens * MILLION},
         "data": {"sha256": manifest["sha256"], "python": manifest["python"], "cap_mb": manifest["cap_mb"]},
     }
 
 
 def run(options: argparse.Namespace) -> None:
     """Measure; raises StudyError, DemoError and OSError."""
+    check(options)
     try:
         torch.zeros(1, device=options.device)
     except (RuntimeError, AssertionError) as error:
@@ -129,7 +134,8 @@ def run(options: argparse.Namespace) -> None:
     on_cpu = torch.device(options.device).type == "cpu"
     dtype = options.dtype or ("float32" if on_cpu else "bfloat16")
     training, held_out, manifest = load(options.cache, options.cap_mb)
-    check(options, sorted(training))
+    if min(map(len, held_out.values())) <= max(SIZES[size].context for size in options.sizes):
+        raise StudyError(f"--cap-mb {options.cap_mb:g} leaves a domain without text to evaluate; choose more.")
     wanted = plan.Wanted(
         options.arms,
         options.sizes,
@@ -142,14 +148,15 @@ def run(options: argparse.Namespace) -> None:
     )
     stamp = {
         "commit": next(iter(output_of("git", "describe", "--always", "--dirty")), "unknown"),
+        "torch": torch.__version__,
         "processor": processor() if on_cpu else torch.cuda.get_device_name(options.device),
     }
     workers = options.workers or (cores() if on_cpu else 1)
     with Results(options.file, settings_of(options, dtype, manifest)) as results:
         if results.cut_off:
             print(f"The last line of {options.file} was cut off while it was written; it is left out.")
-        jobs = plan.pending(wanted, results.measured, sorted(training))
-        print(f"{options.file} has {len(results.measured)} measurements; {len(jobs)} runs are ahead.", flush=True)
+        ahead = sum(map(len, plan.pending(wanted, results.measured, sorted(training))))
+        print(f"{options.file} has {len(results.measured)} measurements; {ahead} runs are ahead.", flush=True)
         try:
             done = pool.study(
                 wanted, results, (training, held_out), options.device, dtype, workers, options.minutes, stamp
@@ -165,7 +172,8 @@ def report(options: argparse.Namespace) -> None:
     from . import figures, plots
     from .report import insert, text
 
-    study = figures.Study(*read(options.file))
+    settings, measured, _ = read(options.file)
+    study = figures.Study(settings, measured)
     laws = figures.Laws(study)
     found = figures.figures(study, laws)
     print(text(found))

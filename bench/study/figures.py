@@ -15,8 +15,8 @@ from nexus_fused.demo.train import UNIT
 from . import StudyError
 from .arms import parse
 from .law import FORMS, Form, best_split, fit, relative_error
-from .plan import SEARCHED, searched
-from .runs import MIXTURE, Point, Run, parameters
+from .plan import SEARCHED, Search, search
+from .runs import MIXTURE, Point, parameters
 
 Measured = Mapping[Point, Mapping[str, Any]]
 MILLION = 1e6
@@ -51,17 +51,13 @@ class Study:
         self.trained, self.unseen = domains_of(measured)
         if not self.trained:
             raise StudyError("the file has no finished run yet: call `run` until it has.")
-        self.searches: dict[tuple[str, str, int], dict[float, float]] = {}
-        tokens = settings["search"]["tokens"]
+        self.searches: dict[tuple[str, str, int], Search] = {}
         for p in sorted(measured, key=order):
-            key = p[:3]
-            if p.seed == SEARCHED and key not in self.searches:
-                self.searches[key] = searched(measured, Run(*key, SEARCHED, p.lr), tokens, self.trained)
-        chosen = {key: min(found, key=lambda lr: found[lr]) for key, found in self.searches.items()}
-        reported = {p: m for p, m in measured.items() if p.seed != SEARCHED and p.lr == chosen.get(p[:3])}
+            if p[:3] not in self.searches:
+                self.searches[p[:3]] = search(measured, p.run, settings["search"]["tokens"], self.trained)
+        reported = {p: m for p, m in measured.items() if p.seed not in SEARCHED and p.lr == self.searches[p[:3]].best}
         self.diverged = [p for p, m in reported.items() if m["diverged"]]
         self.measured = {p: m for p, m in reported.items() if not m["diverged"]}
-        self.learning_rates = chosen
 
     def groups(self, kind: Callable[[Point], bool]) -> dict[tuple[Any, ...], dict[str, dict[int, Point]]]:
         """Return the points of a kind: everything but arm, rate and seed → arm → seed → point, all in order."""
@@ -281,8 +277,9 @@ def figures(study: Study, laws: Laws) -> dict[str, Any]:
         "processors": sorted({m["processor"] for m in study.measured.values()}),
         "domains": {"trained": study.trained, "unseen": study.unseen},
         "searches": [
-            {"arm": a, "size": s, "inner_steps": k, "best": study.learning_rates[a, s, k], "bits": found}
+            {"arm": a, "size": s, "inner_steps": k, "best": found.best, "bits": found.bits}
             for (a, s, k), found in study.searches.items()
+            if found.best is not None
         ],
         "arms": means(study),
         "differences": differences(study),

@@ -5,19 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from statistics import fmean
 from typing import Any
 
 from . import StudyError
 from .runs import MIXTURE, SIZES, Point, Run, parameters
 
-SEARCHED = 100
-"""The seed that learning rates are searched on; it is not reported."""
+SEARCHED = (100, 101, 102)
+"""The seeds that learning rates are searched on; they are not reported."""
 START = 8e-3
 """Where a search begins."""
 SMALLEST, LARGEST = 2.0**-20, 8.0
 DECAY = 0.2
-"""Tokens of a branch on the mixture, of the tokens before it."""
+"""Tokens of a branch on the mixture, as a share of the tokens before it."""
 
 Measured = Mapping[Point, Mapping[str, Any]]
 
@@ -47,8 +48,12 @@ def annealed(run: Run, tokens: float) -> Point:
     return Point(*run, begin, MIXTURE, whole(run.size, DECAY * begin))
 
 
-def points_of(wanted: Wanted, run: Run) -> Iterator[Point]:
-    """Yield all points of one run."""
+def points_of(wanted: Wanted, run: Run) -> list[Point]:
+    """Return all points of one run, each once: amounts of tokens that come to the same cycles are one."""
+    return list(dict.fromkeys(_points_of(wanted, run)))
+
+
+def _points_of(wanted: Wanted, run: Run) -> Iterator[Point]:
     for tokens in wanted.tokens:
         begin = whole(run.size, tokens)
         yield Point(*run, begin)
@@ -65,52 +70,75 @@ def mean_bits(measured: Mapping[str, Any], domains: Sequence[str]) -> float:
     return fmean(measured["bits"][name] for name in domains)
 
 
-def searched(measured: Measured, run: Run, tokens: float, domains: Sequence[str]) -> dict[float, float]:
-    """Return what a search has found: learning rate → mean bits per byte. The run's own rate does not matter."""
-    branch = annealed(run, tokens)
-    rates = (point.lr for point in measured if point._replace(lr=run.lr) == branch)
-    return {lr: mean_bits(measured[branch._replace(lr=lr)], domains) for lr in sorted(rates)}
+def trials(run: Run, lr: float, tokens: float) -> list[Point]:
+    """Return what is measured of a learning rate in the search for an arm's; seed and rate of `run` do not matter."""
+    return [annealed(run._replace(seed=seed, lr=lr), tokens) for seed in SEARCHED]
 
 
-def next_rates(found: Mapping[float, float], start: float) -> list[float]:
-    """Return the learning rates to try next: none once the best one's neighbors, half and double, were worse."""
-    if not found:
-        return [start]
-    best = min(found, key=lambda lr: found[lr])
-    if math.isinf(found[best]):
-        best = min(found)
-        if best / 2 < SMALLEST:
-            raise StudyError(f"every learning rate from {best:g} on diverged.")
-        return [best / 2]
-    return [lr for lr in (best * 2, best / 2) if lr not in found and SMALLEST <= lr <= LARGEST]
+@dataclass(frozen=True)
+class Search:
+    """What the search for an arm's learning rate has come to: bits per byte by rate, and what is still to be measured.
 
-
-def pending(wanted: Wanted, measured: Measured, domains: Sequence[str]) -> dict[Run, list[Point]]:
-    """Return the points that can be measured now, by run, in the order in which they should be.
-
-    A search comes before the runs at the rate that it finds; points of these appear once it has ended.
+    `best` is None until the search has ended.
     """
-    searches: dict[Run, list[Point]] = {}
-    jobs: dict[Run, list[Point]] = {}
+
+    bits: dict[float, float]
+    missing: list[Point]
+    best: float | None = None
+
+
+def search(measured: Measured, run: Run, tokens: float, domains: Sequence[str]) -> Search:
+    """Step from START to the better neighbor, half or double, until both are worse.
+
+    Bits per byte are means over the seeds of a search, infinite where one diverged. What a search comes to depends on
+    the measurements alone, not on the order in which they were made.
+    """
+    bits: dict[float, float] = {}
+    best = START
+    while True:
+        near = [lr for lr in (best / 2, best, best * 2) if SMALLEST <= lr <= LARGEST]
+        missing = [point for lr in near for point in trials(run, lr, tokens) if point not in measured]
+        if missing:
+            return Search(bits, missing)
+        for lr in near:
+            bits[lr] = fmean(mean_bits(measured[point], domains) for point in trials(run, lr, tokens))
+        better = min(near, key=lambda lr: bits[lr])
+        if math.isinf(bits[better]):
+            better = near[0]
+            if better == best:
+                raise StudyError(f"{run.arm} at {run.size} diverged at every learning rate down to {best:g}.")
+        if better == best:
+            return Search(dict(sorted(bits.items())), [], best)
+        best = better
+
+
+Jobs = dict[Run, list[Point]]
+"""What is to be measured of each run."""
+
+
+def pending(wanted: Wanted, measured: Measured, domains: Sequence[str]) -> tuple[Jobs, Jobs]:
+    """Return what can be measured now, in the order in which it should be, and the runs whose rate is searched for."""
+    searches: Jobs = {}
+    jobs: Jobs = {}
+    later: Jobs = {}
     for seed in range(wanted.seeds):
-        for size in wanted.sizes:
-            for inner_steps in wanted.inner_steps:
-                for arm in wanted.arms:
-                    start = Run(arm, size, inner_steps, SEARCHED, START)
-                    found = searched(measured, start, wanted.search_tokens, domains)
-                    rates = next_rates(found, START)
-                    for lr in rates:
-                        trial = start._replace(lr=lr)
-                        searches[trial] = [annealed(trial, wanted.search_tokens)]
-                    if not rates:
-                        run = Run(arm, size, inner_steps, seed, min(found, key=lambda lr: found[lr]))
-                        missing = [point for point in points_of(wanted, run) if point not in measured]
-                        if missing:
-                            jobs[run] = missing
-    return {**searches, **jobs}
+        for size, inner_steps, arm in product(wanted.sizes, wanted.inner_steps, wanted.arms):
+            run = Run(arm, size, inner_steps, seed, START)
+            found = search(measured, run, wanted.search_tokens, domains)
+            searches |= {point.run: [point] for point in found.missing}
+            if found.best is None:
+                later[run] = points_of(wanted, run)
+                continue
+            run = run._replace(lr=found.best)
+            missing = [point for point in points_of(wanted, run) if point not in measured]
+            if missing:
+                jobs[run] = missing
+    return {**searches, **jobs}, later
 
 
-def work(run: Run, points: Sequence[Point]) -> float:
-    """Return the floating-point operations of a job: 6 N per token."""
-    tokens = max(point.tokens for point in points) + sum(point.decay_tokens for point in points)
-    return 6.0 * parameters(run.size) * tokens
+def work(jobs: Jobs) -> float:
+    """Return the floating-point operations of jobs: 6 N per token."""
+    return sum(
+        6.0 * parameters(run.size) * (max(p.tokens for p in points) + sum(p.decay_tokens for p in points))
+        for run, points in jobs.items()
+    )

@@ -12,7 +12,7 @@ from nexus_fused.demo.data import Texts
 from nexus_fused.demo.progress import Progress
 from nexus_fused.demo.workers import Tell, Workers
 
-from .plan import Wanted, pending, work
+from .plan import Jobs, Wanted, pending, work
 from .results import Results
 from .runs import SIZES, Point, Run, parameters, perform
 
@@ -23,7 +23,7 @@ TICKS = 10
 def do(shared: tuple[Texts, Texts, str, str], tell: Tell, run: Run, points: list[Point]) -> None:
     """In a worker process: tell each point with what was measured there, and the operations done, a number."""
     training, held_out, device, dtype = shared
-    if torch.device(device).type != "cpu":  # whose operations repeat bit for bit anyway
+    if torch.device(device).type != "cpu":  # on a CPU they all repeat bit for bit
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
     cycles, of_cycle = 0, 6.0 * parameters(run.size) * SIZES[run.size].cycle_tokens
@@ -55,32 +55,33 @@ def study(
     """
     domains = sorted(texts[0])
     deadline = time.monotonic() + 60 * minutes
-    jobs = pending(wanted, results.measured, domains)
-    begun: dict[Run, float] = {}
-    bar = Progress(total=sum(work(*job) for job in jobs.items()), desc="study", unit_scale=True)
+    jobs, later = pending(wanted, results.measured, domains)
+    begun: Jobs = {}
+    bar = Progress(total=work(jobs) + work(later), desc="study", unit_scale=True)
 
     def note(content: Any) -> None:
         if isinstance(content, float):
             bar.update(content)
         elif content is not None:
             point, measured = content
-            results.add(point, {**measured, **stamp})
+            results.add(point, {**measured, **stamp, "shape": SIZES[point.size].shape})
 
-    with bar, Workers(count, 1, (*texts, device, dtype)) as workers:
+    with bar, Workers(max(1, min(count, len(jobs) + len(later))), 1, (*texts, device, dtype)) as workers:
         try:
             while jobs and time.monotonic() < deadline:
                 for run in [run for run in jobs if run not in workers.running][: workers.free]:
-                    begun[run] = work(run, jobs[run])
+                    begun[run] = jobs[run]
                     workers.submit(run, do, run, jobs[run])
                 heard = workers.hear()
                 if heard is None:
                     continue
                 note(heard[1])
                 if heard[1] is None:
-                    jobs = pending(wanted, results.measured, domains)
-                    bar.total = sum(begun.values()) + sum(work(*job) for job in jobs.items() if job[0] not in begun)
-                    bar.set_postfix_str(f" {len(jobs)} runs ahead", refresh=False)
+                    jobs, later = pending(wanted, results.measured, domains)
+                    bar.total = work({**jobs, **begun}) + work(later)
+                    bar.set_postfix_str(f" {len(jobs) + len(later)} runs ahead", refresh=False)
         finally:
             for _, content in workers.stop():
                 note(content)
-    return not jobs
+    jobs, later = pending(wanted, results.measured, domains)
+    return not jobs and not later

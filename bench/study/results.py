@@ -2,44 +2,71 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from . import StudyError
-from .runs import Point
+from .runs import SIZES, Point
 
-MEASURED = {"diverged", "bits", "alignment", "weights", "seconds", "commit", "processor"}
+MEASURED = {
+    "diverged": bool,
+    "bits": dict,
+    "alignment": (float, type(None)),
+    "weights": str,
+    "seconds": float,
+    "commit": str,
+    "torch": str,
+    "shape": list,
+    "processor": str,
+}
+"""What a line holds beside its point."""
+OF_POINT = {"arm": str, "size": str, "inner_steps": int, "seed": int, "lr": float, "tokens": int, "domain": str}
 
 
-def read(path: Path) -> tuple[dict[str, Any], dict[Point, dict[str, Any]]]:
-    """Return the settings and the measurements of a file; raises StudyError where a line is not as it was written.
+def parse(line: bytes) -> tuple[Point, dict[str, Any]]:
+    """Return what a line holds; raises ValueError where it is not as it was written."""
+    content = json.loads(line)
+    if not isinstance(content, dict) or content.keys() != MEASURED.keys() | set(Point._fields):
+        raise ValueError
+    point = Point(**{name: content.pop(name) for name in Point._fields})
+    right = all(isinstance(content[name], kind) for name, kind in MEASURED.items())
+    right = right and all(isinstance(getattr(point, name), kind) for name, kind in OF_POINT.items())
+    if not right or not all(isinstance(bits, float | None) for bits in content["bits"].values()):
+        raise ValueError
+    return point, content
 
-    A last line that was cut off while it was written is left out.
+
+def read(path: Path) -> tuple[dict[str, Any], dict[Point, dict[str, Any]], int]:
+    """Return settings, measurements and the length of a last line that was cut off while it was written.
+
+    Raises StudyError where a line is not as it was written, or is of a size that is not what it was.
     """
-    head, *rest = path.read_bytes().split(b"\n")
+    head, *rows, last = path.read_bytes().split(b"\n")
+    if not rows and not last:
+        head, last = b"", head
     measured: dict[Point, dict[str, Any]] = {}
     settings: dict[str, Any] = {}
-    for number, line in enumerate([head, *rest[:-1]], 1):
+    for number, line in enumerate([head, *rows] if head else [], 1):
         try:
-            content = json.loads(line)
             if number == 1:
-                settings = dict(content["settings"])
+                settings = json.loads(line)["settings"]
                 continue
-            point = Point(**{name: content.pop(name) for name in Point._fields})
-            if content.keys() != MEASURED or not isinstance(content["bits"], dict):
-                raise ValueError
-        except (ValueError, TypeError, KeyError, AttributeError):
+            point, content = parse(line)
+        except (ValueError, TypeError, KeyError):
             remedy = "name another file" if number == 1 else "take the line out, and what it held is measured again"
             what = "is not the head of a study" if number == 1 else "is damaged"
             raise StudyError(f"line {number} of {path} {what}; {remedy}.") from None
         if point in measured:
             raise StudyError(f"line {number} of {path} measures again what an earlier line has: {point}. Remove one.")
+        if point.size not in SIZES or content["shape"] != SIZES[point.size].shape:
+            known = SIZES[point.size].shape if point.size in SIZES else "unknown"
+            raise StudyError(f"line {number} of {path}: size {point.size} is {content['shape']} there, {known} here.")
         measured[point] = content
-    return settings, measured
+    return settings, measured, len(last)
 
 
 def difference(asked: Any, found: Any, name: str = "") -> str:
@@ -61,38 +88,42 @@ class Results:
         settings = json.loads(json.dumps(settings))
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path, self.cut_off = path, 0
+        self.measured: dict[Point, dict[str, Any]] = {}
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise StudyError(f"another study is writing to {path}; wait for it, or name another file.") from None
-            size = os.fstat(self._file).st_size
-            if not size:
-                self.measured: dict[Point, dict[str, Any]] = {}
-                self._write({"settings": settings})
-                return
-            found, self.measured = read(path)
-            if other := difference(settings, found):
+            found, self.measured, self.cut_off = read(path)
+            if found and (other := difference(settings, found)):
                 raise StudyError(f"{path} is of a study with other settings: {other}. Name another file.")
-            self.cut_off = len(path.read_bytes().rpartition(b"\n")[2])
-            if self.cut_off:
-                os.ftruncate(self._file, size - self.cut_off)
+            os.ftruncate(self._file, os.fstat(self._file).st_size - self.cut_off)
+            if not found:
+                self._write({"settings": settings})
         except BaseException:
             os.close(self._file)
             raise
 
     def _write(self, content: dict[str, Any]) -> None:
-        os.write(self._file, json.dumps(content, ensure_ascii=False).encode() + b"\n")
-        os.fsync(self._file)
+        line = json.dumps(content, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        before = os.fstat(self._file).st_size
+        try:
+            if os.write(self._file, line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+            os.fsync(self._file)
+        except OSError:
+            os.ftruncate(self._file, before)  # or the next line would be appended to a part of this one
+            raise
 
     def add(self, point: Point, measured: dict[str, Any]) -> None:
         """Write a measurement to the disk; raises OSError as the system does."""
+        assert point not in self.measured
         self._write({**point._asdict(), **measured})
         self.measured[point] = measured
 
     def __enter__(self) -> Results:
         return self
 
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         os.close(self._file)

@@ -37,7 +37,7 @@ EVALUATED = 128
 WARM_UP = 40
 """Cycles."""
 ALIGNED = 40
-"""Cycles that a recorded alignment is the mean of, the last ones."""
+"""Cycles before a measurement whose mean alignment is recorded."""
 UNIFORM = 8.0
 """Bits per byte of a model that knows nothing; what is measured above counts as diverged."""
 
@@ -47,6 +47,11 @@ class Size(Shape):
     """A model, and the windows in a cycle of its runs."""
 
     windows: int
+
+    @property
+    def shape(self) -> list[int]:
+        """What defines it, as JSON can hold it: dim, layers, heads, context, windows."""
+        return [self.dim, self.layers, self.heads, self.context, self.windows]
 
     @property
     def cycle_tokens(self) -> int:
@@ -186,7 +191,7 @@ class Trainer:
 
 
 def warm_up(begin: int, end: int, peak: float) -> list[float]:
-    """Return the learning rates of cycles `begin` to `end` of a run."""
+    """Return the learning rates of cycles `begin` to `end` of a run: they rise over WARM_UP cycles, then stay."""
     return [peak * min(1.0, (cycle + 1) / WARM_UP) for cycle in range(begin, end)]
 
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
@@ -23,9 +23,9 @@ WINDOWS = 128
 
 
 def numbers(text: str) -> tuple[float, ...]:
-    """Parse "0.002,0.004" into floats above 0."""
-    values = tuple(float(part) for part in text.split(","))
-    if not all(value > 0 for value in values):
+    """Parse "0.002,0.004" into floats above 0, each once."""
+    values = tuple(dict.fromkeys(float(part) for part in text.split(",")))
+    if not all(0 < value < inf for value in values):
         raise argparse.ArgumentTypeError("numbers above 0, please")
     return values
 
@@ -160,10 +160,10 @@ def run(options: argparse.Namespace) -> None:
     if min(map(len, held_out.values())) <= size.context:
         raise DemoError(f"--cap-mb {options.cap_mb:g} leaves a domain without text to evaluate; choose more.")
     threads = options.threads or size.threads
-    count = max(1, cores() // threads) if threads and options.device == "cpu" else 1
     grid = () if options.lr else options.lr_grid or size.lr_grid
     ahead = len(grid) + 3 * options.seeds + (0 if grid else 1)
     steps = options.steps or size.steps
+    count = min(ahead, max(1, cores() // threads)) if threads and options.device == "cpu" else 1
     print(f"{ahead} runs of {steps} cycles, {count} at a time; Ctrl-C stops them.", flush=True)
     with (
         Progress(total=ahead * steps, desc="training") as bar,

@@ -129,8 +129,11 @@ def rounding_line(runs: Sequence[Result]) -> str:
     parts = []
     for run in (run for run in runs if run.nudged):
         (same,) = (r for r in of_arm(runs, run.arm) if r.seed == run.seed)
-        parts.append(f"{run.mean_bits - same.mean_bits:+.4f}".replace("-", MINUS) + f" ({run.arm}, seed {run.seed})")
-    return f"With one weight moved by its last bit a run ends elsewhere: {', '.join(parts)} bits per byte."
+        parts.append(
+            f"{run.mean_bits - same.mean_bits:+.4f} bits per byte".replace("-", MINUS)
+            + f" ({run.arm}, seed {run.seed})"
+        )
+    return f"What rounding does: with the last bit of each first weight moved a run ends {', '.join(parts)} away."
 
 
 def grid_lines(grid: Sequence[Result], lr: float) -> str:

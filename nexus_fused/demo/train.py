@@ -40,7 +40,7 @@ class Settings:
     device: str = "cpu"
     dtype: str = "float32"
     nudged: bool = False
-    """Whether one weight starts one unit in its last place away: what changes then, rounding alone can change."""
+    """Whether all weights start one unit in their last place away: what changes then, rounding alone can change."""
 
 
 @dataclass
@@ -136,8 +136,8 @@ def build(settings: Settings, cycle_length: int) -> tuple[ByteTransformer, torch
     model = ByteTransformer(settings.size).to(settings.device)
     if settings.nudged:
         with torch.no_grad():
-            weight = model.tokens.weight.view(-1)[:1]
-            weight.copy_(torch.nextafter(weight, torch.full_like(weight, math.inf)))
+            for p in model.parameters():
+                p.copy_(torch.nextafter(p, torch.full_like(p, math.inf)))
     parameters, lr = model.parameters(), settings.lr
     if settings.arm == "AdamW":
         return model, torch.optim.AdamW(parameters, lr=lr, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)

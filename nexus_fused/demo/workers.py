@@ -37,15 +37,17 @@ def cores() -> int:
 
 
 def _serve(connection: Connection, threads: int) -> None:
-    """Do the jobs that come through a pipe until None comes, or the other end is closed."""
+    """Do the jobs that come through a pipe until the other end is closed."""
     import torch
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that gave the work
     if threads:
         torch.set_num_threads(threads)
 
     def tell(content: Any) -> None:
-        connection.send((content, None))
+        try:
+            connection.send((content, None))
+        except OSError:
+            raise Stopped from None  # whoever gave the work is gone
         if connection.poll():  # in the middle of a job nothing comes but the end
             raise Stopped
 
@@ -58,49 +60,63 @@ def _serve(connection: Connection, threads: int) -> None:
                 function(shared, tell, *arguments)
             except Stopped:
                 pass
+            except DemoError as error:
+                failure = str(error)
             except Exception as error:
                 traceback.print_exc()
-                failure = error
+                failure = f"a run failed with {type(error).__name__}: {error} (more of it above)"
             connection.send((None, failure))
 
 
 class Workers:
-    """Up to `count` processes with `threads` threads of torch each (0: as many as it takes), each sent `shared` once.
+    """`count` processes with `threads` threads of torch each (0: as many as it takes), each sent `shared` once.
 
-    As a context manager: jobs that are running at its end are called off, and end when they next tell something.
+    As a context manager: at its end the processes are ended, whatever they do.
     """
 
     def __init__(self, count: int, threads: int, shared: Any) -> None:
-        """Start nothing yet: processes begin with the first jobs."""
-        self.count, self._threads, self._shared = count, threads, shared
+        """Start the processes, all before the first is waited for; each imports torch."""
         self.running: dict[Hashable, Connection] = {}
         self._idle: list[Connection] = []
         self._ready: deque[Hashable] = deque()
         self._processes: list[BaseProcess] = []
+        context = multiprocessing.get_context("spawn")
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # they inherit it: Ctrl-C is for this process
+        try:
+            for _ in range(count):
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_serve, args=(theirs, threads), daemon=True)
+                process.start()
+                theirs.close()  # or the end of the process could not be seen here
+                self._processes.append(process)
+                self._idle.append(ours)
+        finally:
+            signal.signal(signal.SIGINT, before)
+        for connection in self._idle:
+            self._send(connection, shared)
 
     @property
     def free(self) -> int:
         """Number of jobs that can be submitted now."""
-        return self.count - len(self.running)
+        return len(self._idle)
+
+    def _send(self, connection: Connection, content: Any) -> None:
+        try:
+            connection.send(content)
+        except OSError as error:
+            raise DemoError("a process died before it had anything to do (out of memory?).") from error
 
     def submit(self, key: Hashable, function: Callable[..., None], *arguments: Any) -> None:
-        """Run `function(shared, tell, *arguments)` in a process that is free."""
-        if not self._idle:
-            context = multiprocessing.get_context("spawn")
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, self._threads), daemon=True)
-            process.start()
-            theirs.close()  # or the end of the process could not be seen here
-            self._processes.append(process)
-            self._idle.append(ours)
-            ours.send(self._shared)
-        self.running[key] = self._idle.pop()
-        self.running[key].send((function, arguments))
+        """Run `function(shared, tell, *arguments)` in a process that is free; `key` is of no job that is running."""
+        assert key not in self.running
+        connection = self._idle.pop()
+        self._send(connection, (function, arguments))
+        self.running[key] = connection
 
     def hear(self) -> tuple[Any, Any] | None:
         """Return the next message as (key, content), content None: the job has ended; None after a second without one.
 
-        Raises what a job has raised, and DemoError where a process died; that job is over then.
+        Raises DemoError where a job has failed or a process died; that job is over then.
         """
         if not self._ready:
             of_pipe = {connection: key for key, connection in self.running.items()}
@@ -113,21 +129,20 @@ class Workers:
             content, failure = connection.recv()
         except (EOFError, OSError) as error:
             del self.running[key]
-            connection.close()
             raise DemoError(f"a process died in the middle of its work, {key} (out of memory?).") from error
         if content is None:
             self._idle.append(self.running.pop(key))
         if failure:
-            raise failure
+            raise DemoError(failure)
         return key, content
 
     def stop(self) -> Iterator[tuple[Any, Any]]:
-        """Call everything off, and yield what is still told until all have ended."""
+        """Call everything off, and yield what is still told until all have ended, each when it next tells something."""
         for connection in self.running.values():
             with suppress(OSError):
                 connection.send(None)
         while self.running:
-            with suppress(Exception):  # what is wrong is on its way as an exception already, or of no interest
+            with suppress(DemoError):  # the first one is on its way already
                 heard = self.hear()
                 if heard:
                     yield heard
@@ -137,8 +152,7 @@ class Workers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for _heard in self.stop():
-            pass
         for process in self._processes:
             process.terminate()
+        for process in self._processes:
             process.join()
