@@ -48,6 +48,14 @@ def parse(arm: str) -> tuple[bool, float | None]:
     raise StudyError(f"there is no arm {arm!r}: adamw, unit, nexus:γ (as nexus:0.05), muon, muon+unit, muon+nexus:γ.")
 
 
+def title(arm: str) -> str:
+    """Return how an arm is called in tables and pictures."""
+    muon, gamma = parse(arm)
+    if gamma is None:
+        return "Muon" if muon else "AdamW"
+    return ("Muon, " if muon else "") + ("unit gradients" if arm.endswith("unit") else f"Nexus, γ = {gamma:g}")
+
+
 def build(arm: str, model: ByteTransformer, lr: float, inner_steps: int) -> Any:
     """Return the optimizer of an arm; one that walks takes `inner_steps` calls of step() in a cycle."""
     muon, gamma = parse(arm)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product
 from statistics import fmean
@@ -9,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from nexus_fused.demo.report import certain, spread
+from nexus_fused.demo.progress import Progress
+from nexus_fused.demo.report import certain, finite, spread
 from nexus_fused.demo.train import UNIT
 
 from . import StudyError
-from .arms import parse
+from .arms import parse, title
 from .law import FORMS, Form, best_split, fit, relative_error
 from .plan import SEARCHED, Search, search
 from .runs import MIXTURE, Point, parameters
@@ -114,9 +116,11 @@ def differences(study: Study) -> list[dict[str, Any]]:
 
 
 def specialized(study: Study) -> list[dict[str, Any]]:
-    """Return the differences between arms after specialization, the mean over all D′ that both have, seed by seed."""
+    """Return the differences between arms after specialization: means over all D′, of the seeds that have them all."""
     found: dict[tuple[Any, ...], dict[int, list[float]]] = {}
-    for (*key, _), arms in study.groups(lambda p: p.domain not in ("", MIXTURE)).items():
+    amounts: dict[tuple[Any, ...], set[int]] = {}
+    for (*key, decay), arms in study.groups(lambda p: p.domain not in ("", MIXTURE)).items():
+        amounts.setdefault(tuple(key), set()).add(decay)
         for arm, other in pairs(arms):
             by_seed = found.setdefault((*key, arm, other), {})
             for s in sorted(arms[arm].keys() & arms[other].keys()):
@@ -124,9 +128,10 @@ def specialized(study: Study) -> list[dict[str, Any]]:
                 by_seed.setdefault(s, []).append(next(bits) - next(bits))
     rows = []
     for (*key, arm, other), by_seed in found.items():
-        if by_seed:
-            row = {**row_of((*key, 0)), "arm": arm, "other": other, "seeds": len(by_seed)}
-            rows.append({**row, "difference": difference([fmean(values) for values in by_seed.values()])})
+        whole = [fmean(values) for values in by_seed.values() if len(values) == len(amounts[tuple(key)])]
+        if whole:
+            row = {**row_of((*key, 0)), "arm": arm, "other": other, "seeds": len(whole)}
+            rows.append({**row, "difference": difference(whole)})
     return rows
 
 
@@ -151,24 +156,26 @@ def means(study: Study) -> list[dict[str, Any]]:
 
 Rows = np.ndarray
 """Columns N, D, D′ (millions), bits per byte, seed."""
+MOST = (4, 4, 3)
+"""Sizes, amounts of D and amounts of D′ that a law needs, the largest N and the longest D among them."""
 
 
-def table_of(study: Study, arm: str, domain: str) -> Rows:
+def table_of(study: Study, arm: str, inner_steps: int, domain: str) -> Rows:
     """Return the measurements of specialization on a domain."""
     rows = [
         (parameters(p.size) / MILLION, p.tokens / MILLION, p.decay_tokens / MILLION, study.bits(p, [domain]), p.seed)
         for p in study.measured
-        if p.arm == arm and p.domain == domain
+        if (p.arm, p.inner_steps, p.domain) == (arm, inner_steps, domain)
     ]
     return np.array(sorted(rows)).reshape(-1, 5)
 
 
 def missing(table: Rows) -> str:
-    """Say what a law lacks, "" if nothing: three sizes and amounts of each kind, all combinations of what is fitted."""
+    """Say what a law lacks, "" if nothing: enough amounts of everything, all combinations of what would be fitted."""
     values = [sorted(set(table[:, i])) for i in range(3)]
-    for name, found, least in zip(("sizes", "amounts of D", "amounts of D′"), values, (3, 3, 2), strict=True):
+    for name, found, least in zip(("sizes", "amounts of D", "amounts of D′"), values, MOST, strict=True):
         if len(found) < least:
-            return f"{least} {name}, where there are {len(found)} ({', '.join(f'{v:.3g}M' for v in found) or 'none'})"
+            return f"{least} {name}: there are {len(found)} ({', '.join(f'{v:.3g}M' for v in found) or 'none'})"
     have = {tuple(row) for row in table[:, :3]}
     lacking = [p for p in product(values[0][:-1], values[1][:-1], values[2]) if p not in have]
     return "; ".join("N = {:.3g}M, D = {:.3g}M, D′ = {:.3g}M".format(*p) for p in lacking)
@@ -188,26 +195,31 @@ def resampled(table: Rows, rng: np.random.Generator) -> Rows:
     return np.concatenate(drawn)
 
 
+Fits = dict[str, np.ndarray]
+"""Parameters of one form, by domain."""
+
+
 class Laws:
     """Fits of every form to each arm and domain, and the form that predicts the runs best that it has not seen."""
 
     def __init__(self, study: Study) -> None:
-        points = [p for p in study.measured if p.domain not in ("", MIXTURE)]
-        self.arms = sorted({p.arm for p in points})
+        points = [p for p in sorted(study.measured, key=order) if p.domain not in ("", MIXTURE)]
         self.domains = sorted({p.domain for p in points})
-        self.rows: list[dict[str, Any]] = []
         self.lacks: dict[str, str] = {}
         self.tables: dict[tuple[str, str], Rows] = {}
-        self.fits: dict[tuple[str, str, str], np.ndarray] = {}
-        for arm, domain in product(self.arms, self.domains):
-            table = table_of(study, arm, domain)
-            if lack := missing(table):
-                self.lacks[f"{arm} on {domain}"] = lack
-                continue
-            self.tables[arm, domain] = table
-            for form in FORMS:
-                self._fit(arm, domain, form, table)
-        self.arms = [arm for arm in self.arms if all((arm, domain) in self.tables for domain in self.domains)]
+        self.inner_steps = Counter(p.inner_steps for p in points).most_common(1)[0][0] if points else 0
+        arms = list(dict.fromkeys(p.arm for p in points if p.inner_steps == self.inner_steps))
+        for arm, domain in product(arms, self.domains):
+            self.tables[arm, domain] = table_of(study, arm, self.inner_steps, domain)
+            if lack := missing(self.tables[arm, domain]):
+                self.lacks[f"{title(arm)} on {domain}"] = lack
+        self.arms = [arm for arm in arms if not any(missing(self.tables[arm, domain]) for domain in self.domains)]
+        jobs = list(product(self.arms, self.domains, FORMS))
+        self.fits = {
+            (arm, domain, form.name): fit(form, *self._split(arm, domain)[0].T[:4])
+            for arm, domain, form in Progress(jobs, desc="laws", disable=not jobs)
+        }
+        self.rows = [self._row(arm, domain, form) for arm, domain, form in jobs]
         errors = {
             form.name: fmean(row["error_held_out"] for row in self.rows if row["form"] == form.name)
             for form in FORMS
@@ -215,55 +227,76 @@ class Laws:
         }
         self.form = next((form for form in FORMS if errors and form.name == min(errors, key=lambda n: errors[n])), None)
 
-    def _fit(self, arm: str, domain: str, form: Form, table: Rows) -> None:
-        out = held_out(table)
-        columns, beyond = table[~out, :4].T, table[out, :4].T
-        p = fit(form, *columns)
-        self.fits[arm, domain, form.name] = p
-        row: dict[str, Any] = {"arm": arm, "domain": domain, "form": form.name, "fitted": int((~out).sum())}
-        row |= {"held_out": int(out.sum()), "parameters": dict(zip(form.parameters, map(float, p), strict=True))}
-        row["error_within"] = relative_error(form, p, *columns)
-        row["error_held_out"] = relative_error(form, p, *beyond)
-        self.rows.append(row)
+    def _split(self, arm: str, domain: str) -> tuple[Rows, Rows]:
+        table = self.tables[arm, domain]
+        return table[~held_out(table)], table[held_out(table)]
 
-    def losses(self, arm: str, fits: Mapping[str, np.ndarray]) -> Callable[..., np.ndarray]:
-        """Return the mean over domains as a function of N, D, D′; `fits` are the parameters by domain."""
-        form = self.form
-        assert form is not None
+    def _row(self, arm: str, domain: str, form: Form) -> dict[str, Any]:
+        p = self.fits[arm, domain, form.name]
+        row: dict[str, Any] = {"arm": arm, "domain": domain, "form": form.name}
+        row["parameters"] = dict(zip(form.parameters, map(float, p), strict=True))
+        for name, rows in zip(("within", "held_out"), self._split(arm, domain), strict=True):
+            over_seeds = np.array([
+                (*point, rows[(rows[:, :3] == point).all(1), 3].mean()) for point in np.unique(rows[:, :3], axis=0)
+            ])  # fmt: skip
+            row[f"error_{name}"] = relative_error(form, p, *over_seeds.T)
+            row[f"error_{name}_of_single_runs"] = relative_error(form, p, *rows[:, :4].T)
+            row[f"measurements_{name}"] = len(rows)
+        return row
+
+    def losses(self, form: Form, fits: Fits) -> Callable[..., np.ndarray]:
+        """Return the mean over domains as a function of N, D, D′."""
         return lambda n, d, s: np.mean([form.predict(fits[domain], n, d, s) for domain in self.domains], axis=0)
 
-    def fits_of(self, arm: str) -> dict[str, np.ndarray]:
-        """Return the parameters of the chosen form by domain."""
-        assert self.form is not None
-        return {domain: self.fits[arm, domain, self.form.name] for domain in self.domains}
+    def fits_of(self, arm: str, form: Form) -> Fits:
+        """Return the parameters of a form by domain."""
+        return {domain: self.fits[arm, domain, form.name] for domain in self.domains}
 
-    def bootstrap(self, arm: str) -> list[dict[str, np.ndarray]]:
-        """Return the parameters by domain of fits to resampled runs, the same runs for all domains."""
-        assert self.form is not None
+    def bootstrap(self, arm: str, form: Form) -> list[Fits]:
+        """Return fits to resampled runs; the i-th one draws the same seeds for all arms and domains that have them."""
         found = []
-        for i in range(RESAMPLED):
+        for i in Progress(range(RESAMPLED), desc=f"bootstrap, {title(arm)}"):
             fits = {}
             for domain in self.domains:
-                table = self.tables[arm, domain]
-                drawn = resampled(table[~held_out(table)], np.random.default_rng(i))
-                fits[domain] = fit(self.form, *drawn[:, :4].T, start=self.fits[arm, domain, self.form.name])
+                drawn = resampled(self._split(arm, domain)[0], np.random.default_rng(i))
+                fits[domain] = fit(form, *drawn[:, :4].T, start=self.fits[arm, domain, form.name])
             found.append(fits)
         return found
 
 
 def splits(laws: Laws) -> list[dict[str, Any]]:
-    """Return the best split of two budgets for 2, 5 and 20 domains by the chosen form, with 90 % of the bootstrap."""
-    rows = []
-    for arm in laws.arms:
-        sizes = np.unique(np.concatenate([laws.tables[arm, d][:, 0] for d in laws.domains]))
-        between = np.geomspace(sizes[0], sizes[-1], 30)
-        sampled = laws.bootstrap(arm)
-        for budget, count in product((3.0, 12.0), (2, 5, 20)):
-            best = best_split(laws.losses(arm, laws.fits_of(arm)), budget, count, between)
-            shares = [best_split(laws.losses(arm, fits), budget, count, between)["share"] for fits in sampled]
-            low, high = np.percentile(shares, (5, 95))
-            row = {"arm": arm, "teraflop": budget, "domains": count, **{k: round(v, 4) for k, v in best.items()}}
-            rows.append({**row, "share_low": round(float(low), 4), "share_high": round(float(high), 4)})
+    """Return the best split of budgets by the chosen form, for each arm, with 90 % of the bootstrap.
+
+    Budgets are those of the second largest size with half of the longest D and with all of it. What lies outside of
+    what was measured is marked.
+    """
+    form, rows = laws.form, []
+    if form is None:
+        return []
+    every = np.concatenate([laws.tables[arm, domain] for arm, domain in product(laws.arms, laws.domains)])
+    sizes, longest, most = np.unique(every[:, 0]), every[:, 1].max(), every[:, 2].max()
+    between = np.geomspace(sizes[0], sizes[-1], 30)
+    sampled = {arm: laws.bootstrap(arm, form) for arm in laws.arms}
+    for budget, count in product((3 * sizes[-2] * longest, 6 * sizes[-2] * longest), (2, 5, 20)):
+        shares = {}
+        for arm in laws.arms:
+            best = best_split(laws.losses(form, laws.fits_of(arm, form)), budget, count, between)
+            shares[arm] = np.array([
+                best_split(laws.losses(form, fits), budget, count, between)["share"] for fits in sampled[arm]
+            ])  # fmt: skip
+            low, high = np.percentile(shares[arm], (5, 95))
+            row = {
+                "arm": arm,
+                "teraflop": round(budget, 2),
+                "domains": count,
+                **{k: round(v, 4) for k, v in best.items()},
+            }
+            row |= {"share_low": round(float(low), 4), "share_high": round(float(high), 4)}
+            row["beyond"] = bool(best["d"] > longest or best["d_prime"] > most)
+            if arm != laws.arms[0]:
+                low, high = np.percentile(shares[arm] - shares[laws.arms[0]], (5, 95))
+                row["share_from_first_arm"] = [round(float(low), 4), round(float(high), 4)]
+            rows.append(row)
     return rows
 
 
@@ -274,6 +307,7 @@ def figures(study: Study, laws: Laws) -> dict[str, Any]:
         "runs": len({p.run for p in [*study.measured, *study.diverged]}),
         "diverged": [p._asdict() for p in study.diverged],
         "commits": sorted({m["commit"] for m in study.measured.values()}),
+        "torch": sorted({m["torch"] for m in study.measured.values()}),
         "processors": sorted({m["processor"] for m in study.measured.values()}),
         "domains": {"trained": study.trained, "unseen": study.unseen},
         "searches": [
@@ -286,5 +320,5 @@ def figures(study: Study, laws: Laws) -> dict[str, Any]:
         "specialized": specialized(study),
         "law": {"missing": laws.lacks, "form": laws.form.name if laws.form else None, "fits": laws.rows},
     }
-    found["law"]["splits"] = splits(laws) if laws.form and laws.arms else []
-    return found
+    found["law"]["splits"] = splits(laws)
+    return dict(finite(found))

@@ -102,7 +102,7 @@ def search(measured: Measured, run: Run, tokens: float, domains: Sequence[str]) 
             return Search(bits, missing)
         for lr in near:
             bits[lr] = fmean(mean_bits(measured[point], domains) for point in trials(run, lr, tokens))
-        better = min(near, key=lambda lr: bits[lr])
+        better = min(near, key=lambda lr: (bits[lr], lr != best))
         if math.isinf(bits[better]):
             better = near[0]
             if better == best:

@@ -11,24 +11,20 @@ from nexus_fused.demo.data import write_atomically
 from nexus_fused.demo.report import MINUS
 
 from . import StudyError
-from .arms import parse
+from .arms import title
 
 MILLION = 1e6
 
 
-def title(arm: str) -> str:
-    """Return how an arm is called in tables and pictures."""
-    muon, gamma = parse(arm)
-    if gamma is None:
-        return "Muon" if muon else "AdamW"
-    return ("Muon, " if muon else "") + ("unit gradients" if arm.endswith("unit") else f"Nexus, γ = {gamma:g}")
+CLAIMED = 5
+"""Seeds behind a difference that is claimed."""
 
 
 def shown(found: dict[str, Any], sign: str = "+") -> str:
-    """Write a mean with its standard error, in bold where the 95 % interval leaves 0 out."""
+    """Write a mean with its standard error, in bold where five seeds or more leave 0 outside of the 95 % interval."""
     text = f"{found['mean']:{sign}.3f}".replace("-", MINUS)
     text += f" ± {found['standard_error']:.3f}" if found["standard_error"] is not None else ""
-    return f"**{text}**" if found.get("certain") else text
+    return f"**{text}**" if found.get("certain") and len(found["by_seed"]) >= CLAIMED else text
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -48,6 +44,8 @@ def place(row: dict[str, Any]) -> list[str]:
     return [size, str(row["inner_steps"]), f"{row['tokens'] / MILLION:.2f}M", f"{per:.1f}"]
 
 
+BEYOND = ", beyond what was measured"
+
 WHERE = ["N", "K", "D", "D/N"]
 
 
@@ -55,9 +53,10 @@ def pivot(rows: Sequence[dict[str, Any]]) -> list[list[object]]:
     """Return a row for each arm, size, K and D, with what it differs by from AdamW and from unit gradients."""
     found: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
     for r in rows:
-        found.setdefault((*place(r), title(r["arm"])), {})[r["other"].removeprefix("muon+")] = r
+        plain = {"muon": "adamw"}.get(r["other"], r["other"]) if r["arm"] != "muon" else r["other"]
+        found.setdefault((*place(r), title(r["arm"])), {})[plain.removeprefix("muon+")] = r
     return [
-        [*key, max(r["seeds"] for r in of.values())]
+        [*key, " and ".join(dict.fromkeys(str(r["seeds"]) for r in of.values()))]
         + [
             shown(of[other][kind]) if other in of else ""
             for kind in ("trained", "unseen")
@@ -70,9 +69,12 @@ def pivot(rows: Sequence[dict[str, Any]]) -> list[list[object]]:
 def sections(found: dict[str, Any]) -> dict[str, str]:
     """Return the tables by name."""
     law = found["law"]
+    plain = "AdamW or Muon" if any(r["other"] == "muon" for r in found["differences"]) else "AdamW"
+    where = f"Commits: {', '.join(found['commits'])}. torch {', '.join(found['torch'])}."
+    where += f" Machines: {', '.join(found['processors'])}."
     runs = f"{found['measurements']} measurements of {found['runs']} runs, of which {len(found['diverged'])} diverged"
     made = {
-        "runs": f"{runs}. Commits: {', '.join(found['commits'])}. Machines: {', '.join(found['processors'])}.",
+        "runs": f"{runs}. {where}",
         "learning rates": table(
             ["N", "K", "arm", "best", "bits per byte by learning rate"],
             (
@@ -91,7 +93,7 @@ def sections(found: dict[str, Any]) -> dict[str, str]:
             ),
         ),
         "differences": table(
-            [*WHERE, "arm", "seeds", "trained: − AdamW", "− unit", "unseen: − AdamW", "− unit"],
+            [*WHERE, "arm", "seeds", f"trained: − {plain}", "− unit", f"unseen: − {plain}", "− unit"],
             pivot(found["differences"]),
         ),
         "specialized": table(

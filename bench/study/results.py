@@ -45,12 +45,10 @@ def read(path: Path) -> tuple[dict[str, Any], dict[Point, dict[str, Any]], int]:
 
     Raises StudyError where a line is not as it was written, or is of a size that is not what it was.
     """
-    head, *rows, last = path.read_bytes().split(b"\n")
-    if not rows and not last:
-        head, last = b"", head
+    *lines, last = path.read_bytes().split(b"\n")
     measured: dict[Point, dict[str, Any]] = {}
     settings: dict[str, Any] = {}
-    for number, line in enumerate([head, *rows] if head else [], 1):
+    for number, line in enumerate(lines, 1):
         try:
             if number == 1:
                 settings = json.loads(line)["settings"]

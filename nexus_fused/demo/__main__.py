@@ -71,9 +71,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--lr-grid", type=numbers, metavar="LR,LR", help="AdamW's best of these serves all (by size)")
     add(
         "--inner-lr",
-        default=0.05,
+        default=0.2,
         type=positive,
-        help="Nexus' inner steps, fixed, not searched for (%(default)s)",
+        help="γ of Nexus, fixed, not searched for here (%(default)s)",
     )
     add(
         "--threads",
@@ -201,7 +201,7 @@ def publish(
     lines = [fill(report.finding(means), 90), "", report.table(rows, means)]
     lines += [
         '(± is the standard error over seeds; differences are taken seed by seed. "unit" is AdamW on the mean of',
-        " normalized gradients, without a walk. Certain: the 95 % interval leaves 0 out.)",
+        " normalized gradients, without a walk. Not certain: the 95 % interval holds 0.)",
         "",
         report.rounding_line(runs),
         report.grid_lines(grid, lr),
