@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -414,7 +415,18 @@ def test_workers() -> None:
         pool.submit("endless", wait)
         while pool.hear() != ("endless", "tick"):
             pass
-    assert not pool.running
+    assert not multiprocessing.active_children()
+
+
+def test_workers_that_are_called_off() -> None:
+    """What they still tell is heard, then they end."""
+    with workers.Workers(1, 1, "") as pool:
+        pool.submit("endless", wait)
+        while pool.hear() != ("endless", "tick"):
+            pass
+        told = list(pool.stop())
+    assert told[-1] == ("endless", None)
+    assert set(told[:-1]) <= {("endless", "tick")}
 
 
 @pytest.mark.parametrize(
