@@ -8,6 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
 README, GPU, MUON = ROOT / "README.md", ROOT / "docs" / "gpu.md", ROOT / "docs" / "muon.md"
@@ -184,3 +186,26 @@ def test_learning_rates_of_muon():
         assert run["lr"] == result["learning_rates"]["AdamW" if run["arm"] == "AdamW" else "Muon"]
     quoted = ", ".join(f"{lr:g}: {searched[lr]:.3f}" for lr in sorted(searched))
     assert f"(seed {result['search']['seed']}; {quoted})" in unwrapped(MUON)
+
+
+def test_tables_of_the_study():
+    """docs/evidence.md shows what study.json holds, and that is what the measurements in study.jsonl come to."""
+    for name in ("scipy", "matplotlib", "threadpoolctl"):
+        pytest.importorskip(name)
+    from bench.study import figures, report, results
+
+    settings, measured, _ = results.read(RESULTS / "study.jsonl")
+    study = figures.Study(settings, measured)
+    found = json.loads((RESULTS / "study.json").read_text())
+    for name, made in (
+        ("arms", figures.means(study)),
+        ("differences", figures.differences(study)),
+        ("specialized", figures.specialized(study)),
+    ):
+        assert found[name] == json.loads(json.dumps(made)), name
+    page = (ROOT / "docs" / "evidence.md").read_text()
+    shown = re.findall(r"<!-- study: (.+?) -->\n(.*?)\n?<!-- end -->", page, flags=re.DOTALL)
+    made = report.sections(found)
+    assert {"runs", "differences", "bits per byte", "specialized", "law"} <= {name for name, _ in shown}
+    for name, content in shown:
+        assert content == made[name], name

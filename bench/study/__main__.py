@@ -23,9 +23,7 @@ from ..__main__ import processor
 from ..gpu import output_of
 from . import StudyError, arms, plan, pool
 from .results import Results, read
-from .runs import ALIGNED, EVALUATED, SIZES, WARM_UP
-
-MILLION = 1e6
+from .runs import ALIGNED, EVALUATED, MILLION, SIZES, WARM_UP
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -18,10 +18,9 @@ from . import StudyError
 from .arms import parse, title
 from .law import FORMS, Form, best_split, fit, relative_error
 from .plan import SEARCHED, Search, search
-from .runs import MIXTURE, Point, parameters
+from .runs import MILLION, MIXTURE, Point, parameters
 
 Measured = Mapping[Point, Mapping[str, Any]]
-MILLION = 1e6
 RESAMPLED = 100
 """Fits of a bootstrap."""
 
@@ -311,7 +310,7 @@ def figures(study: Study, laws: Laws) -> dict[str, Any]:
         "processors": sorted({m["processor"] for m in study.measured.values()}),
         "domains": {"trained": study.trained, "unseen": study.unseen},
         "searches": [
-            {"arm": a, "size": s, "inner_steps": k, "best": found.best, "bits": found.bits}
+            {"arm": a, "size": s, "inner_steps": k, "best": found.best, "bits": [*map(list, found.bits.items())]}
             for (a, s, k), found in study.searches.items()
             if found.best is not None
         ],

@@ -119,7 +119,7 @@ def fit(form: Form, n: Array, d: Array, s: Array, loss: Array, start: Array | No
             return np.exp(minimize(value, np.log(start), **how).x)
         starts = [np.log(values) for values in product(*form.starts)]
         best = min((minimize(value, x, **how) for x in starts), key=lambda found: found.fun)
-        hopped = basinhopping(value, best.x, niter=30, stepsize=0.5, minimizer_kwargs=how, rng=0)
+        hopped = basinhopping(value, best.x, niter=30, T=1e-3, stepsize=0.5, minimizer_kwargs=how, rng=0)
     return np.exp(hopped.x if hopped.fun < best.fun else best.x)
 
 

@@ -24,8 +24,8 @@ from nexus_fused.demo.plot import bare
 
 from .arms import parse, title
 from .figures import Laws, held_out
+from .runs import MILLION
 
-MILLION = 1e6
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 KINDS = (("trained", "text of the kinds trained on"), ("unseen", "kinds never seen"))
 STYLES = ("o-", "s--", "^:", "D-.")

@@ -12,9 +12,7 @@ from nexus_fused.demo.report import MINUS
 
 from . import StudyError
 from .arms import title
-
-MILLION = 1e6
-
+from .runs import MILLION
 
 CLAIMED = 5
 """Seeds behind a difference that is claimed."""
@@ -79,7 +77,7 @@ def sections(found: dict[str, Any]) -> dict[str, str]:
             ["N", "K", "arm", "best", "bits per byte by learning rate"],
             (
                 [s["size"], s["inner_steps"], title(s["arm"]), f"{s['best']:g}", ", ".join(
-                    f"{lr:g}: {bits:.3f}" for lr, bits in s["bits"].items()
+                    f"{lr:g}: {bits:.3f}" if bits else f"{lr:g}: diverged" for lr, bits in s["bits"]
                 )]
                 for s in found["searches"]
             ),

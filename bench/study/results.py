@@ -67,11 +67,11 @@ def read(path: Path) -> tuple[dict[str, Any], dict[Point, dict[str, Any]], int]:
     return settings, measured, len(last)
 
 
-def difference(asked: Any, found: Any, name: str = "") -> str:
+def mismatch(asked: Any, found: Any, name: str = "") -> str:
     """Name the first setting that is not the same in both; "" where there is none."""
     if isinstance(asked, dict) and isinstance(found, dict):
         for key in sorted(asked.keys() | found.keys()):
-            inner = difference(asked.get(key), found.get(key), f"{name}.{key}" if name else key)
+            inner = mismatch(asked.get(key), found.get(key), f"{name}.{key}" if name else key)
             if inner:
                 return inner
         return ""
@@ -94,7 +94,7 @@ class Results:
             except OSError:
                 raise StudyError(f"another study is writing to {path}; wait for it, or name another file.") from None
             found, self.measured, self.cut_off = read(path)
-            if found and (other := difference(settings, found)):
+            if found and (other := mismatch(settings, found)):
                 raise StudyError(f"{path} is of a study with other settings: {other}. Name another file.")
             os.ftruncate(self._file, os.fstat(self._file).st_size - self.cut_off)
             if not found:

@@ -30,6 +30,7 @@ from nexus_fused.demo.train import CLIP, bits_per_byte, cut, precision
 
 from . import arms
 
+MILLION = 1e6
 MIXTURE = "mixture"
 """All training domains in equal shares."""
 EVALUATED = 128
