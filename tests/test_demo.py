@@ -50,6 +50,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     monkeypatch.setattr(data, "NEAR", {"news": reader_of("psi")})
     monkeypatch.setattr(data, "download", lambda folder: None)
     monkeypatch.setitem(model.SIZES, "tiny", TINY)
+    monkeypatch.setattr(workers, "cores", lambda: 1)  # each process takes seconds to start
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield tmp_path / "cache"
@@ -60,8 +61,11 @@ def run(cache: Path, out: Path, *arguments: str) -> int:
     return __main__.main(["--cache", str(cache), "--out", str(out), *arguments])
 
 
-def test_whole_demo(offline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_whole_demo(
+    offline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Grid, all arms, two seeds: the table, the JSON file and the picture; a second run repeats exactly."""
+    monkeypatch.setattr(workers, "cores", lambda: 2)
     assert run(offline, tmp_path / "a", "--seeds", "2") == 0
     printed = capsys.readouterr().out
     for expected in (

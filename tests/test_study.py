@@ -428,10 +428,10 @@ def test_stopped_anywhere_and_gone_on_with(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     options = ["--arms", "adamw", "nexus:0.2", "--sizes", "tiny", "--seeds", "2", "--tokens", "0.003", "0.006"]
-    options += ["--search-tokens", "0.002", "--domains", "b", "--domain-tokens", "0.001", "--workers", "2"]
+    options += ["--search-tokens", "0.002", "--domains", "b", "--domain-tokens", "0.001"]
 
     def start(file: str, *more: str) -> subprocess.Popen[str]:
-        command = [sys.executable, str(program), "run", str(tmp_path / file), *options, *more]
+        command = [sys.executable, str(program), "run", str(tmp_path / file), *options, "--workers", "1", *more]
         environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
@@ -456,7 +456,7 @@ def test_stopped_anywhere_and_gone_on_with(tmp_path: Path) -> None:
         assert "Traceback" not in errors
         return results.read(path)[1]
 
-    unbroken = start("unbroken.jsonl")
+    unbroken = start("unbroken.jsonl", "--workers", "2")
     path = tmp_path / "broken.jsonl"
     stopped("broken.jsonl", 1, signal.SIGINT)  # its head alone: while the workers start
     kept = stopped("broken.jsonl", 4, signal.SIGINT)

@@ -56,6 +56,8 @@ def study(
     domains = sorted(texts[0])
     deadline = time.monotonic() + 60 * minutes
     jobs, later = pending(wanted, results.measured, domains)
+    if not jobs:
+        return True
     begun: Jobs = {}
     bar = Progress(total=work(jobs) + work(later), desc="study", unit_scale=True)
 
@@ -66,7 +68,7 @@ def study(
             point, measured = content
             results.add(point, {**measured, **stamp, "shape": SIZES[point.size].shape})
 
-    with bar, Workers(max(1, min(count, len(jobs) + len(later))), 1, (*texts, device, dtype)) as workers:
+    with bar, Workers(min(count, len(jobs) + len(later)), 1, (*texts, device, dtype)) as workers:
         try:
             while jobs and time.monotonic() < deadline:
                 for run in [run for run in jobs if run not in workers.running][: workers.free]:
