@@ -659,6 +659,7 @@ def test_a_whole_study(split_study: figures.Study, tmp_path: Path) -> None:
     assert "**−0.10" in made["differences"]
     assert "transfer gap (chosen)" in made["law"]
     assert made["splits"].count("TFLOP") == 2 * 3 * 2
+    assert made["splits"].count("beyond what was measured") == sum(row["beyond"] for row in splits) > 0
 
 
 def test_pictures_of_less(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,8 @@ from typing import Any
 
 import torch
 
-from nexus_fused.demo import DemoError
+from nexus_fused.demo import DemoError, cache_folder
+from nexus_fused.demo.__main__ import check_device
 from nexus_fused.demo.corpora import TRAINING
 from nexus_fused.demo.data import load, write_atomically
 from nexus_fused.demo.train import BETAS, CLIP, WEIGHT_DECAY
@@ -28,7 +28,6 @@ from .runs import ALIGNED, EVALUATED, MILLION, SIZES, WARM_UP
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line; argparse ends the program where it is wrong."""
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     parser = argparse.ArgumentParser(prog="python -m bench.study", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="measure what a file does not have yet")
@@ -69,7 +68,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--workers", type=int, help="runs at a time (as many as cores; 1 on a GPU)")
     add("--minutes", type=float, default=1e6, help="stop after so long; the next call goes on (no limit)")
     add("--cap-mb", default=6.0, type=float, help="MB of text read per training domain (%(default)s)")
-    add("--cache", default=caches / "nexus_fused", type=Path, help="folder of the text (%(default)s)")
+    add("--cache", default=cache_folder(), type=Path, help="folder of the text (%(default)s)")
     report = commands.add_parser("report", help="print what a file shows, and draw it")
     report.add_argument("file", type=Path)
     report.add_argument("--pictures", type=Path, help="folder for SVG pictures")
@@ -123,12 +122,9 @@ def settings_of(options: argparse.Namespace, dtype: str, manifest: dict[str, Any
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure; raises StudyError, DemoError and OSError."""
+    """Measure; raises DemoError and OSError."""
     check(options)
-    try:
-        torch.zeros(1, device=options.device)
-    except (RuntimeError, AssertionError) as error:
-        raise StudyError(f"--device {options.device} cannot be used here: {str(error).splitlines()[0]}") from error
+    check_device(options.device)
     on_cpu = torch.device(options.device).type == "cpu"
     dtype = options.dtype or ("float32" if on_cpu else "bfloat16")
     training, held_out, manifest = load(options.cache, options.cap_mb)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product
@@ -35,7 +36,7 @@ def domains_of(measured: Measured) -> tuple[list[str], list[str]]:
 def summary(values: Sequence[float]) -> dict[str, Any]:
     """Return the mean over seeds, its standard error (None of one seed) and the values."""
     found = spread(values)
-    error = None if found.error != found.error else round(found.error, 5)
+    error = None if math.isnan(found.error) else round(found.error, 5)
     return {"mean": round(found.mean, 5) + 0.0, "standard_error": error, "by_seed": [round(v, 5) for v in values]}
 
 

@@ -22,7 +22,7 @@ DELTA = 1e-3
 
 
 def power(x: Array, exponent: Array) -> Array:
-    """Return x**exponent of x above 0, several times as fast."""
+    """Return x**exponent of x above 0."""
     return np.exp(exponent * np.log(x))
 
 
@@ -114,7 +114,7 @@ def fit(form: Form, n: Array, d: Array, s: Array, loss: Array, start: Array | No
     """
     value = objective(form, n, d, s, loss)
     how: dict[str, Any] = {"method": "L-BFGS-B", "jac": True, "bounds": [BOUNDS] * len(form.parameters)}
-    with threadpool_limits(1):  # more wait for each other at every step, a hundred times as long on busy cores
+    with threadpool_limits(1):  # more wait for each other at every step, eighty times as long on busy cores
         if start is not None:
             return np.exp(minimize(value, np.log(start), **how).x)
         starts = [np.log(values) for values in product(*form.starts)]

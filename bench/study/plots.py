@@ -50,7 +50,7 @@ def points(axes: Axes, x: Sequence[float], found: Sequence[dict[str, Any]], styl
     axes.errorbar(x, [f["mean"] for f in found], yerr=errors, fmt=style, markersize=5, capsize=2, **how)
 
 
-def ticks(axes: Axes, values: Sequence[float], text: str, axis: str = "x") -> None:
+def ticks(axes: Axes, values: Sequence[float], text: str) -> None:
     """Label a logarithmic axis at the values that were measured."""
     axes.set_xscale("log", base=2)
     axes.set_xticks(list(values), [f"{v / MILLION:.2g}M" for v in values])

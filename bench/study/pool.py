@@ -23,7 +23,7 @@ TICKS = 10
 def do(shared: tuple[Texts, Texts, str, str], tell: Tell, run: Run, points: list[Point]) -> None:
     """In a worker process: tell each point with what was measured there, and the operations done, a number."""
     training, held_out, device, dtype = shared
-    if torch.device(device).type != "cpu":  # on a CPU they all repeat bit for bit
+    if torch.device(device).type != "cpu":  # where not every operation repeats bit for bit
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
     cycles, of_cycle = 0, 6.0 * parameters(run.size) * SIZES[run.size].cycle_tokens

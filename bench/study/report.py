@@ -43,7 +43,6 @@ def place(row: dict[str, Any]) -> list[str]:
 
 
 BEYOND = ", beyond what was measured"
-
 WHERE = ["N", "K", "D", "D/N"]
 
 
@@ -51,8 +50,8 @@ def pivot(rows: Sequence[dict[str, Any]]) -> list[list[object]]:
     """Return a row for each arm, size, K and D, with what it differs by from AdamW and from unit gradients."""
     found: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
     for r in rows:
-        plain = {"muon": "adamw"}.get(r["other"], r["other"]) if r["arm"] != "muon" else r["other"]
-        found.setdefault((*place(r), title(r["arm"])), {})[plain.removeprefix("muon+")] = r
+        other = "adamw" if r["other"] == "muon" else r["other"].removeprefix("muon+")
+        found.setdefault((*place(r), title(r["arm"])), {})[other] = r
     return [
         [*key, " and ".join(dict.fromkeys(str(r["seeds"]) for r in of.values()))]
         + [
@@ -115,7 +114,8 @@ def sections(found: dict[str, Any]) -> dict[str, str]:
             ["arm", "budget", "domains", "N", "D", "D′ each", "specialization", "bits per byte"],
             (
                 [title(s["arm"]), f"{s['teraflop']:g} TFLOP", s["domains"], f"{s['n']:.2f}M", f"{s['d']:.2f}M",
-                 f"{s['d_prime']:.3f}M", f"{s['share']:.0%} ({s['share_low']:.0%} to {s['share_high']:.0%})",
+                 f"{s['d_prime']:.3f}M" + BEYOND * s["beyond"],
+                 f"{s['share']:.0%} ({s['share_low']:.0%} to {s['share_high']:.0%})",
                  f"{s['loss']:.3f}"]
                 for s in law["splits"]
             ),

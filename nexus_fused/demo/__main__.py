@@ -1,7 +1,6 @@
 """The command line: `python -m nexus_fused.demo`."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -11,7 +10,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
-from . import DemoError
+from . import DemoError, cache_folder
 
 if TYPE_CHECKING:
     from .progress import Progress
@@ -45,7 +44,6 @@ def count(text: str) -> int:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line; argparse ends the program where it is wrong."""
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     parser = argparse.ArgumentParser(
         prog="python -m nexus_fused.demo",
         description="Trains the same small model on five kinds of text with AdamW, with NexusAdamW, and with the "
@@ -81,7 +79,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="of a run on the CPU (by size: 1 for tiny, else as many as PyTorch takes); all cores are used",
     )
     add("--cap-mb", default=6.0, type=float, help="MB of text read per training domain, 0: all (%(default)s)")
-    add("--cache", default=caches / "nexus_fused", type=Path, help="folder of the text (%(default)s)")
+    add("--cache", default=cache_folder(), type=Path, help="folder of the text (%(default)s)")
     add("--out", default=Path("demo_out"), type=Path, help="folder of the results (%(default)s)")
     return parser.parse_args(arguments)
 
@@ -129,7 +127,8 @@ def perform(jobs: "Sequence[Settings]", workers: "Workers", bar: "Progress") -> 
     waiting = list(jobs)
     while len(results) < len(jobs):
         while waiting and workers.free:
-            workers.submit(waiting[0], work, waiting.pop(0), WINDOWS)
+            settings = waiting.pop(0)
+            workers.submit(settings, work, settings, WINDOWS)
         heard = workers.hear()
         if heard is None:
             continue
