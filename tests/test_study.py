@@ -28,6 +28,7 @@ from nexus_fused.demo.model import ByteTransformer
 ROOT = Path(__file__).parent.parent
 TINY = runs.Size(dim=16, layers=1, heads=2, context=16, windows=10)
 NAMES = ("a", "b", "c", "d", "e")
+SEARCH = plan.HowToSearch([100, 101, 102], 8e-3, 320.0)
 
 
 def texts() -> tuple[data.Texts, data.Texts]:
@@ -190,7 +191,7 @@ def test_a_run_that_diverges(arm: str) -> None:
 
 def wanted(**changes) -> plan.Wanted:
     of = {"arms": ["adamw", "unit"], "sizes": ["tiny"], "inner_steps": [5], "seeds": 2, "tokens": [480.0]}
-    of |= {"domains": [], "domain_tokens": [160.0], "search_tokens": 320.0}
+    of |= {"domains": [], "domain_tokens": [160.0], "search": SEARCH}
     return plan.Wanted(**{**of, **changes})
 
 
@@ -202,7 +203,7 @@ def end_search(bits, at_a_time: int) -> tuple[plan.Search, dict]:
     """Measure what a search asks for, so many at a time, always the last ones that it names, until it ends."""
     run, have = runs.Run("adamw", "tiny", 5, 0, 1.0), {}
     for _ in range(200):
-        found = plan.search(have, run, 320.0, NAMES)
+        found = plan.search(have, run, SEARCH, NAMES)
         if found.best is not None:
             return found, have
         have |= {p: bits(p.lr, p.seed) for p in found.missing[-at_a_time:]}
@@ -241,7 +242,7 @@ def searched(*names: str) -> dict[runs.Point, dict]:
     have = {}
     for arm in names:
         for lr, bits in ((4e-3, 2.0), (8e-3, 1.0), (16e-3, 2.0)):
-            have |= {point: line(bits) for point in plan.trials(runs.Run(arm, "tiny", 5, 0, 1.0), lr, 320.0)}
+            have |= {point: line(bits) for point in plan.trials(runs.Run(arm, "tiny", 5, 0, 1.0), lr, SEARCH)}
     return have
 
 
@@ -250,7 +251,7 @@ def test_what_is_pending() -> None:
     asked = wanted(domains=["b"], tokens=[480.0, 960.0])
     have = searched("adamw")
     ahead, later = plan.pending(asked, have, NAMES)
-    trials = [("unit", seed) for _ in range(3) for seed in plan.SEARCHED]
+    trials = [("unit", seed) for _ in range(3) for seed in SEARCH.seeds]
     assert [(run.arm, run.seed) for run in ahead] == [*trials, ("adamw", 0), ("adamw", 1)]
     assert [(run.arm, run.seed) for run in later] == [("unit", 0), ("unit", 1)]
     assert {len(points) for points in later.values()} == {6}
@@ -276,7 +277,7 @@ def test_amounts_that_come_to_the_same_cycles_are_one_point() -> None:
 # The file
 
 
-SETTINGS = {"dtype": "float32", "search": {"tokens": 320.0, "seeds": [100, 101, 102]}}
+SETTINGS = {"dtype": "float32", "search": SEARCH._asdict()}
 STAMP = {"commit": "abc", "torch": "2", "processor": "a processor"}
 
 
@@ -352,7 +353,7 @@ def test_files_that_are_refused(tmp_path: Path) -> None:
     path.write_bytes(head + row)
     for other, message in (
         ({**SETTINGS, "dtype": "bfloat16"}, "dtype is 'float32' there and 'bfloat16' here"),
-        ({**SETTINGS, "search": {"tokens": 320.0, "seeds": [7]}}, r"search.seeds is .* there and \[7\] here"),
+        ({**SETTINGS, "search": SEARCH._replace(seeds=[7])._asdict()}, r"search.seeds is .* there and \[7\] here"),
         ({"dtype": "float32"}, "search is"),
     ):
         with pytest.raises(StudyError, match=message):
@@ -378,10 +379,14 @@ def main(*arguments: object) -> int:
         (["--tokens", "1", "-1"], "--tokens"),
         (["--seeds", "0"], "--seeds"),
         (["--search-tokens", "0"], "--search-tokens"),
+        (["--search-from", "0"], "--search-from"),
+        (["--search-from", "16"], "to 8."),
+        (["--search-seeds", "0"], "--search-seeds"),
+        (["--seeds", "101"], "100 at most"),
         (["--tokens", "nan"], "--tokens"),
         (["--minutes", "inf"], "--minutes"),
         (["--cap-mb", "-1"], "--cap-mb"),
-        (["--sizes", "100M"], "hardly more than the warm-up; take 4.9152 or more"),
+        (["--sizes", "100M"], "hardly more than the warm-up; take 2.4576 or more"),
         (["--search-tokens", "0.01"], "hardly more than the warm-up; take 0.2048 or more"),
         (["--device", "meta"], "--device meta"),
     ],
@@ -601,7 +606,7 @@ def split_study(monkeypatch: pytest.MonkeyPatch) -> figures.Study:
             start = runs.Run(arm, size, inner_steps, 0, 8e-3)
             shape = {"shape": runs.SIZES[size].shape}
             for lr, bits in ((4e-3, 2.0), (8e-3, 1.0), (16e-3, 2.0)):
-                have |= {point: line(bits) | shape for point in plan.trials(start, lr, 320.0)}
+                have |= {point: line(bits) | shape for point in plan.trials(start, lr, SEARCH)}
             for seed in range(5):
                 run = start._replace(seed=seed)
                 for tokens in (500_000, 1_000_000, 2_000_000, 4_000_000):

@@ -63,9 +63,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=0.5,
         help="after which learning rates are compared, in millions (%(default)s)",
     )
+    add("--search-from", type=float, default=8e-3, help="the learning rate that a search begins at (%(default)s)")
+    add("--search-seeds", type=int, default=3, help="runs of each learning rate of a search (%(default)s)")
     add("--device", default="cpu", help="cpu (default) or cuda")
     add("--dtype", choices=("float32", "bfloat16"), help="of the forward pass (float32 on a CPU, else bfloat16)")
     add("--workers", type=int, help="runs at a time (as many as cores; 1 on a GPU)")
+    add("--commit", help="of the code, recorded in each line, where git cannot say it")
     add("--minutes", type=float, default=1e6, help="stop after so long; the next call goes on (no limit)")
     add("--cap-mb", default=6.0, type=float, help="MB of text read per training domain (%(default)s)")
     add("--cache", default=cache_folder(), type=Path, help="folder of the text (%(default)s)")
@@ -84,10 +87,15 @@ def check(options: argparse.Namespace) -> None:
     for kind, asked, known in (("size", options.sizes, SIZES), ("domain", options.domains, TRAINING)):
         if unknown := [name for name in asked if name not in known]:
             raise StudyError(f"there is no {kind} {unknown[0]!r}: {', '.join(known)}.")
-    for name in ("seeds", "tokens", "domain_tokens", "inner_steps", "search_tokens", "minutes", "workers", "cap_mb"):
+    positive = "seeds tokens domain_tokens inner_steps search_tokens search_from search_seeds minutes workers cap_mb"
+    for name in positive.split():
         given = getattr(options, name)
         if given is not None and not all(0 < x < math.inf for x in (given if isinstance(given, list) else [given])):
             raise StudyError(f"--{name.replace('_', '-')} takes numbers above 0.")
+    if options.seeds > plan.FIRST_SEARCHED:
+        raise StudyError(f"--seeds: {plan.FIRST_SEARCHED} at most; the seeds after them are for learning rates.")
+    if not plan.SMALLEST <= options.search_from <= plan.LARGEST:
+        raise StudyError(f"--search-from takes numbers from {plan.SMALLEST:g} to {plan.LARGEST:g}.")
     for size in (SIZES[name] for name in options.sizes):
         for steps in options.inner_steps:
             if steps % len(TRAINING) or size.windows % steps:
@@ -103,7 +111,9 @@ def check(options: argparse.Namespace) -> None:
         raise StudyError(f"--device {options.device} cannot be used here: cpu and cuda can.")
 
 
-def settings_of(options: argparse.Namespace, dtype: str, manifest: dict[str, Any]) -> dict[str, Any]:
+def settings_of(
+    options: argparse.Namespace, dtype: str, how: plan.HowToSearch, manifest: dict[str, Any]
+) -> dict[str, Any]:
     """Return what measurements of one file have in common."""
     return {
         "version": 1,
@@ -116,7 +126,7 @@ def settings_of(options: argparse.Namespace, dtype: str, manifest: dict[str, Any
         "clip": CLIP,
         "windows_evaluated": EVALUATED,
         "cycles_of_alignment": ALIGNED,
-        "search": {"seeds": plan.SEARCHED, "start": plan.START, "tokens": options.search_tokens * MILLION},
+        "search": how._asdict(),
         "data": {"sha256": manifest["sha256"], "python": manifest["python"], "cap_mb": manifest["cap_mb"]},
     }
 
@@ -130,6 +140,8 @@ def run(options: argparse.Namespace) -> None:
     training, held_out, manifest = load(options.cache, options.cap_mb)
     if min(map(len, held_out.values())) <= max(SIZES[size].context for size in options.sizes):
         raise StudyError(f"--cap-mb {options.cap_mb:g} leaves a domain without text to evaluate; choose more.")
+    seeds = list(range(plan.FIRST_SEARCHED, plan.FIRST_SEARCHED + options.search_seeds))
+    how = plan.HowToSearch(seeds, options.search_from, MILLION * options.search_tokens)
     wanted = plan.Wanted(
         options.arms,
         options.sizes,
@@ -138,15 +150,15 @@ def run(options: argparse.Namespace) -> None:
         [MILLION * tokens for tokens in options.tokens],
         options.domains,
         [MILLION * tokens for tokens in options.domain_tokens],
-        MILLION * options.search_tokens,
+        how,
     )
     stamp = {
-        "commit": next(iter(output_of("git", "describe", "--always", "--dirty")), "unknown"),
+        "commit": options.commit or next(iter(output_of("git", "describe", "--always", "--dirty")), "unknown"),
         "torch": torch.__version__,
         "processor": processor() if on_cpu else torch.cuda.get_device_name(options.device),
     }
     workers = options.workers or (cores() if on_cpu else 1)
-    with Results(options.file, settings_of(options, dtype, manifest)) as results:
+    with Results(options.file, settings_of(options, dtype, how, manifest)) as results:
         if results.cut_off:
             print(f"The last line of {options.file} was cut off while it was written; it is left out.")
         ahead = sum(map(len, plan.pending(wanted, results.measured, sorted(training))))

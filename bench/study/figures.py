@@ -18,7 +18,7 @@ from nexus_fused.demo.train import UNIT
 from . import StudyError
 from .arms import parse, title
 from .law import FORMS, Form, best_split, fit, relative_error
-from .plan import SEARCHED, Search, search
+from .plan import HowToSearch, Search, search
 from .runs import MILLION, MIXTURE, Point, parameters
 
 Measured = Mapping[Point, Mapping[str, Any]]
@@ -53,11 +53,12 @@ class Study:
         self.trained, self.unseen = domains_of(measured)
         if not self.trained:
             raise StudyError("the file has no finished run yet: call `run` until it has.")
+        how = HowToSearch(**settings["search"])
         self.searches: dict[tuple[str, str, int], Search] = {}
         for p in sorted(measured, key=order):
             if p[:3] not in self.searches:
-                self.searches[p[:3]] = search(measured, p.run, settings["search"]["tokens"], self.trained)
-        reported = {p: m for p, m in measured.items() if p.seed not in SEARCHED and p.lr == self.searches[p[:3]].best}
+                self.searches[p[:3]] = search(measured, p.run, how, self.trained)
+        reported = {p: m for p, m in measured.items() if p.seed not in how.seeds and p.lr == self.searches[p[:3]].best}
         self.diverged = [p for p, m in reported.items() if m["diverged"]]
         self.measured = {p: m for p, m in reported.items() if not m["diverged"]}
 

@@ -7,20 +7,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import StudyError
 from .runs import MIXTURE, SIZES, Point, Run, parameters
 
-SEARCHED = (100, 101, 102)
-"""The seeds that learning rates are searched on; they are not reported."""
-START = 8e-3
-"""Where a search begins."""
+FIRST_SEARCHED = 100
+"""The first of the seeds that learning rates are searched on; they are not reported."""
 SMALLEST, LARGEST = 2.0**-20, 8.0
 DECAY = 0.2
 """Tokens of a branch on the mixture, as a share of the tokens before it."""
 
 Measured = Mapping[Point, Mapping[str, Any]]
+
+
+class HowToSearch(NamedTuple):
+    """How learning rates are searched for: on which seeds, beginning where, compared after how many tokens."""
+
+    seeds: Sequence[int]
+    start: float
+    tokens: float
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,7 @@ class Wanted:
     tokens: Sequence[float]
     domains: Sequence[str]
     domain_tokens: Sequence[float]
-    search_tokens: float
+    search: HowToSearch
 
 
 def whole(size: str, tokens: float) -> int:
@@ -70,9 +76,9 @@ def mean_bits(measured: Mapping[str, Any], domains: Sequence[str]) -> float:
     return fmean(measured["bits"][name] for name in domains)
 
 
-def trials(run: Run, lr: float, tokens: float) -> list[Point]:
+def trials(run: Run, lr: float, how: HowToSearch) -> list[Point]:
     """Return what is measured of a learning rate in the search for an arm's; seed and rate of `run` do not matter."""
-    return [annealed(run._replace(seed=seed, lr=lr), tokens) for seed in SEARCHED]
+    return [annealed(run._replace(seed=seed, lr=lr), how.tokens) for seed in how.seeds]
 
 
 @dataclass(frozen=True)
@@ -87,21 +93,21 @@ class Search:
     best: float | None = None
 
 
-def search(measured: Measured, run: Run, tokens: float, domains: Sequence[str]) -> Search:
-    """Step from START to the better neighbor, half or double, until both are worse.
+def search(measured: Measured, run: Run, how: HowToSearch, domains: Sequence[str]) -> Search:
+    """Step from where a search begins to the better neighbor, half or double, until both are worse.
 
     Bits per byte are means over the seeds of a search, infinite where one diverged. What a search comes to depends on
     the measurements alone, not on the order in which they were made.
     """
     bits: dict[float, float] = {}
-    best = START
+    best = how.start
     while True:
         near = [lr for lr in (best / 2, best, best * 2) if SMALLEST <= lr <= LARGEST]
-        missing = [point for lr in near for point in trials(run, lr, tokens) if point not in measured]
+        missing = [point for lr in near for point in trials(run, lr, how) if point not in measured]
         if missing:
             return Search(bits, missing)
         for lr in near:
-            bits[lr] = fmean(mean_bits(measured[point], domains) for point in trials(run, lr, tokens))
+            bits[lr] = fmean(mean_bits(measured[point], domains) for point in trials(run, lr, how))
         better = min(near, key=lambda lr: (bits[lr], lr != best))
         if math.isinf(bits[better]):
             better = near[0]
@@ -123,8 +129,8 @@ def pending(wanted: Wanted, measured: Measured, domains: Sequence[str]) -> tuple
     later: Jobs = {}
     for seed in range(wanted.seeds):
         for size, inner_steps, arm in product(wanted.sizes, wanted.inner_steps, wanted.arms):
-            run = Run(arm, size, inner_steps, seed, START)
-            found = search(measured, run, wanted.search_tokens, domains)
+            run = Run(arm, size, inner_steps, seed, wanted.search.start)
+            found = search(measured, run, wanted.search, domains)
             searches |= {point.run: [point] for point in found.missing}
             if found.best is None:
                 later[run] = points_of(wanted, run)

@@ -26,6 +26,7 @@ def do(shared: tuple[Texts, Texts, str, str], tell: Tell, run: Run, points: list
     if torch.device(device).type != "cpu":  # where not every operation repeats bit for bit
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
     cycles, of_cycle = 0, 6.0 * parameters(run.size) * SIZES[run.size].cycle_tokens
 
     def tick() -> None:

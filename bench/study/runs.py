@@ -70,7 +70,7 @@ SIZES = {
     "0.5M": Size(dim=112, layers=3, heads=4, context=128, windows=20),
     "0.8M": Size(dim=128, layers=4, heads=4, context=128, windows=20),
     "30M": Size(dim=512, layers=9, heads=8, context=512, windows=60),
-    "100M": Size(dim=768, layers=14, heads=12, context=512, windows=120),
+    "100M": Size(dim=768, layers=14, heads=12, context=512, windows=60),
 }
 
 
