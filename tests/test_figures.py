@@ -1,4 +1,4 @@
-"""The tables of README and docs/muon.md, and the main ones of docs/gpu.md, quote bench/results."""
+"""The tables of README, docs/benchmarks.md and docs/muon.md, and the main ones of docs/gpu.md, quote bench/results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
-README, GPU, MUON = ROOT / "README.md", ROOT / "docs" / "gpu.md", ROOT / "docs" / "muon.md"
+README = ROOT / "README.md"
+BENCHMARKS, GPU, MUON = (ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "gpu", "muon"))
 BACKENDS = ("cuda", "triton")
 DTYPES = ("float32", "bfloat16")
 # Kernels of bench/results/gpu-nvidia-h200.json, and their rows in docs/gpu.md.
@@ -40,7 +41,7 @@ def unwrapped(path: Path) -> str:
 
 
 def test_figures_of_a_cpu():
-    """Medians and quartiles in README's tables of a CPU are those of cpu.json and training.json."""
+    """Medians and quartiles in the tables of a CPU are those of cpu.json and training.json."""
     training = figures_of("training.json")
     rows = {
         **figures_of("cpu.json"),
@@ -49,12 +50,12 @@ def test_figures_of_a_cpu():
     }
     for name, figure in rows.items():
         quoted = f"{figure['median']:.2f} ({figure['quartile1']:.2f} to {figure['quartile3']:.2f})"
-        assert quoted == cells(README, f"{name} |")[0]
+        assert quoted == cells(BENCHMARKS, f"{name} |")[0]
 
 
 SMALL = "10M parameters in 200 tensors"
 TRAINING = "decoder of 472M parameters, float32, K = 4, 2048 tokens"
-# Of bench/results/gpu-nvidia-h200.json, and their rows in README and docs/gpu.md.
+# Of bench/results/gpu-nvidia-h200.json, and their rows in docs/benchmarks.md and docs/gpu.md.
 OF_A_GPU = {
     f"time added to training / AdamW's, {TRAINING}": ("what the optimizer adds to it",) * 2,
     "whole cycle / AdamW's cycle, 1.3B parameters, float32": (
@@ -99,7 +100,7 @@ def median_on_gpu(backend: str, name: str) -> float:
 def test_ratios_on_a_gpu():
     for name, rows in OF_A_GPU.items():
         medians = [f"{median_on_gpu(backend, name):.2f}" for backend in BACKENDS]
-        for path, row in zip((README, GPU), rows, strict=True):
+        for path, row in zip((BENCHMARKS, GPU), rows, strict=True):
             if row:
                 assert cells(path, row)[:2] == medians, (path, row)
 
@@ -109,11 +110,11 @@ def test_times_on_a_gpu():
     absolute = json.loads((RESULTS / "gpu-nvidia-h200.json").read_text())["absolute"]
     adamw = absolute[f"AdamW, {TRAINING}"]["milliseconds"]
     ours = [absolute[only_key(absolute, backend, TRAINING)]["milliseconds"] for backend in BACKENDS]
-    for path in (README, GPU):
+    for path in (BENCHMARKS, GPU):
         assert cells(path, "training, forward and backward included, ")[:2] == [f"{time / adamw:.2f}" for time in ours]
     of_adamw = absolute["AdamW, accumulation, clipping, 1.3B parameters, float32"]["gigabytes_per_second"]
     of_copy = absolute["copy beside torch.float32"]["gigabytes_per_second"]
-    assert f"where AdamW's accumulation, clipping and step get {of_adamw / of_copy:.2f}." in unwrapped(README)
+    assert f"where AdamW's accumulation, clipping and step get {of_adamw / of_copy:.2f}." in unwrapped(BENCHMARKS)
 
 
 def test_bandwidths_on_a_gpu():
@@ -126,7 +127,7 @@ def test_bandwidths_on_a_gpu():
     for backend in BACKENDS:
         all_of = [bandwidth(backend, dtype, kernel) for dtype in DTYPES for kernel in KERNELS]
         ranges.append(f"{min(all_of):.2f} to {max(all_of):.2f}")
-    assert "reach {} (CUDA) and {} (Triton)".format(*ranges) in unwrapped(README)
+    assert "reach {} (CUDA) and {} (Triton)".format(*ranges) in unwrapped(BENCHMARKS)
 
 
 def test_a_cpu_beside_a_gpu():
@@ -140,7 +141,24 @@ def test_a_cpu_beside_a_gpu():
         "training, forward and backward included, ": training["whole cycle / AdamW's"],
         "what the optimizer adds to it": training["time in the optimizer / AdamW's"],
     }.items():
-        assert cells(README, row)[2] == f"{figure['median']:.2f}"
+        assert cells(BENCHMARKS, row)[2] == f"{figure['median']:.2f}"
+
+
+def test_what_it_costs():
+    """README's table: what training and the optimizer take on a GPU, and what they gain on the smallest model."""
+    absolute = json.loads((RESULTS / "gpu-nvidia-h200.json").read_text())["absolute"]
+    ours, adamw = (absolute[f"{name}, {TRAINING}"]["milliseconds"] for name in ("cuda", "AdamW"))
+    assert cells(README, "time of training, 472M parameters on an H200, float32 |") == [f"{ours / adamw:.2f} times"]
+    alone = {d: median_on_gpu("cuda", f"whole cycle / AdamW's cycle, 1.3B parameters, {d}") for d in DTYPES}
+    quoted = "{float32:.2f} times in float32, {bfloat16:.2f} times in bfloat16".format(**alone)
+    assert cells(README, "time of the optimizer alone, 1.3B parameters on an H200 |") == [quoted]
+    found = json.loads((RESULTS / "study.json").read_text())["differences"]
+    of = {"size": "0.1M", "inner_steps": 5, "arm": "nexus:0.2", "other": "adamw", "seeds": 5}
+    gains = {r["tokens"]: r["trained"] for r in found if all(r[name] == value for name, value in of.items())}
+    first, last = (gains[at(gains)] for at in (min, max))
+    quoted = " after 0.5M tokens, ".join(f"{g['mean']:.3f} ± {g['standard_error']:.3f}" for g in (first, last))
+    assert [round(tokens / 1e6, 1) for tokens in sorted(gains)] == [0.5, 1.0, 2.0, 4.0]
+    assert cells(README, "bits per byte on text like the training text |") == [f"{quoted} after 4M".replace("-", "−")]
 
 
 def test_figures_of_muon():

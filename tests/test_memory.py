@@ -352,7 +352,16 @@ def test_commands_of_the_page(capsys):
         assert capsys.readouterr().out == output
 
 
-@pytest.mark.parametrize("path", ["README.md", "docs/algorithm.md", "docs/memory.md"])
+def test_what_readme_says():
+    """Both dtypes' bytes at the peak, ours against AdamW's, which keeps a float32 master in bfloat16."""
+    sums = [(d, memory.nexus_adamw(d, 4).device, memory.adamw(d, master=True).device) for d in (torch.float32, BF16)]
+    quoted = ", ".join(
+        f"{ours} against {theirs} in {str(dtype).removeprefix('torch.')}" for dtype, ours, theirs in sums
+    )
+    assert f"| memory at the peak of a step, bytes per parameter | {quoted} |" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("path", ["docs/algorithm.md", "docs/memory.md"])
 def test_tables_of_the_pages(path):
     """Bytes per parameter, a row for each dtype."""
     lines = (ROOT / path).read_text().splitlines()
