@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from nexus_fused.demo.workers import cores
 from ..__main__ import processor
 from ..gpu import output_of
 from . import StudyError, arms, plan, pool
-from .results import Results, read
+from .results import VERSION, Results, read
 from .runs import ALIGNED, EVALUATED, MILLION, SIZES, WARM_UP
 
 
@@ -107,7 +108,7 @@ def check(options: argparse.Namespace) -> None:
             if size.cycles(MILLION * min(least)) < 2 * WARM_UP:
                 needed = 2 * WARM_UP * size.cycle_tokens / MILLION
                 raise StudyError(f"--{name} {min(least):g} is hardly more than the warm-up; take {needed:g} or more.")
-    if torch.device(options.device).type not in ("cpu", "cuda"):
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", options.device):
         raise StudyError(f"--device {options.device} cannot be used here: cpu and cuda can.")
 
 
@@ -116,7 +117,7 @@ def settings_of(
 ) -> dict[str, Any]:
     """Return what measurements of one file have in common."""
     return {
-        "version": 1,
+        "version": VERSION,
         "dtype": dtype,
         "device": torch.device(options.device).type,
         "warm_up_cycles": WARM_UP,
@@ -157,11 +158,11 @@ def run(options: argparse.Namespace) -> None:
         "torch": torch.__version__,
         "processor": processor() if on_cpu else torch.cuda.get_device_name(options.device),
     }
-    workers = options.workers or (cores() if on_cpu else 1)
+    workers, names = options.workers or (cores() if on_cpu else 1), sorted(training)
     with Results(options.file, settings_of(options, dtype, how, manifest)) as results:
         if results.cut_off:
             print(f"The last line of {options.file} was cut off while it was written; it is left out.")
-        ahead = sum(map(len, plan.pending(wanted, results.measured, sorted(training))))
+        ahead = sum(map(len, plan.pending(wanted, results.measured, names)))
         print(f"{options.file} has {len(results.measured)} measurements; {ahead} runs are ahead.", flush=True)
         try:
             done = pool.study(
@@ -169,6 +170,10 @@ def run(options: argparse.Namespace) -> None:
             )
         finally:
             print(f"{options.file} has {len(results.measured)} measurements.")
+        for run in plan.hopeless(wanted, results.measured, names):
+            print(
+                f"{run.arm} at {run.size} with K = {run.inner_steps} diverged at every learning rate; it is left out."
+            )
         if not done:
             print("The time is over; the same command goes on.")
 

@@ -44,6 +44,8 @@ def parse(arm: str) -> tuple[bool, float | None]:
         with suppress(ValueError):
             gamma = float(match[2]) if match[2] else UNIT
             if 0 < gamma < math.inf:
+                if match[2] and f"{gamma:g}" != match[2]:
+                    raise StudyError(f"write {match[1] or ''}nexus:{gamma:g} for {arm!r}, or it counts as another arm.")
                 return bool(match[1]), gamma
     raise StudyError(f"there is no arm {arm!r}: adamw, unit, nexus:γ (as nexus:0.05), muon, muon+unit, muon+nexus:γ.")
 

@@ -24,6 +24,8 @@ from .runs import MILLION, MIXTURE, Point, parameters
 Measured = Mapping[Point, Mapping[str, Any]]
 RESAMPLED = 100
 """Fits of a bootstrap."""
+CLAIMED = 5
+"""Seeds behind a difference that is claimed, and behind an interval of a bootstrap."""
 
 
 def domains_of(measured: Measured) -> tuple[list[str], list[str]]:
@@ -58,9 +60,23 @@ class Study:
         for p in sorted(measured, key=order):
             if p[:3] not in self.searches:
                 self.searches[p[:3]] = search(measured, p.run, how, self.trained)
+        self.settings, self.every = settings, measured
         reported = {p: m for p, m in measured.items() if p.seed not in how.seeds and p.lr == self.searches[p[:3]].best}
-        self.diverged = [p for p, m in reported.items() if m["diverged"]]
+        self.diverged = [p for p in sorted(reported, key=order) if reported[p]["diverged"]]
         self.measured = {p: m for p, m in reported.items() if not m["diverged"]}
+
+    def left_out(self) -> list[str]:
+        """Say which measurements are not shown, and why."""
+        seeds = self.settings["search"]["seeds"]
+        waiting = Counter(p[:3] for p in self.every if p.seed not in seeds and self.searches[p[:3]].best is None)
+        said = []
+        for (arm, size, k), found in self.searches.items():
+            where = f"{title(arm)} at {size}, K = {k}"
+            if found.best is None and not found.missing:
+                said.append(f"{where}, diverged at every learning rate.")
+            elif number := waiting[arm, size, k]:
+                said.append(f"{number} measurements of {where}, are left out until its search has ended.")
+        return said
 
     def groups(self, kind: Callable[[Point], bool]) -> dict[tuple[Any, ...], dict[str, dict[int, Point]]]:
         """Return the points of a kind: everything but arm, rate and seed → arm → seed → point, all in order."""
@@ -117,21 +133,21 @@ def differences(study: Study) -> list[dict[str, Any]]:
 
 
 def specialized(study: Study) -> list[dict[str, Any]]:
-    """Return the differences between arms after specialization: means over all D′, of the seeds that have them all."""
-    found: dict[tuple[Any, ...], dict[int, list[float]]] = {}
-    amounts: dict[tuple[Any, ...], set[int]] = {}
+    """Return the differences between arms after specialization: means over the D′ that most seeds have all of."""
+    found: dict[tuple[Any, ...], dict[int, dict[int, float]]] = {}
     for (*key, decay), arms in study.groups(lambda p: p.domain not in ("", MIXTURE)).items():
-        amounts.setdefault(tuple(key), set()).add(decay)
         for arm, other in pairs(arms):
             by_seed = found.setdefault((*key, arm, other), {})
             for s in sorted(arms[arm].keys() & arms[other].keys()):
                 bits = (study.bits(arms[a][s], [key[3]]) for a in (arm, other))
-                by_seed.setdefault(s, []).append(next(bits) - next(bits))
+                by_seed.setdefault(s, {})[decay] = next(bits) - next(bits)
     rows = []
     for (*key, arm, other), by_seed in found.items():
-        whole = [fmean(values) for values in by_seed.values() if len(values) == len(amounts[tuple(key)])]
+        counted = Counter(frozenset(of) for of in by_seed.values())
+        amounts = sorted(max(counted, key=lambda of: (counted[of], len(of), sorted(of)), default=frozenset()))
+        whole = [fmean(of[decay] for decay in amounts) for of in by_seed.values() if of.keys() >= set(amounts)]
         if whole:
-            row = {**row_of((*key, 0)), "arm": arm, "other": other, "seeds": len(whole)}
+            row = {**row_of((*key, 0)), "arm": arm, "other": other, "seeds": len(whole), "domain_tokens": amounts}
             rows.append({**row, "difference": difference(whole)})
     return rows
 
@@ -139,10 +155,12 @@ def specialized(study: Study) -> list[dict[str, Any]]:
 def means(study: Study) -> list[dict[str, Any]]:
     """Return the annealed bits per byte of each arm, size, K and D, and the alignment before the decay."""
     rows = []
+    diverged = Counter((*p[1:3], *p[5:], p.arm) for p in study.diverged)
     for key, arms in study.groups(lambda p: p.domain == MIXTURE).items():
         for arm, by_seed in arms.items():
             points = list(by_seed.values())
             row: dict[str, Any] = {**row_of(key), "arm": arm, "lr": points[0].lr, "seeds": len(points)}
+            row["diverged"] = diverged[(*key, arm)]
             row["trained"] = summary([study.bits(p, study.trained) for p in points])
             row["unseen"] = summary([study.bits(p, study.unseen) for p in points])
             trunks = [study.measured.get(p._replace(domain="", decay_tokens=0)) for p in points]
@@ -162,12 +180,17 @@ MOST = (4, 4, 3)
 
 
 def table_of(study: Study, arm: str, inner_steps: int, domain: str) -> Rows:
-    """Return the measurements of specialization on a domain."""
+    """Return the measurements of specialization on a domain, but for those of a D or a D′ that only one size has."""
     rows = [
         (parameters(p.size) / MILLION, p.tokens / MILLION, p.decay_tokens / MILLION, study.bits(p, [domain]), p.seed)
         for p in study.measured
         if (p.arm, p.inner_steps, p.domain) == (arm, inner_steps, domain)
     ]
+    for column in (1, 2) if len({row[0] for row in rows}) > 1 else ():
+        sizes: dict[float, set[float]] = {}
+        for row in rows:
+            sizes.setdefault(row[column], set()).add(row[0])
+        rows = [row for row in rows if len(sizes[row[column]]) > 1]
     return np.array(sorted(rows)).reshape(-1, 5)
 
 
@@ -187,13 +210,17 @@ def held_out(table: Rows) -> np.ndarray:
     return (table[:, 0] == table[:, 0].max()) | (table[:, 1] == table[:, 1].max())
 
 
-def resampled(table: Rows, rng: np.random.Generator) -> Rows:
-    """Return the rows of as many runs, drawn with replacement from those of each size."""
-    drawn = []
-    for n in sorted(set(table[:, 0])):
-        seeds = sorted(set(table[table[:, 0] == n, 4]))
-        drawn += [table[(table[:, 0] == n) & (table[:, 4] == s)] for s in rng.choice(seeds, len(seeds))]
-    return np.concatenate(drawn)
+def seeds_of(table: Rows) -> list[float]:
+    """Return the seeds that every size, D and D′ of a table has."""
+    of_point: dict[tuple[float, ...], set[float]] = {}
+    for *point, _, seed in table:
+        of_point.setdefault(tuple(point), set()).add(seed)
+    return sorted(set.intersection(*of_point.values()))
+
+
+def resampled(table: Rows, seeds: Sequence[float]) -> Rows:
+    """Return the rows of seeds, each as often as it comes; runs of one seed have seen the same text at all sizes."""
+    return np.concatenate([table[table[:, 4] == seed] for seed in seeds])
 
 
 Fits = dict[str, np.ndarray]
@@ -214,7 +241,11 @@ class Laws:
             self.tables[arm, domain] = table_of(study, arm, self.inner_steps, domain)
             if lack := missing(self.tables[arm, domain]):
                 self.lacks[f"{title(arm)} on {domain}"] = lack
-        self.arms = [arm for arm in arms if not any(missing(self.tables[arm, domain]) for domain in self.domains)]
+        self.arms = [
+            arm for arm in arms if not any(f"{title(arm)} on {domain}" in self.lacks for domain in self.domains)
+        ]
+        fitted = [seeds_of(self._split(arm, domain)[0]) for arm, domain in product(self.arms, self.domains)]
+        self.seeds = sorted(set.intersection(*map(set, fitted))) if fitted else []
         jobs = list(product(self.arms, self.domains, FORMS))
         self.fits = {
             (arm, domain, form.name): fit(form, *self._split(arm, domain)[0].T[:4])
@@ -241,7 +272,6 @@ class Laws:
                 (*point, rows[(rows[:, :3] == point).all(1), 3].mean()) for point in np.unique(rows[:, :3], axis=0)
             ])  # fmt: skip
             row[f"error_{name}"] = relative_error(form, p, *over_seeds.T)
-            row[f"error_{name}_of_single_runs"] = relative_error(form, p, *rows[:, :4].T)
             row[f"measurements_{name}"] = len(rows)
         return row
 
@@ -254,49 +284,65 @@ class Laws:
         return {domain: self.fits[arm, domain, form.name] for domain in self.domains}
 
     def bootstrap(self, arm: str, form: Form) -> list[Fits]:
-        """Return fits to resampled runs; the i-th one draws the same seeds for all arms and domains that have them."""
-        found = []
+        """Return fits to resampled runs, of the same seeds for all arms, domains and sizes; none of too few seeds."""
+        found: list[Fits] = []
+        if len(self.seeds) < CLAIMED:
+            return found
         for i in Progress(range(RESAMPLED), desc=f"bootstrap, {title(arm)}"):
             fits = {}
+            seeds = np.random.default_rng(i).choice(self.seeds, len(self.seeds))
             for domain in self.domains:
-                drawn = resampled(self._split(arm, domain)[0], np.random.default_rng(i))
+                drawn = resampled(self._split(arm, domain)[0], seeds)
                 fits[domain] = fit(form, *drawn[:, :4].T, start=self.fits[arm, domain, form.name])
             found.append(fits)
         return found
 
 
+def interval(shares: Sequence[float]) -> list[float] | None:
+    """Return 90 % of the bootstrap, None where there is none."""
+    return [round(float(x), 4) for x in np.percentile(shares, (5, 95))] if len(shares) else None
+
+
+def beyond(best: Mapping[str, float], every: Rows) -> dict[str, bool]:
+    """Return which of N, D and D′ lie outside of what was measured, D of what the sizes around N have."""
+    sizes = np.unique(every[:, 0])
+    at = int(np.clip(np.searchsorted(sizes, best["n"]), 1, len(sizes) - 1))
+    around = [every[every[:, 0] == n, 1] for n in sizes[at - 1 : at + 1]]
+    d_from, d_to = max(d.min() for d in around), min(d.max() for d in around)
+    return {
+        "n": not sizes[0] < best["n"] < sizes[-1],  # at its end a larger or smaller one may be better
+        "d": not d_from <= best["d"] <= d_to,
+        "d_prime": not every[:, 2].min() <= best["d_prime"] <= every[:, 2].max(),
+    }
+
+
 def splits(laws: Laws) -> list[dict[str, Any]]:
     """Return the best split of budgets by the chosen form, for each arm, with 90 % of the bootstrap.
 
-    Budgets are those of the second largest size with half of the longest D and with all of it. What lies outside of
-    what was measured is marked.
+    Budgets are what the two middle sizes cost with the longest D that both have and the middle D′ for each domain.
+    What lies outside of what was measured is marked.
     """
     form, rows = laws.form, []
     if form is None:
         return []
     every = np.concatenate([laws.tables[arm, domain] for arm, domain in product(laws.arms, laws.domains)])
-    sizes, longest, most = np.unique(every[:, 0]), every[:, 1].max(), every[:, 2].max()
-    between = np.geomspace(sizes[0], sizes[-1], 30)
+    sizes, amounts = np.unique(every[:, 0]), np.unique(every[:, 2])
+    middle, between = sizes[len(sizes) // 2 - 1 : len(sizes) // 2 + 1], np.geomspace(sizes[0], sizes[-1], 30)
+    longest, amount = min(every[every[:, 0] == n, 1].max() for n in middle), amounts[len(amounts) // 2]
     sampled = {arm: laws.bootstrap(arm, form) for arm in laws.arms}
-    for budget, count in product((3 * sizes[-2] * longest, 6 * sizes[-2] * longest), (2, 5, 20)):
-        shares = {}
+    for n, count in product(middle, (2, 5, 20)):
+        budget, bests, shares = 6 * n * (longest + count * amount), {}, {}
         for arm in laws.arms:
-            best = best_split(laws.losses(form, laws.fits_of(arm, form)), budget, count, between)
-            shares[arm] = np.array([
-                best_split(laws.losses(form, fits), budget, count, between)["share"] for fits in sampled[arm]
-            ])  # fmt: skip
-            low, high = np.percentile(shares[arm], (5, 95))
-            row = {
-                "arm": arm,
-                "teraflop": round(budget, 2),
-                "domains": count,
-                **{k: round(v, 4) for k, v in best.items()},
-            }
-            row |= {"share_low": round(float(low), 4), "share_high": round(float(high), 4)}
-            row["beyond"] = bool(best["d"] > longest or best["d_prime"] > most)
-            if arm != laws.arms[0]:
-                low, high = np.percentile(shares[arm] - shares[laws.arms[0]], (5, 95))
-                row["share_from_first_arm"] = [round(float(low), 4), round(float(high), 4)]
+            bests[arm] = best_split(laws.losses(form, laws.fits_of(arm, form)), budget, count, between)
+            resampled_too = (best_split(laws.losses(form, fits), budget, count, between) for fits in sampled[arm])
+            shares[arm] = np.array([best["share"] for best in resampled_too])
+            first = laws.arms[0]
+            row = {"arm": arm, "teraflop": round(float(budget), 2), "domains": count}
+            row |= {name: round(value, 4) for name, value in bests[arm].items()}
+            row |= {"beyond": beyond(bests[arm], every), "share_interval": interval(shares[arm])}
+            other = arm != first
+            row["less_first"] = round(bests[arm]["share"] - bests[first]["share"], 4) if other else None
+            row["less_first_interval"] = interval(shares[arm] - shares[first]) if other else None
             rows.append(row)
     return rows
 
@@ -307,12 +353,20 @@ def figures(study: Study, laws: Laws) -> dict[str, Any]:
         "measurements": len(study.measured) + len(study.diverged),
         "runs": len({p.run for p in [*study.measured, *study.diverged]}),
         "diverged": [p._asdict() for p in study.diverged],
-        "commits": sorted({m["commit"] for m in study.measured.values()}),
-        "torch": sorted({m["torch"] for m in study.measured.values()}),
-        "processors": sorted({m["processor"] for m in study.measured.values()}),
+        "left_out": study.left_out(),
+        "commits": sorted({m["commit"] for m in study.every.values()}),
+        "torch": sorted({m["torch"] for m in study.every.values()}),
+        "processors": sorted({m["processor"] for m in study.every.values()}),
         "domains": {"trained": study.trained, "unseen": study.unseen},
         "searches": [
-            {"arm": a, "size": s, "inner_steps": k, "best": found.best, "bits": [*map(list, found.bits.items())]}
+            {
+                "arm": a,
+                "size": s,
+                "parameters": parameters(s),
+                "inner_steps": k,
+                "best": found.best,
+                "bits": [*map(list, found.bits.items())],
+            }
             for (a, s, k), found in study.searches.items()
             if found.best is not None
         ],

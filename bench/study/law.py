@@ -110,16 +110,16 @@ BOUNDS = (-12.0, 6.0)
 def fit(form: Form, n: Array, d: Array, s: Array, loss: Array, start: Array | None = None) -> Array:
     """Return the parameters of the least loss found: from a grid of starts, the best of which hops on.
 
-    With `start`, the parameters of a fit to similar data, from there alone. Repeats bit for bit.
+    With `start`, the parameters of a fit to similar data, it is the one that hops. Repeats bit for bit.
     """
     value = objective(form, n, d, s, loss)
     how: dict[str, Any] = {"method": "L-BFGS-B", "jac": True, "bounds": [BOUNDS] * len(form.parameters)}
+    how["options"] = {"ftol": 1e-12, "gtol": 1e-8}  # the usual ones end far from the minimum of a flat valley
     with threadpool_limits(1):  # more wait for each other at every step, eighty times as long on busy cores
-        if start is not None:
-            return np.exp(minimize(value, np.log(start), **how).x)
-        starts = [np.log(values) for values in product(*form.starts)]
-        best = min((minimize(value, x, **how) for x in starts), key=lambda found: found.fun)
-        hopped = basinhopping(value, best.x, niter=30, T=1e-3, stepsize=0.5, minimizer_kwargs=how, rng=0)
+        starts = product(*form.starts) if start is None else [start]
+        best = min((minimize(value, np.log(x), **how) for x in starts), key=lambda found: found.fun)
+        hops = 30 if start is None else 5
+        hopped = basinhopping(value, best.x, niter=hops, T=1e-3, stepsize=0.5, minimizer_kwargs=how, rng=0)
     return np.exp(hopped.x if hopped.fun < best.fun else best.x)
 
 

@@ -9,7 +9,6 @@ from itertools import product
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from . import StudyError
 from .runs import MIXTURE, SIZES, Point, Run, parameters
 
 FIRST_SEARCHED = 100
@@ -85,7 +84,7 @@ def trials(run: Run, lr: float, how: HowToSearch) -> list[Point]:
 class Search:
     """What the search for an arm's learning rate has come to: bits per byte by rate, and what is still to be measured.
 
-    `best` is None until the search has ended.
+    `best` is None until the search has ended, and where the arm diverged at every rate.
     """
 
     bits: dict[float, float]
@@ -112,7 +111,7 @@ def search(measured: Measured, run: Run, how: HowToSearch, domains: Sequence[str
         if math.isinf(bits[better]):
             better = near[0]
             if better == best:
-                raise StudyError(f"{run.arm} at {run.size} diverged at every learning rate down to {best:g}.")
+                return Search(dict(sorted(bits.items())), [])
         if better == best:
             return Search(dict(sorted(bits.items())), [], best)
         best = better
@@ -122,18 +121,31 @@ Jobs = dict[Run, list[Point]]
 """What is to be measured of each run."""
 
 
+def searched(wanted: Wanted) -> list[Run]:
+    """Return a run of each arm, size and K: what a search is for."""
+    every = product(wanted.sizes, wanted.inner_steps, wanted.arms)
+    return [Run(arm, size, inner_steps, 0, wanted.search.start) for size, inner_steps, arm in every]
+
+
+def hopeless(wanted: Wanted, measured: Measured, domains: Sequence[str]) -> list[Run]:
+    """Return those that diverged at every learning rate."""
+    ended = [(run, search(measured, run, wanted.search, domains)) for run in searched(wanted)]
+    return [run for run, found in ended if found.best is None and not found.missing]
+
+
 def pending(wanted: Wanted, measured: Measured, domains: Sequence[str]) -> tuple[Jobs, Jobs]:
     """Return what can be measured now, in the order in which it should be, and the runs whose rate is searched for."""
     searches: Jobs = {}
     jobs: Jobs = {}
     later: Jobs = {}
+    ended = [(run, search(measured, run, wanted.search, domains)) for run in searched(wanted)]
     for seed in range(wanted.seeds):
-        for size, inner_steps, arm in product(wanted.sizes, wanted.inner_steps, wanted.arms):
-            run = Run(arm, size, inner_steps, seed, wanted.search.start)
-            found = search(measured, run, wanted.search, domains)
+        for of_arm, found in ended:
+            run = of_arm._replace(seed=seed)
             searches |= {point.run: [point] for point in found.missing}
             if found.best is None:
-                later[run] = points_of(wanted, run)
+                if found.missing:
+                    later[run] = points_of(wanted, run)
                 continue
             run = run._replace(lr=found.best)
             missing = [point for point in points_of(wanted, run) if point not in measured]

@@ -28,7 +28,8 @@ from .runs import MILLION
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 KINDS = (("trained", "text of the kinds trained on"), ("unseen", "kinds never seen"))
-STYLES = ("o-", "s--", "^:", "D-.")
+STYLES = ("o-", "s--", "^:", "D-.", "v-", "P--")
+"""One for each size of runs.SIZES."""
 
 
 def colors(arms: Iterable[str]) -> dict[str, str]:
@@ -70,7 +71,8 @@ def write(figure: Figure, path: Path) -> None:
 
 def loss(found: dict[str, Any], path: Path) -> None:
     """Draw bits per byte over tokens, a panel for each size."""
-    rows = [r for r in found["arms"] if r["inner_steps"] == most(found["arms"], "inner_steps")]
+    rows = several(found["arms"])
+    rows = [r for r in rows if r["inner_steps"] == most(rows, "inner_steps")]
     color = colors(r["arm"] for r in rows)
     sizes = sorted({(r["parameters"], r["size"]) for r in rows})
     figure, panels = plt.subplots(
@@ -78,7 +80,7 @@ def loss(found: dict[str, Any], path: Path) -> None:
     )
     for axes, (n, size) in zip(panels[0], sizes, strict=True):
         for arm in dict.fromkeys(r["arm"] for r in rows):
-            line = [r for r in rows if r["size"] == size and r["arm"] == arm and r["seeds"] > 1]
+            line = [r for r in rows if r["size"] == size and r["arm"] == arm]
             if line:
                 x = [r["tokens"] + r["decay_tokens"] for r in line]
                 points(axes, x, [r["trained"] for r in line], "o-", color=color[arm], label=title(arm))
@@ -86,51 +88,72 @@ def loss(found: dict[str, Any], path: Path) -> None:
         axes.set_title(f"{n / MILLION:.2f}M parameters", loc="left", fontsize=10)
         bare(axes)
     panels[0, 0].set_ylabel("bits per byte, kinds trained on")
-    panels[0, 0].legend(frameon=False, fontsize=9)
+    legend(figure)
     write(figure, path)
 
 
-def nexus(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows of the Nexus arm and the K that most rows of several seeds are of."""
-    rows = [r for r in rows if r["arm"].startswith("nexus") and r["seeds"] > 1]
+def several(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of more seeds than one."""
+    return [r for r in rows if r["seeds"] > 1]
+
+
+def legend(figure: Figure) -> None:
+    """Explain below all panels what any of them shows."""
+    shown = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            shown.setdefault(label, handle)
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+
+
+def nexus(rows: Iterable[dict[str, Any]], value: str) -> list[dict[str, Any]]:
+    """Return the rows of one Nexus arm at one K, of several seeds: the K of most rows, of the arms that most sizes have
+    the best one in the mean of `value` where all of them were run."""
+    rows = [r for r in several(rows) if r["arm"].startswith("nexus")]
     rows = [r for r in rows if r["inner_steps"] == most(rows, "inner_steps")]
-    return [r for r in rows if r["arm"] == most(rows, "arm")]
+    of_arm: dict[str, dict[tuple[Any, ...], float]] = {}
+    for r in rows:
+        of_arm.setdefault(r["arm"], {})[r["size"], r["tokens"], r["domain"], r["other"]] = r[value]["mean"]
+    sizes = {arm: len({place[0] for place in of}) for arm, of in of_arm.items()}
+    widest = [arm for arm in of_arm if sizes[arm] == max(sizes.values())]
+    common = set.intersection(*(set(of_arm[arm]) for arm in widest)) if widest else set()
+    best = min(widest, key=lambda arm: sum(of_arm[arm][place] for place in common), default=None)
+    return [r for r in rows if r["arm"] == best]
+
+
+def sizes_of(rows: Iterable[dict[str, Any]]) -> list[tuple[int, str, str]]:
+    """Return the sizes of rows, ascending: parameters, name, and the style of their lines."""
+    sizes = sorted({(r["parameters"], r["size"]) for r in rows})
+    return [(*size, style) for size, style in zip(sizes, STYLES, strict=False)]
 
 
 def differences(found: dict[str, Any], path: Path) -> None:
     """Draw Nexus − unit and Nexus − AdamW over tokens, a line for each size, and over sizes at a D that all have."""
-    rows = nexus(found["differences"])
-    arm, color = rows[0]["arm"], colors(("unit",))
-    sizes = sorted({(r["parameters"], r["size"]) for r in rows})
-    of_size = [{r["tokens"] for r in rows if r["size"] == size} for _, size in sizes]
+    rows = nexus(found["differences"], "trained")
+    arm, color, sizes = rows[0]["arm"], colors(("unit",)), sizes_of(rows)
+    of_size = [{r["tokens"] for r in rows if r["size"] == size} for _, size, _ in sizes]
     common = max(set.intersection(*of_size), default=0)
     figure, panels = plt.subplots(2, 2, figsize=(9.5, 6.5), sharey="row", layout="constrained")
     for line, (kind, text) in zip(panels, KINDS, strict=True):
         for other in ("unit", "adamw"):
-            for (n, size), style in zip(sizes, STYLES, strict=False):
+            for n, size, style in sizes:
                 mine = [r for r in rows if r["size"] == size and r["other"] == other]
-                label = f"− {title(other)}, {n / MILLION:.2f}M"
-                points(
-                    line[0],
-                    [r["tokens"] for r in mine],
-                    [r[kind] for r in mine],
-                    style,
-                    color=color[other],
-                    label=label,
-                )
+                how = {"color": color[other], "label": f"− {title(other)}, {n / MILLION:.2f}M"}
+                if mine:
+                    points(line[0], [r["tokens"] for r in mine], [r[kind] for r in mine], style, **how)
             mine = [r for r in rows if r["tokens"] == common and r["other"] == other]
-            label = f"− {title(other)}"
-            points(
-                line[1], [r["parameters"] for r in mine], [r[kind] for r in mine], "o-", color=color[other], label=label
-            )
+            if mine:  # no line, which would join sizes across one that lacks
+                how = {"color": color[other], "label": f"− {title(other)}"}
+                points(line[1], [r["parameters"] for r in mine], [r[kind] for r in mine], "o", **how)
         for axes in line:
             axes.axhline(0, color="black", linewidth=0.8)
             bare(axes)
-        line[0].set_ylabel(f"{title(arm)} minus the other,\nbits per byte, {text}", fontsize=9)
+        line[0].set_ylabel(f"{title(arm)}, K = {rows[0]['inner_steps']},\nminus the other, {text}", fontsize=9)
         ticks(line[0], sorted({r["tokens"] for r in rows}), "tokens D before the decay")
-        ticks(line[1], [n for n, _ in sizes], f"parameters N (D = {common / MILLION:.2g}M)")
-    panels[0, 0].legend(frameon=False, fontsize=8)
-    panels[0, 1].legend(frameon=False, fontsize=8)
+        at = f"D = {common / MILLION:.2g}M" if common else "there is no D that all sizes have"
+        ticks(line[1], [n for n, *_ in sizes], f"parameters N ({at})")
+    panels[0, 0].set_title("bits per byte, lower is better for Nexus", loc="left", fontsize=10)
+    legend(figure)
     write(figure, path)
 
 
@@ -151,9 +174,10 @@ def gamma(found: dict[str, Any], path: Path) -> None:
     def there(r: dict[str, Any]) -> bool:
         return (r["size"], r["tokens"]) == place
 
-    rows = [r for r in found["differences"] if there(r) and r["other"] == "unit"]
+    rows = several(r for r in found["differences"] if there(r) and r["other"] == "unit")
     aligned = [r for r in found["arms"] if there(r) and r["alignment"] and not parse(r["arm"])[0]]
     steps = sorted({r["inner_steps"] for r in rows})
+    shortest = min((parse(r["arm"])[1] or 0) * (r["inner_steps"] - 1) for r in rows)
     figure, panels = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
     for k, style, shade in zip(steps, STYLES, PALETTE, strict=False):
         mine = sorted((r for r in rows if r["inner_steps"] == k), key=lambda r: parse(r["arm"])[1] or 0)
@@ -161,8 +185,8 @@ def gamma(found: dict[str, Any], path: Path) -> None:
         for axes, (kind, _) in zip(panels, KINDS, strict=False):
             points(axes, x, [r[kind] for r in mine], style, color=shade, label=f"K = {k}")
         mine = sorted((r for r in aligned if r["inner_steps"] == k), key=lambda r: parse(r["arm"])[1] or 0)
-        # A walk of length 0 has no place on a logarithmic axis: it stands at the left.
-        x = [max((parse(r["arm"])[1] or 0) * (k - 1), 0.05) for r in mine]
+        # A walk of length 0 has no place on a logarithmic axis: it stands at the left of all others.
+        x = [max((parse(r["arm"])[1] or 0) * (k - 1), shortest / 4) for r in mine]
         points(panels[2], x, [r["alignment"] for r in mine], style, color=shade, label=f"K = {k}")
     for axes, text in zip(panels, (*(text for _, text in KINDS), "alignment (left: unit gradients)"), strict=True):
         axes.set_xscale("log")
@@ -178,30 +202,35 @@ def gamma(found: dict[str, Any], path: Path) -> None:
 
 def specialized(found: dict[str, Any], path: Path) -> None:
     """Draw Nexus − AdamW and Nexus − unit after specialization, over the tokens before it, a panel for each domain."""
-    rows = nexus(found["specialized"])
-    color = colors(("unit",))
+    rows = nexus(found["specialized"], "difference")
+    color, sizes = colors(("unit",)), sizes_of(rows)
     domains = sorted({r["domain"] for r in rows})
     figure, panels = plt.subplots(
         1, len(domains), figsize=(4.8 * len(domains), 3.8), sharey=True, squeeze=False, layout="constrained"
     )
     for axes, domain in zip(panels[0], domains, strict=True):
         for other in ("adamw", "unit"):
-            sizes = sorted({(r["parameters"], r["size"]) for r in rows if r["other"] == other})
-            for (n, size), style in zip(sizes, STYLES, strict=False):
+            for n, size, style in sizes:
                 mine = [r for r in rows if (r["domain"], r["size"], r["other"]) == (domain, size, other)]
                 how = {"color": color[other], "label": f"− {title(other)}, {n / MILLION:.2f}M"}
-                points(axes, [r["tokens"] for r in mine], [r["difference"] for r in mine], style, **how)
+                if mine:
+                    points(axes, [r["tokens"] for r in mine], [r["difference"] for r in mine], style, **how)
         axes.axhline(0, color="black", linewidth=0.8)
         ticks(axes, sorted({r["tokens"] for r in rows}), "tokens D before specialization")
         axes.set_title(domain, loc="left", fontsize=10)
         bare(axes)
-    panels[0, 0].set_ylabel("Nexus minus the other, bits per byte,\nmean over all D′")
-    panels[0, 0].legend(frameon=False, fontsize=8)
+    arm = f"{title(rows[0]['arm'])}, K = {rows[0]['inner_steps']},"
+    panels[0, 0].set_ylabel(f"{arm}\nminus the other, bits per byte, mean over D′", fontsize=9)
+    legend(figure)
     write(figure, path)
 
 
 def law(laws: Laws, found: dict[str, Any], path: Path) -> None:
-    """Draw what the chosen form predicts against what was measured, and the loss over the share of specialization."""
+    """Draw what the chosen form predicts against what was measured, and the loss over the share of specialization.
+
+    The latter is for the larger of the two middle sizes and the longest D that it was trained for; curves are thin
+    where D or D′ leaves what was measured.
+    """
     form = laws.form
     assert form is not None
     color = colors(laws.arms)
@@ -221,16 +250,23 @@ def law(laws: Laws, found: dict[str, Any], path: Path) -> None:
     left.set_ylabel(f"predicted by {form.formula}")
     left.legend(frameon=False, fontsize=7)
     share = np.arange(0.01, 0.96, 0.01)
-    n, tokens = np.unique(every[:, 0])[-2], every[:, 1].max()
+    sizes = np.unique(every[:, 0])
+    n = sizes[len(sizes) // 2]
+    here = every[every[:, 0] == n]
+    tokens = here[:, 1].max()
     for arm in laws.arms:
         losses = laws.losses(form, laws.fits_of(arm, form))
         for count, style in zip((2, 5, 20), ("-", "--", ":"), strict=True):
-            values = losses(np.full_like(share, n), tokens * (1 - share), tokens * share / count)
-            right.plot(share, values, style, color=color[arm], label=f"{title(arm)}, {count} domains")
+            d, s = tokens * (1 - share), tokens * share / count
+            values = losses(np.full_like(share, n), d, s)
+            within = (d >= here[:, 1].min()) & (s >= here[:, 2].min()) & (s <= here[:, 2].max())
+            right.plot(share, values, style, color=color[arm], linewidth=0.6)
+            label = f"{title(arm)}, {count} domains"
+            right.plot(share, np.where(within, values, np.nan), style, color=color[arm], linewidth=2, label=label)
             right.scatter(share[np.argmin(values)], values.min(), color=color[arm], s=25, zorder=3)
-    right.set_xlabel(f"share of specialization in {tokens:.2g}M tokens, N = {n:.2g}M")
+    right.set_xlabel(f"share of specialization in {tokens:.2g}M tokens")
     right.set_ylabel("bits per byte of its domain, mean")
-    right.set_title("dots: the best split", loc="left", fontsize=10)
+    right.set_title(f"N = {n:.2g}M; dots: its best share; thin: not measured", loc="left", fontsize=10)
     right.legend(frameon=False, fontsize=8)
     for axes in (left, right):
         bare(axes)
@@ -240,10 +276,10 @@ def law(laws: Laws, found: dict[str, Any], path: Path) -> None:
 def draw(found: dict[str, Any], laws: Laws, folder: Path) -> list[Path]:
     """Draw everything that the figures allow; return the files."""
     drawings = {
-        "loss": (loss, found["arms"]),
-        "differences": (differences, nexus(found["differences"])),
+        "loss": (loss, several(found["arms"])),
+        "differences": (differences, nexus(found["differences"], "trained")),
         "gamma": (gamma, place_of_several(found)),
-        "specialized": (specialized, nexus(found["specialized"])),
+        "specialized": (specialized, nexus(found["specialized"], "difference")),
         "law": (partial(law, laws), laws.form),
     }
     written = []

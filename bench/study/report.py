@@ -12,10 +12,8 @@ from nexus_fused.demo.report import MINUS
 
 from . import StudyError
 from .arms import title
+from .figures import CLAIMED
 from .runs import MILLION
-
-CLAIMED = 5
-"""Seeds behind a difference that is claimed."""
 
 
 def shown(found: dict[str, Any], sign: str = "+") -> str:
@@ -42,8 +40,20 @@ def place(row: dict[str, Any]) -> list[str]:
     return [size, str(row["inner_steps"]), f"{row['tokens'] / MILLION:.2f}M", f"{per:.1f}"]
 
 
-BEYOND = ", beyond what was measured"
+BEYOND = " (not measured)"
+"""Behind what lies outside of the range that was measured."""
 WHERE = ["N", "K", "D", "D/N"]
+
+
+def seeds_of(row: dict[str, Any]) -> str:
+    """Write how many seeds a mean is over, and of how many where some diverged."""
+    return f"{row['seeds']} of {row['seeds'] + row['diverged']}" if row["diverged"] else str(row["seeds"])
+
+
+def percent(share: float, interval: Sequence[float] | None, sign: str = "") -> str:
+    """Write a share, with its interval where there is one."""
+    text = f"{share:{sign}.0%}" + (" ({:.0%} to {:.0%})".format(*interval) if interval else "")
+    return text.replace("-", MINUS)
 
 
 def pivot(rows: Sequence[dict[str, Any]]) -> list[list[object]]:
@@ -51,15 +61,21 @@ def pivot(rows: Sequence[dict[str, Any]]) -> list[list[object]]:
     found: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
     for r in rows:
         other = "adamw" if r["other"] == "muon" else r["other"].removeprefix("muon+")
-        found.setdefault((*place(r), title(r["arm"])), {})[other] = r
+        found.setdefault((r["size"], r["inner_steps"], r["tokens"], r["arm"]), {})[other] = r
+    table = []
+    for of in found.values():
+        both = [of[other] for other in ("adamw", "unit") if other in of]
+        seeds = " and ".join(dict.fromkeys(str(r["seeds"]) for r in both))
+        cells = [shown(of[o][kind]) if o in of else "" for kind in ("trained", "unseen") for o in ("adamw", "unit")]
+        table.append([*place(both[0]), title(both[0]["arm"]), seeds, *cells])
+    return table
+
+
+def of_runs(diverged: Sequence[dict[str, Any]]) -> list[str]:
+    """Return a sentence for each run that diverged."""
+    told = {(title(p["arm"]), p["size"], p["inner_steps"], p["seed"], p["lr"]): None for p in diverged}
     return [
-        [*key, " and ".join(dict.fromkeys(str(r["seeds"]) for r in of.values()))]
-        + [
-            shown(of[other][kind]) if other in of else ""
-            for kind in ("trained", "unseen")
-            for other in ("adamw", "unit")
-        ]
-        for key, of in found.items()
+        f"Diverged: {arm} at {size}, K = {k}, seed {seed}, learning rate {lr:g}." for arm, size, k, seed, lr in told
     ]
 
 
@@ -69,13 +85,14 @@ def sections(found: dict[str, Any]) -> dict[str, str]:
     plain = "AdamW or Muon" if any(r["other"] == "muon" for r in found["differences"]) else "AdamW"
     where = f"Commits: {', '.join(found['commits'])}. torch {', '.join(found['torch'])}."
     where += f" Machines: {', '.join(found['processors'])}."
-    runs = f"{found['measurements']} measurements of {found['runs']} runs, of which {len(found['diverged'])} diverged"
+    diverged = of_runs(found["diverged"])
+    runs = f"{found['measurements']} measurements of {found['runs']} runs, of which {len(diverged)} diverged"
     made = {
         "runs": f"{runs}. {where}",
         "learning rates": table(
             ["N", "K", "arm", "best", "bits per byte by learning rate"],
             (
-                [s["size"], s["inner_steps"], title(s["arm"]), f"{s['best']:g}", ", ".join(
+                [f"{s['parameters'] / MILLION:.2f}M", s["inner_steps"], title(s["arm"]), f"{s['best']:g}", ", ".join(
                     f"{lr:g}: {bits:.3f}" if bits else f"{lr:g}: diverged" for lr, bits in s["bits"]
                 )]
                 for s in found["searches"]
@@ -84,7 +101,7 @@ def sections(found: dict[str, Any]) -> dict[str, str]:
         "bits per byte": table(
             [*WHERE, "arm", "seeds", "trained on", "unseen", "alignment"],
             (
-                [*place(r), title(r["arm"]), r["seeds"], shown(r["trained"], ""), shown(r["unseen"], ""),
+                [*place(r), title(r["arm"]), seeds_of(r), shown(r["trained"], ""), shown(r["unseen"], ""),
                  shown(r["alignment"]) if r["alignment"] else ""]
                 for r in found["arms"]
             ),
@@ -106,24 +123,24 @@ def sections(found: dict[str, Any]) -> dict[str, str]:
             (
                 [title(f["arm"]), f["domain"], f["form"] + (" (chosen)" if f["form"] == law["form"] else ""),
                  f"{f['error_within']:.2%}", f"{f['error_held_out']:.2%}",
-                 ", ".join(f"{name} {value:.3g}" for name, value in f["parameters"].items())]
+                 ", ".join(f"{name} {value:.2g}" for name, value in f["parameters"].items())]
                 for f in law["fits"]
             ),
         ),
         "splits": table(
-            ["arm", "budget", "domains", "N", "D", "D′ each", "specialization", "bits per byte"],
+            ["arm", "budget", "domains", "N", "D", "D′ each", "specialization", "less the first", "bits per byte"],
             (
-                [title(s["arm"]), f"{s['teraflop']:g} TFLOP", s["domains"], f"{s['n']:.2f}M", f"{s['d']:.2f}M",
-                 f"{s['d_prime']:.3f}M" + BEYOND * s["beyond"],
-                 f"{s['share']:.0%} ({s['share_low']:.0%} to {s['share_high']:.0%})",
+                [title(s["arm"]), f"{s['teraflop']:.1f} TFLOP", s["domains"],
+                 *(f"{s[name]:.2f}M" + BEYOND * s["beyond"][name] for name in ("n", "d", "d_prime")),
+                 percent(s["share"], s["share_interval"]),
+                 "" if s["less_first"] is None else percent(s["less_first"], s["less_first_interval"], "+"),
                  f"{s['loss']:.3f}"]
                 for s in law["splits"]
             ),
         ),
     }  # fmt: skip
     lacks = [f"No law for {name}, which lacks {lack}." for name, lack in law["missing"].items()]
-    diverged = [f"Diverged: {point}." for point in found["diverged"]]
-    return {**made, "runs": "\n".join([made["runs"], *diverged]), "missing": "\n".join(lacks)}
+    return {**made, "runs": "\n".join([made["runs"], *diverged, *found["left_out"]]), "missing": "\n".join(lacks)}
 
 
 def text(found: dict[str, Any]) -> str:
@@ -132,14 +149,24 @@ def text(found: dict[str, Any]) -> str:
 
 
 def insert(found: dict[str, Any], page: Path) -> None:
-    """Renew what a page has between `<!-- study: NAME -->` and `<!-- end -->`; StudyError for an unknown name."""
-    made = sections(found)
+    """Renew what a page has between `<!-- study: NAME -->` and `<!-- end -->`.
+
+    Raises StudyError for an unknown name, for a section that does not end, and where there is none.
+    """
+    made, before = sections(found), page.read_text()
 
     def content(match: re.Match[str]) -> str:
         name = match[1]
         if name not in made:
             raise StudyError(f"{page} asks for {name!r}; there are {', '.join(made)}.")
+        if "<!-- study: " in match[2]:
+            raise StudyError(f"the section {name!r} of {page} does not end: write <!-- end --> below it.")
         return f"<!-- study: {name} -->\n{made[name]}\n<!-- end -->"
 
-    pattern = r"<!-- study: ([^>]+?) -->\n.*?<!-- end -->"
-    write_atomically(page, re.sub(pattern, content, page.read_text(), flags=re.DOTALL).encode())
+    pattern = r"<!-- study: ([^>]+?) -->\n(.*?)<!-- end -->"
+    after, count = re.subn(pattern, content, before, flags=re.DOTALL)
+    if not count:
+        raise StudyError(
+            f"{page} has no section: write <!-- study: differences --> and <!-- end --> where one belongs."
+        )
+    write_atomically(page, after.encode())

@@ -25,6 +25,9 @@ MEASURED = {
 }
 """What a line holds beside its point."""
 OF_POINT = {"arm": str, "size": str, "inner_steps": int, "seed": int, "lr": float, "tokens": int, "domain": str}
+OF_POINT |= {"decay_tokens": int}
+VERSION = 1
+"""Of the file's format."""
 
 
 def parse(line: bytes) -> tuple[Point, dict[str, Any]]:
@@ -52,9 +55,11 @@ def read(path: Path) -> tuple[dict[str, Any], dict[Point, dict[str, Any]], int]:
         try:
             if number == 1:
                 settings = json.loads(line)["settings"]
+                if settings["version"] != VERSION or settings["search"].keys() != {"seeds", "start", "tokens"}:
+                    raise ValueError
                 continue
             point, content = parse(line)
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, AttributeError):
             remedy = "name another file" if number == 1 else "take the line out, and what it held is measured again"
             what = "is not the head of a study" if number == 1 else "is damaged"
             raise StudyError(f"line {number} of {path} {what}; {remedy}.") from None
@@ -97,7 +102,7 @@ class Results:
             if found and (other := mismatch(settings, found)):
                 raise StudyError(f"{path} is of a study with other settings: {other}. Name another file.")
             os.ftruncate(self._file, os.fstat(self._file).st_size - self.cut_off)
-            if not found:
+            if not found:  # an empty file, or a head that was cut off
                 self._write({"settings": settings})
         except BaseException:
             os.close(self._file)

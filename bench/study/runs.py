@@ -15,6 +15,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -102,10 +103,16 @@ class Point(NamedTuple):
         return Run(*self[:5])
 
 
+@cache
+def parameters_of(size: Size) -> int:
+    """Return the number of parameters of a model, embeddings included."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in ByteTransformer(size).parameters())
+
+
 def parameters(size: str) -> int:
     """Return N, the number of parameters, embeddings included."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in ByteTransformer(SIZES[size]).parameters())
+    return parameters_of(SIZES[size])
 
 
 def micro_batches(
