@@ -1,26 +1,28 @@
-# One virtual environment, .venv, holds the package (editable) and the tools of every target: what the other targets
-# need beyond the demo is small beside torch.
+# One virtual environment, .venv, holds the package (editable). The demo needs little beside torch; the first of the
+# other targets adds the tools of all of them.
 
 PYTHON ?= python3
 BIN := .venv/bin
+DEMO := .venv/.demo
 STAMP := .venv/.installed
 
 # As variables, since these reach the isolated build too (newer pips read the second one there). The path is relative,
 # since pip splits it at spaces.
 PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 
-.PHONY: help demo test test-all bench lint clean
+.PHONY: help demo test test-all bench docs lint clean
 
 help:
 	@echo "make demo      train a small model with AdamW, with NexusAdamW and with the control between them"
 	@echo "make test      run the tests, of long products of parameters a sample"
 	@echo "make test-all  run all tests"
 	@echo "make bench     run the benchmarks"
+	@echo "make docs      build the documentation's site into site/"
 	@echo "make lint      ruff and mypy"
 	@echo "make clean     remove .venv, build output and caches"
 	@echo "The first one creates .venv; PYTHON=python3.12 chooses the Python (3.10 or newer)."
 
-demo: $(STAMP)
+demo: $(DEMO)
 	$(BIN)/python -m nexus_fused.demo
 
 test: $(STAMP)
@@ -32,19 +34,28 @@ test-all: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m bench
 
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "open site/index.html"
+
 lint: $(STAMP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
 # Python sources take effect by themselves; these files need a new install.
-$(STAMP): pyproject.toml constraints.txt $(wildcard csrc/*)
+$(DEMO): pyproject.toml constraints.txt $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("nexus_fused needs Python 3.10 or newer, " \
 		"but $(PYTHON) is " + sys.version.split()[0] + "; choose another with: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
-	$(PINNED) $(BIN)/python -m pip install -e '.[demo,test,trainers,optimizers,bench,dev]'
+	$(PINNED) $(BIN)/python -m pip install -e '.[demo]'
+	@touch $@
+
+# By its name: the package is there, and is not built again.
+$(STAMP): $(DEMO)
+	$(PINNED) $(BIN)/python -m pip install 'nexus_fused[demo,test,trainers,optimizers,bench,docs,dev]'
 	@touch $@
 
 clean:
-	rm -rf .venv build dist .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv build dist site .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find nexus_fused triton_kernels tests bench -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

@@ -19,7 +19,7 @@ from .study.plots import write
 ROOT = Path(__file__).parents[1]
 PICTURES = ROOT / "docs" / "pictures"
 STUDY = ROOT / "bench" / "results" / "study.json"
-SIZE = (6.0, 3.9)
+SIZE = (5.4, 3.6)
 THEMES = {
     "light": {"ink": "#1f2328", "soft": "#8c959f", "line": "#d0d7de", "walk": "#0072b2", "step": "#d55e00"},
     "dark": {"ink": "#e6edf3", "soft": "#8d96a0", "line": "#3d444d", "walk": "#58a6ff", "step": "#f0883e"},
@@ -57,7 +57,7 @@ def walk(theme: Theme, path: Path) -> None:
     note = {"textcoords": "offset points", "fontsize": 12}
     axes.annotate("θ", w[0], (-6, -20), color=theme["ink"], **{**note, "fontsize": 15})
     axes.annotate("D, which leads back to θ", (w[3] + w[-1]) / 2, (6, -44), color=theme["soft"], **note)
-    axes.annotate("AdamW's step from θ,\nwith D/Γ for a gradient", end / 2, (-66, 46), color=theme["step"], **note)
+    axes.annotate("AdamW's step from θ,\nwith D/Γ for a gradient", end / 2, (-52, 50), color=theme["step"], **note)
     middle = (w[1] + w[2]) / 2
     axes.annotate("a step of length γ\nfor each micro-batch", middle, (-30, -42), color=theme["walk"], **note)
     axes.set_aspect("equal")

@@ -37,7 +37,7 @@ class NexusAdamW(WalkingOptimizer):
             with their `step()`, may be captured into one CUDA graph, or, where K is open, a backward pass; see `step`.
         inner_lr: γ, length of an inner step, > 0; per group; may be a tensor of one element.
         inner_steps: K, micro-batches in a cycle, one for the optimizer; None where `step()` ends it. 1 is AdamW on
-            g/‖g‖. Who changes K keeps the product γ·(K-1).
+            g/‖g‖.
         normalize_displacement: give AdamW D/Γ (Γ: the length of the walk) instead of D, so that `lr`, `eps` and
             `betas` keep AdamW's meaning. False is the paper's choice.
         inner_lr_follows_lr: γ_k = inner_lr · max(lr/base_lr, 0.1), with base_lr the group's learning rate when it was

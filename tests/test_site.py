@@ -1,0 +1,100 @@
+"""The documentation's site: it builds without a warning, and its pages open in a browser without an error."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("mkdocs")
+pytest.importorskip("mkdocstrings")
+
+ROOT = Path(__file__).parent.parent
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+WIDTHS = (1280, 420)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(folder)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.strip()) == (0, "")
+    return folder
+
+
+def test_every_page_is_there(site: Path):
+    pages = {path.stem for path in (ROOT / "docs").glob("*.md")} | {"index", "changelog", "contributing", "404"}
+    assert pages == {path.stem for path in site.glob("*.html")}
+    api = (site / "api.html").read_text()
+    for name in ("NexusAdamW", "Nexus", "split_matrices", "NexusAdamW.metrics", "Nexus.step"):
+        assert f'id="nexus_fused.{name}"' in api, name
+
+
+def test_every_link_leads_somewhere(site: Path):
+    """To a file, and where it names a place in a page, to that place; nothing is fetched from elsewhere."""
+    for page in site.glob("*.html"):
+        if page.name == "404.html":  # its links are the server's
+            continue
+        text = page.read_text()
+        for kind, target in re.findall(r'(href|src|srcset)="([^"]*)"', text):
+            if re.match(r"[a-z]+:", target):
+                assert kind == "href", f"{page.name} fetches {target}"
+                continue
+            path, _, place = target.partition("#")
+            file = (page.parent / path).resolve() if path else page
+            file = file / "index.html" if file.is_dir() else file
+            assert file.is_file(), f"{page.name}: {target}"
+            if place and not place.startswith("__") and file.suffix == ".html":
+                assert f'id="{place}"' in file.read_text(), f"{page.name}: {target}"
+
+
+@pytest.fixture
+def served(site: Path) -> Iterator[str]:
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(site)))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+@pytest.mark.parametrize("width", WIDTHS)
+def test_no_page_has_an_error_in_the_console(site: Path, served: str, tmp_path: Path, width: int):
+    """Nor is a page wider than its window."""
+    told = "<script>addEventListener('load', () => console.log('width', document.documentElement.scrollWidth))</script>"
+    for page in sorted(site.glob("*.html")):
+        original = page.read_text()
+        page.write_text(original.replace("</body>", f"{told}</body>"))
+        try:
+            done = subprocess.run(
+                [
+                    str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+                    "--enable-logging=stderr", f"--window-size={width},1200", f"--user-data-dir={tmp_path}",
+                    "--virtual-time-budget=3000", "--dump-dom", f"{served}/{page.name}",
+                ],
+                capture_output=True, text=True, timeout=120, check=True,
+            )  # fmt: skip
+        finally:
+            page.write_text(original)
+        console = re.findall(r'CONSOLE[^"]*"(.*)", source', done.stderr)
+        widths = [int(line.split()[1]) for line in console if line.startswith("width ")]
+        assert widths, done.stderr
+        assert [line for line in console if not line.startswith("width ")] == [], page.name
+        assert max(widths) <= max(width, 500), page.name  # no window is narrower than 500
