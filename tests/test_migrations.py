@@ -1,0 +1,87 @@
+"""The diffs of docs/migrating.md: each changes one line of an AdamW script, and what comes out trains."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from processes import on_ranks
+
+import nexus_fused
+
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "migrating.md").read_text()
+DIFFS = {
+    Path(path).name: (ROOT / "docs" / path, removed, added)
+    for path, removed, added in re.findall(r"\]\(([^)]+\.py)\)\):\n\n```diff\n-(.*)\n\+(.*)\n```", PAGE)
+}
+NEEDS = {"huggingface.py": ("transformers", "accelerate"), "lightning_module.py": ("lightning",)}
+# What the libraries warn of is theirs to mend; what we warn of is an error, as everywhere.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.filterwarnings("error:.*NexusAdamW"),
+    pytest.mark.usefixtures("one_thread"),
+]
+
+
+def script(name: str, changed: bool) -> types.ModuleType:
+    """The script as a module, with AdamW or with the line changed."""
+    for package in NEEDS.get(name, ()):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed: pip install '.[trainers]'")
+    path, removed, added = DIFFS[name]
+    source = path.read_text()
+    assert source.count(removed + "\n") == 1
+    if changed:
+        source = source.replace(removed, added)
+    module = types.ModuleType(path.stem)
+    module.nexus_fused = nexus_fused
+    exec(compile(source, str(path), "exec"), module.__dict__)
+    return module
+
+
+def test_which_scripts_there_are():
+    own = {path.name for path in (ROOT / "docs" / "migrations").glob("*.py")}
+    assert DIFFS.keys() == {"accumulating_loop.py", *own}
+    assert all("nexus_fused.Nexus" in added for _, _, added in DIFFS.values())
+
+
+def walked(optimizer, model) -> bool:
+    """Whether AdamW has stepped on walks of four inner steps, and weights are finite."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's and Lightning's wrappers
+    assert isinstance(optimizer, nexus_fused.NexusAdamW | nexus_fused.Nexus)
+    assert all(p.isfinite().all() for p in model.parameters())
+    return optimizer.at_boundary and len(optimizer.metrics()["grad_norms"]) == 4
+
+
+@pytest.mark.parametrize("name", sorted({*DIFFS} - {"accumulating_loop.py", "torchrun_ddp.py"}))
+def test_a_line_is_all_that_changes(name: str):
+    _, before = script(name, changed=False).main()
+    optimizer, model = script(name, changed=True).main()
+    assert walked(optimizer, model)
+    same = zip(before.parameters(), model.parameters(), strict=True)
+    assert not all(torch.equal(p, q) for p, q in same)
+
+
+def test_a_line_in_a_loop_like_nanogpts(tmp_path: Path):
+    """Its loss falls as with AdamW, and its checkpoint resumes."""
+    model, optimizer, losses, evaluations = script("accumulating_loop.py", changed=True).main(tmp_path / "saved")
+    assert walked(optimizer, model)
+    assert evaluations[-1] < evaluations[0]
+    assert len(losses) == 24 * 4
+    script("accumulating_loop.py", changed=True).main(tmp_path / "saved", resume=True)
+
+
+def ranks() -> list[torch.Tensor]:
+    optimizer, model = script("torchrun_ddp.py", changed=True).main()
+    assert walked(optimizer, model)
+    return [p.detach() for p in model.parameters()]
+
+
+def test_a_line_under_torchrun():
+    first, second = on_ranks(2, ranks)
+    assert all(map(torch.equal, first, second))
