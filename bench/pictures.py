@@ -57,7 +57,7 @@ def walk(theme: Theme, path: Path) -> None:
     note = {"textcoords": "offset points", "fontsize": 12}
     axes.annotate("θ", w[0], (-6, -20), color=theme["ink"], **{**note, "fontsize": 15})
     axes.annotate("D, which leads back to θ", (w[3] + w[-1]) / 2, (6, -44), color=theme["soft"], **note)
-    axes.annotate("AdamW's step from θ,\nwith D/Γ for a gradient", end / 2, (-52, 50), color=theme["step"], **note)
+    axes.annotate("AdamW's step from θ,\nwith D/Γ for a gradient", end / 2, (-64, 62), color=theme["step"], **note)
     middle = (w[1] + w[2]) / 2
     axes.annotate("a step of length γ\nfor each micro-batch", middle, (-30, -42), color=theme["walk"], **note)
     axes.set_aspect("equal")

@@ -143,12 +143,11 @@ def differences(found: dict[str, Any], path: Path) -> None:
                     points(line[0], [r["tokens"] for r in mine], [r[kind] for r in mine], style, **how)
             mine = [r for r in rows if r["tokens"] == common and r["other"] == other]
             if mine:  # no line, which would join sizes across one that lacks
-                how = {"color": color[other], "label": f"− {title(other)}"}
-                points(line[1], [r["parameters"] for r in mine], [r[kind] for r in mine], "o", **how)
+                points(line[1], [r["parameters"] for r in mine], [r[kind] for r in mine], "o", color=color[other])
         for axes in line:
             axes.axhline(0, color="black", linewidth=0.8)
             bare(axes)
-        line[0].set_ylabel(f"{title(arm)}, K = {rows[0]['inner_steps']},\nminus the other, {text}", fontsize=9)
+        line[0].set_ylabel(f"{title(arm)}, K = {rows[0]['inner_steps']}, minus the other,\n{text}", fontsize=9)
         ticks(line[0], sorted({r["tokens"] for r in rows}), "tokens D before the decay")
         at = f"D = {common / MILLION:.2g}M" if common else "there is no D that all sizes have"
         ticks(line[1], [n for n, *_ in sizes], f"parameters N ({at})")
