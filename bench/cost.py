@@ -229,8 +229,8 @@ def table(
     if not reductions:
         return
     each = communication_seconds(reductions, **speeds) / inner_steps
-    yield f"\nReducing gradients across replicas takes {_short(each * 1e3)} ms, K times in a cycle, but for what"
-    yield "backward passes hide of it. Local walks are faster where these are short:\n"
+    yield f"\nReducing gradients across replicas takes {_short(each * 1e3)} ms, K times in a cycle; backward passes"
+    yield "hide part of that. Where they are short, local walks are faster:\n"
     for method in (LOCAL, LOCAL_F32):
         if method in found:
             average = [c for c in found[method].collectives if c.across]
