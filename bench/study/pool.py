@@ -25,7 +25,7 @@ def do(shared: tuple[Texts, Texts, str, str], tell: Tell, run: Run, points: list
     training, held_out, device, dtype = shared
     if torch.device(device).type != "cpu":  # where not every operation repeats bit for bit
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.use_deterministic_algorithms(True)  # with warn_only attention's backward pass stays as it is
         torch.utils.deterministic.fill_uninitialized_memory = False
     cycles, of_cycle = 0, 6.0 * parameters(run.size) * SIZES[run.size].cycle_tokens
 
