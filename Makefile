@@ -43,19 +43,20 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-# Python sources take effect by themselves; these files need a new install.
-$(DEMO): pyproject.toml constraints.txt $(wildcard csrc/*)
+# Python sources take effect by themselves; these files need a new install (__init__.py states the version).
+$(DEMO): pyproject.toml constraints.txt nexus_fused/__init__.py $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("nexus_fused needs Python 3.10 or newer, " \
 		"but $(PYTHON) is " + sys.version.split()[0] + "; choose another with: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
 	$(PINNED) $(BIN)/python -m pip install -e '.[demo]'
 	@touch $@
 
-# By its name: the package is there, and is not built again.
+# By name and version: the package is there, and is neither built again nor taken from an index.
 $(STAMP): $(DEMO)
-	$(PINNED) $(BIN)/python -m pip install 'nexus_fused[demo,test,trainers,optimizers,bench,docs,dev]'
+	$(PINNED) $(BIN)/python -m pip install "nexus_fused[demo,test,trainers,optimizers,bench,docs,dev]==$$( \
+		$(BIN)/python -c 'from importlib.metadata import version; print(version("nexus_fused"))')"
 	@touch $@
 
 clean:
 	rm -rf .venv build dist site .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	find nexus_fused triton_kernels tests bench -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+	find nexus_fused triton_kernels tests bench docs -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

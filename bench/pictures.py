@@ -84,7 +84,8 @@ def gain(found: dict[str, Any], theme: Theme, path: Path) -> None:
     axes.minorticks_off()
     axes.set_xlabel("tokens of training", color=theme["ink"])
     axes.set_ylabel("bits per byte, lower is better", color=theme["ink"])
-    parameters = f"{rows[0]['parameters'] / 1e6:.2f}M parameters, text like the training text, 5 seeds"
+    seeds = min(r["seeds"] for r in line)
+    parameters = f"{rows[0]['parameters'] / 1e6:.2f}M parameters, text like the training text, {seeds} seeds"
     axes.set_title(parameters, loc="left", color=theme["ink"], fontsize=11)
     axes.legend(frameon=False, labelcolor=theme["ink"], loc="lower right", fontsize=11)
     axes.tick_params(colors=theme["soft"], labelcolor=theme["ink"])

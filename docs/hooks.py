@@ -8,7 +8,7 @@ from pathlib import Path
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 """Pages of the repository's root, by their name in the site."""
 LINK = re.compile(r"(\]\(|src(?:set)?=\")([^)\"\s]+)")
@@ -22,7 +22,10 @@ def of_the_site(markdown: str, page: str) -> str:
         target, _, anchor = match[2].partition("#")
         if re.match(r"[a-z]+:", target) or not target:
             return match[0]
-        path = (ROOT / at / target).resolve().relative_to(ROOT).as_posix()
+        file = (ROOT / at / target).resolve()
+        if not file.is_relative_to(ROOT):
+            return match[0]  # mkdocs says that there is no such page
+        path = file.relative_to(ROOT).as_posix()
         found = PAGES.get(path, path.removeprefix("docs/"))
         return match[1] + found + (f"#{anchor}" if anchor else "")
 

@@ -315,10 +315,15 @@ def test_download_with_another_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     good.write_text(f"{name}==1.0 --hash=sha256:{digest}\n")
     bad.write_text(f"{name}==1.0 --hash=sha256:{'0' * 64}\n")
     wheels = tmp_path / "cache" / "wheels"
+    counted: list[int] = []
+    monkeypatch.setenv("PIP_QUIET", "1")  # the bar counts all the same
+    monkeypatch.setattr(data.Progress, "update", lambda self, n: counted.append(n))
     with pytest.raises(DemoError, match="differs from the pinned one"):
         data.download(wheels, bad)
     assert not list(wheels.iterdir())
+    counted.clear()
     data.download(wheels, good)
+    assert sum(counted) == 1
     (wheel,) = wheels.iterdir()
     wheel.write_bytes(wheel.read_bytes()[:-1])
     data.download(wheels, good)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -711,6 +712,11 @@ def test_a_whole_study(split_study: figures.Study, tmp_path: Path) -> None:
     assert made["splits"].count("(not measured)") == sum(sum(row["beyond"].values()) for row in splits)
 
 
+def two_k(measured: dict[runs.Point, dict]) -> dict[runs.Point, dict]:
+    """The same of one seed, at another K."""
+    return {p._replace(inner_steps=5): m for p, m in measured.items() if p.seed != 1}
+
+
 def test_pictures_of_less(tmp_path: Path) -> None:
     """Of another K alone, and of sizes without a common D, what can be drawn is drawn."""
     names = ("adamw", "unit", "nexus:0.2")
@@ -720,6 +726,8 @@ def test_pictures_of_less(tmp_path: Path) -> None:
     laws = figures.Laws(study)
     found = figures.figures(study, laws)
     assert [path.name for path in plots.draw(found, laws, tmp_path)] == ["study_loss.svg", "study_differences.svg"]
+    one = figures.Study(SETTINGS, {p: m for p, m in only.items() if p.seed != 1} | two_k(only))
+    assert plots.draw(figures.figures(one, figures.Laws(one)), laws, tmp_path / "one") == []
     for row, size, tokens in zip(found["differences"], ("0.1M", "0.1M", "0.2M"), (1, 1, 2), strict=True):
         row |= {
             "size": size,
@@ -748,6 +756,7 @@ def test_no_interval_of_few_seeds(split_study: figures.Study) -> None:
     study = figures.Study(SETTINGS, of_two)
     laws = figures.Laws(study)
     assert laws.seeds == [0, 1]
+    assert "No intervals: 2 seeds" in report.sections(figures.figures(study, laws))["missing"]
     for row in figures.splits(laws):
         assert (row["share_interval"], row["less_first_interval"]) == (None, None)
         assert "(" not in report.percent(row["share"], row["share_interval"])
@@ -768,14 +777,32 @@ def test_a_measurement_more_takes_no_law_and_no_row_away(split_study: figures.St
     assert figures.missing(table) == figures.missing(figures.table_of(before, "adamw", 5, "a")) == ""
 
 
+def test_all_arms_of_a_place_are_compared_over_the_same_amounts() -> None:
+    """Of three seeds one arm has the smallest D′ alone: the two others count, for all pairs."""
+    have = searched("adamw", "unit", "nexus:0.2")
+    for arm, seed in product(("adamw", "unit", "nexus:0.2"), range(5)):
+        run = runs.Run(arm, "tiny", 5, seed, 8e-3)
+        have[runs.Point(*run, 480)] = {**line(2.0), "bits": dict.fromkeys(NAMES, 2.0)}
+        for decay in (160, 320, 480) if arm != "unit" or seed > 2 else (160,):
+            have[runs.Point(*run, 480, "a", decay)] = {**line(), "bits": {"a": 2.0 - decay / 1000}}
+    rows = figures.specialized(figures.Study(SETTINGS, have))
+    assert {(r["arm"], r["other"], r["seeds"], tuple(r["domain_tokens"])) for r in rows} == {
+        ("unit", "adamw", 2, (160, 320, 480)),
+        ("nexus:0.2", "unit", 2, (160, 320, 480)),
+        ("nexus:0.2", "adamw", 5, (160, 320, 480)),
+    }
+
+
 def test_which_nexus_is_drawn() -> None:
-    """Of those that most sizes have the better one, not the one of most rows."""
+    """Of those that most sizes have at most places the better one."""
 
     def row(arm: str, size: str, tokens: int, mean: float) -> dict:
         more = {"inner_steps": 5, "seeds": 3, "domain": "mixture", "other": "adamw", "parameters": 1}
         return {"arm": arm, "size": size, "tokens": tokens, "trained": {"mean": mean}, **more}
 
-    rows = [row("nexus:0.05", "0.1M", tokens, -0.01) for tokens in (1, 2, 3)] + [row("nexus:0.2", "0.1M", 1, -0.02)]
+    means = {"nexus:0.05": -0.01, "nexus:0.2": -0.02}
+    rows = [row(arm, "0.1M", tokens, mean) for arm, mean in means.items() for tokens in (1, 2, 3)]
+    rows.append(row("nexus:0.8", "0.1M", 4, -0.9))
     assert {r["arm"] for r in plots.nexus(rows, "trained")} == {"nexus:0.2"}
     rows.append(row("nexus:0.05", "0.2M", 1, -0.01))
     assert {r["arm"] for r in plots.nexus(rows, "trained")} == {"nexus:0.05"}

@@ -133,22 +133,27 @@ def differences(study: Study) -> list[dict[str, Any]]:
 
 
 def specialized(study: Study) -> list[dict[str, Any]]:
-    """Return the differences between arms after specialization: means over the D′ that most seeds have all of."""
-    found: dict[tuple[Any, ...], dict[int, dict[int, float]]] = {}
+    """Return the differences between arms after specialization: means over the same D′ for all arms of a place.
+
+    These are the D′ that make most of what was measured comparable: their number times that of the seeds that have all.
+    """
+    found: dict[tuple[Any, ...], dict[tuple[str, str], dict[int, dict[int, float]]]] = {}
     for (*key, decay), arms in study.groups(lambda p: p.domain not in ("", MIXTURE)).items():
         for arm, other in pairs(arms):
-            by_seed = found.setdefault((*key, arm, other), {})
+            by_seed = found.setdefault(tuple(key), {}).setdefault((arm, other), {})
             for s in sorted(arms[arm].keys() & arms[other].keys()):
                 bits = (study.bits(arms[a][s], [key[3]]) for a in (arm, other))
                 by_seed.setdefault(s, {})[decay] = next(bits) - next(bits)
     rows = []
-    for (*key, arm, other), by_seed in found.items():
-        counted = Counter(frozenset(of) for of in by_seed.values())
-        amounts = sorted(max(counted, key=lambda of: (counted[of], len(of), sorted(of)), default=frozenset()))
-        whole = [fmean(of[decay] for decay in amounts) for of in by_seed.values() if of.keys() >= set(amounts)]
-        if whole:
-            row = {**row_of((*key, 0)), "arm": arm, "other": other, "seeds": len(whole), "domain_tokens": amounts}
-            rows.append({**row, "difference": difference(whole)})
+    for key, of_pair in found.items():
+        had = [frozenset(of) for by_seed in of_pair.values() for of in by_seed.values()]
+        comparable = {amounts: len(amounts) * sum(of >= amounts for of in had) for amounts in had}
+        amounts = sorted(max(comparable, key=lambda of: (comparable[of], sorted(of)), default=frozenset()))
+        for (arm, other), by_seed in of_pair.items():
+            whole = [fmean(of[decay] for decay in amounts) for of in by_seed.values() if of.keys() >= set(amounts)]
+            if whole:
+                row = {**row_of((*key, 0)), "arm": arm, "other": other, "seeds": len(whole), "domain_tokens": amounts}
+                rows.append({**row, "difference": difference(whole)})
     return rows
 
 
@@ -180,17 +185,18 @@ MOST = (4, 4, 3)
 
 
 def table_of(study: Study, arm: str, inner_steps: int, domain: str) -> Rows:
-    """Return the measurements of specialization on a domain, but for those of a D or a D′ that only one size has."""
+    """Return the measurements of specialization on a domain, of a D that several sizes have and a D′ that all have."""
     rows = [
         (parameters(p.size) / MILLION, p.tokens / MILLION, p.decay_tokens / MILLION, study.bits(p, [domain]), p.seed)
         for p in study.measured
         if (p.arm, p.inner_steps, p.domain) == (arm, inner_steps, domain)
     ]
-    for column in (1, 2) if len({row[0] for row in rows}) > 1 else ():
+    number = len({row[0] for row in rows})
+    for column, least in ((1, min(2, number)), (2, number)):
         sizes: dict[float, set[float]] = {}
         for row in rows:
             sizes.setdefault(row[column], set()).add(row[0])
-        rows = [row for row in rows if len(sizes[row[column]]) > 1]
+        rows = [row for row in rows if len(sizes[row[column]]) >= least]
     return np.array(sorted(rows)).reshape(-1, 5)
 
 
@@ -330,6 +336,7 @@ def splits(laws: Laws) -> list[dict[str, Any]]:
     middle, between = sizes[len(sizes) // 2 - 1 : len(sizes) // 2 + 1], np.geomspace(sizes[0], sizes[-1], 30)
     longest, amount = min(every[every[:, 0] == n, 1].max() for n in middle), amounts[len(amounts) // 2]
     sampled = {arm: laws.bootstrap(arm, form) for arm in laws.arms}
+    own = {arm: np.concatenate([laws.tables[arm, domain] for domain in laws.domains]) for arm in laws.arms}
     for n, count in product(middle, (2, 5, 20)):
         budget, bests, shares = 6 * n * (longest + count * amount), {}, {}
         for arm in laws.arms:
@@ -339,7 +346,7 @@ def splits(laws: Laws) -> list[dict[str, Any]]:
             first = laws.arms[0]
             row = {"arm": arm, "teraflop": round(float(budget), 2), "domains": count}
             row |= {name: round(value, 4) for name, value in bests[arm].items()}
-            row |= {"beyond": beyond(bests[arm], every), "share_interval": interval(shares[arm])}
+            row |= {"beyond": beyond(bests[arm], own[arm]), "share_interval": interval(shares[arm])}
             other = arm != first
             row["less_first"] = round(bests[arm]["share"] - bests[first]["share"], 4) if other else None
             row["less_first_interval"] = interval(shares[arm] - shares[first]) if other else None
@@ -373,7 +380,12 @@ def figures(study: Study, laws: Laws) -> dict[str, Any]:
         "arms": means(study),
         "differences": differences(study),
         "specialized": specialized(study),
-        "law": {"missing": laws.lacks, "form": laws.form.name if laws.form else None, "fits": laws.rows},
+        "law": {
+            "missing": laws.lacks,
+            "seeds": len(laws.seeds),
+            "form": laws.form.name if laws.form else None,
+            "fits": laws.rows,
+        },
     }
     found["law"]["splits"] = splits(laws)
     return dict(finite(found))

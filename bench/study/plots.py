@@ -107,8 +107,8 @@ def legend(figure: Figure) -> None:
 
 
 def nexus(rows: Iterable[dict[str, Any]], value: str) -> list[dict[str, Any]]:
-    """Return the rows of one Nexus arm at one K, of several seeds: the K of most rows, of the arms that most sizes have
-    the best one in the mean of `value` where all of them were run."""
+    """Return the rows of one Nexus arm at one K, of several seeds: the K of most rows, and of the arms that most sizes
+    have at most places the best one, in the mean of `value` where all of them were run."""
     rows = [r for r in several(rows) if r["arm"].startswith("nexus")]
     rows = [r for r in rows if r["inner_steps"] == most(rows, "inner_steps")]
     of_arm: dict[str, dict[tuple[Any, ...], float]] = {}
@@ -116,6 +116,7 @@ def nexus(rows: Iterable[dict[str, Any]], value: str) -> list[dict[str, Any]]:
         of_arm.setdefault(r["arm"], {})[r["size"], r["tokens"], r["domain"], r["other"]] = r[value]["mean"]
     sizes = {arm: len({place[0] for place in of}) for arm, of in of_arm.items()}
     widest = [arm for arm in of_arm if sizes[arm] == max(sizes.values())]
+    widest = [arm for arm in widest if len(of_arm[arm]) == max(len(of_arm[other]) for other in widest)]
     common = set.intersection(*(set(of_arm[arm]) for arm in widest)) if widest else set()
     best = min(widest, key=lambda arm: sum(of_arm[arm][place] for place in common), default=None)
     return [r for r in rows if r["arm"] == best]
@@ -159,7 +160,7 @@ def differences(found: dict[str, Any], path: Path) -> None:
 def place_of_several(found: dict[str, Any]) -> tuple[str, int] | None:
     """Return the size and the tokens at which most arms with several K were measured, None if there are none."""
     of_place: dict[tuple[str, int], set[int]] = {}
-    for r in found["differences"]:
+    for r in several(found["differences"]):
         if r["arm"].startswith("nexus") and r["other"] == "unit":
             of_place.setdefault((r["size"], r["tokens"]), set()).add(r["inner_steps"])
     best = max(of_place, key=lambda place: len(of_place[place]), default=None)
@@ -251,14 +252,17 @@ def law(laws: Laws, found: dict[str, Any], path: Path) -> None:
     share = np.arange(0.01, 0.96, 0.01)
     sizes = np.unique(every[:, 0])
     n = sizes[len(sizes) // 2]
-    here = every[every[:, 0] == n]
-    tokens = here[:, 1].max()
+    tokens = every[every[:, 0] == n, 1].max()
     for arm in laws.arms:
         losses = laws.losses(form, laws.fits_of(arm, form))
+        here = np.concatenate([laws.tables[arm, domain] for domain in laws.domains])
+        here = here[here[:, 0] == n]
         for count, style in zip((2, 5, 20), ("-", "--", ":"), strict=True):
             d, s = tokens * (1 - share), tokens * share / count
             values = losses(np.full_like(share, n), d, s)
-            within = (d >= here[:, 1].min()) & (s >= here[:, 2].min()) & (s <= here[:, 2].max())
+            within = (
+                (d >= here[:, 1].min()) & (d <= here[:, 1].max()) & (s >= here[:, 2].min()) & (s <= here[:, 2].max())
+            )
             right.plot(share, values, style, color=color[arm], linewidth=0.6)
             label = f"{title(arm)}, {count} domains"
             right.plot(share, np.where(within, values, np.nan), style, color=color[arm], linewidth=2, label=label)

@@ -111,10 +111,10 @@ def sections(found: dict[str, Any]) -> dict[str, str]:
             pivot(found["differences"]),
         ),
         "specialized": table(
-            [*WHERE, "domain", "difference", "seeds", "on that domain"],
+            [*WHERE, "domain", "D′", "difference", "seeds", "on that domain"],
             (
-                [*place(r), r["domain"], f"{title(r['arm'])} {MINUS} {title(r['other'])}", r["seeds"],
-                 shown(r["difference"])]
+                [*place(r), r["domain"], ", ".join(f"{s / MILLION:.2f}" for s in r["domain_tokens"]) + "M",
+                 f"{title(r['arm'])} {MINUS} {title(r['other'])}", r["seeds"], shown(r["difference"])]
                 for r in found["specialized"]
             ),
         ),
@@ -140,6 +140,8 @@ def sections(found: dict[str, Any]) -> dict[str, str]:
         ),
     }  # fmt: skip
     lacks = [f"No law for {name}, which lacks {lack}." for name, lack in law["missing"].items()]
+    if law["form"] and law["seeds"] < CLAIMED:
+        lacks.append(f"No intervals: {law['seeds']} seeds have every point that is fitted, and {CLAIMED} are needed.")
     return {**made, "runs": "\n".join([made["runs"], *diverged, *found["left_out"]]), "missing": "\n".join(lacks)}
 
 

