@@ -354,10 +354,10 @@ class WalkingOptimizer(Optimizer):
         """Figures of the last finished cycle, partial ones too; waits for the device, not for other ranks.
 
         alignment: mean pairwise cosine similarity of the cycle's unit gradients, each at its own point of the walk;
-        NaN where fewer than two were taken. grad_norms: ‖g_k‖ of each micro-batch, unscaled. lost_fraction: the share
-        of element moves in the walk, since a load in it, that left the weight where it was; where it is not small,
-        inner_lr is too small for the model. skipped_inner_steps, skipped_outer_steps: totals of steps and cycles in
-        which nothing moved.
+        NaN where fewer than two were taken. grad_norms: ‖g_k‖ of each micro-batch, unscaled (still scaled with
+        inner_steps=None in a loop that calls GradScaler's `unscale_()`). lost_fraction: the share of element moves in
+        the walk, since a load in it, that left the weight where it was; where it is not small, inner_lr is too small
+        for the model. skipped_inner_steps, skipped_outer_steps: totals of steps and cycles in which nothing moved.
         """
         cycles = list(self._walk.cycles.values())
         return {
