@@ -709,7 +709,7 @@ def test_a_whole_study(split_study: figures.Study, tmp_path: Path) -> None:
     assert "**−0.10" in made["differences"]
     assert "transfer gap (chosen)" in made["law"]
     assert made["splits"].count("TFLOP") == 2 * 3 * 2
-    assert made["splits"].count("(not measured)") == sum(sum(row["beyond"].values()) for row in splits)
+    assert made["splits"].count("(beyond)") == sum(sum(row["beyond"].values()) for row in splits)
 
 
 def two_k(measured: dict[runs.Point, dict]) -> dict[runs.Point, dict]:
@@ -845,7 +845,7 @@ def test_tables_of_a_page(tmp_path: Path) -> None:
         "Nexus, γ = 0.2", "3", "−0.190 ± 0.006", "−0.090 ± 0.006", "+0.000 ± 0.058", "+0.000 ± 0.058",
     ]  # fmt: skip
     assert made.startswith("# Title\n\n<!-- study: differences -->\n| N ")
-    assert "18 measurements of 9 runs, of which 0 diverged. Commits: abc. torch 2. Machines: a processor." in made
+    assert "18 measurements of 9 runs, of which 0 diverged.\nCommits: abc. torch 2. Machines: a processor." in made
     assert "old" not in made
     report.insert(found, page)
     assert page.read_text() == made

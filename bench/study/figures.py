@@ -325,20 +325,20 @@ def beyond(best: Mapping[str, float], every: Rows) -> dict[str, bool]:
 def splits(laws: Laws) -> list[dict[str, Any]]:
     """Return the best split of budgets by the chosen form, for each arm, with 90 % of the bootstrap.
 
-    Budgets are what the two middle sizes cost with the longest D that both have and the middle D′ for each domain.
-    What lies outside of what was measured is marked.
+    Budgets are what the two smallest sizes cost with the middle one of the D and of the D′, for each domain: there the
+    best split hardly leaves what was measured. What does is marked.
     """
     form, rows = laws.form, []
     if form is None:
         return []
     every = np.concatenate([laws.tables[arm, domain] for arm, domain in product(laws.arms, laws.domains)])
-    sizes, amounts = np.unique(every[:, 0]), np.unique(every[:, 2])
-    middle, between = sizes[len(sizes) // 2 - 1 : len(sizes) // 2 + 1], np.geomspace(sizes[0], sizes[-1], 30)
-    longest, amount = min(every[every[:, 0] == n, 1].max() for n in middle), amounts[len(amounts) // 2]
+    sizes, *amounts = (np.unique(every[:, i]) for i in range(3))
+    between = np.geomspace(sizes[0], sizes[-1], 30)
+    d, d_prime = (of[len(of) // 2] for of in amounts)
     sampled = {arm: laws.bootstrap(arm, form) for arm in laws.arms}
     own = {arm: np.concatenate([laws.tables[arm, domain] for domain in laws.domains]) for arm in laws.arms}
-    for n, count in product(middle, (2, 5, 20)):
-        budget, bests, shares = 6 * n * (longest + count * amount), {}, {}
+    for n, count in product(sizes[:2], (2, 5, 20)):
+        budget, bests, shares = 6 * n * (d + count * d_prime), {}, {}
         for arm in laws.arms:
             bests[arm] = best_split(laws.losses(form, laws.fits_of(arm, form)), budget, count, between)
             resampled_too = (best_split(laws.losses(form, fits), budget, count, between) for fits in sampled[arm])

@@ -40,8 +40,8 @@ def place(row: dict[str, Any]) -> list[str]:
     return [size, str(row["inner_steps"]), f"{row['tokens'] / MILLION:.2f}M", f"{per:.1f}"]
 
 
-BEYOND = " (not measured)"
-"""Behind what lies outside of the range that was measured."""
+BEYOND = " (beyond)"
+"""Behind what lies outside of the range that was measured, and behind an N at its end."""
 WHERE = ["N", "K", "D", "D/N"]
 
 
@@ -88,7 +88,7 @@ def sections(found: dict[str, Any]) -> dict[str, str]:
     diverged = of_runs(found["diverged"])
     runs = f"{found['measurements']} measurements of {found['runs']} runs, of which {len(diverged)} diverged"
     made = {
-        "runs": f"{runs}. {where}",
+        "runs": f"{runs}.\n{where}",
         "learning rates": table(
             ["N", "K", "arm", "best", "bits per byte by learning rate"],
             (
