@@ -23,7 +23,7 @@ NEEDS = {"huggingface.py": ("transformers", "accelerate"), "lightning_module.py"
 # What the libraries warn of is theirs to mend; what we warn of is an error, as everywhere.
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),
-    pytest.mark.filterwarnings("error:(?s:.*)(Nexus|nexus_fused|inner_lr|inner_steps|one_micro_batch)"),
+    pytest.mark.filterwarnings("error:.*(Nexus|nexus_fused|inner_lr|inner_steps|one_micro_batch)"),
     pytest.mark.usefixtures("one_thread"),
 ]
 
