@@ -253,7 +253,7 @@ def test_an_arm_that_always_diverges_is_left_out() -> None:
     run = runs.Run("adamw", "tiny", 5, 0, 8e-3)
     trunk = {**line(2.0), "bits": dict.fromkeys(NAMES, 2.0)}
     study = figures.Study(SETTINGS, have | {runs.Point(*run, 480): trunk, plan.annealed(run, 480.0): line(2.0)})
-    assert study.left_out() == ["unit gradients at tiny, K = 5, diverged at every learning rate."]
+    assert study.left_out() == ["unit gradients at tiny with K = 5 diverged at every learning rate."]
     assert "diverged at every" in report.sections(figures.figures(study, figures.Laws(study)))["runs"]
 
 
@@ -269,7 +269,7 @@ def test_measurements_that_wait_for_a_search_are_named() -> None:
     study = figures.Study(SETTINGS, have)
     assert {p.arm for p in study.measured} == {"adamw"}
     assert study.left_out() == [
-        "2 measurements of unit gradients at tiny, K = 5, are left out until its search has ended."
+        "2 measurements of unit gradients at tiny with K = 5 are left out until its search has ended."
     ]
 
 

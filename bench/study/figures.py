@@ -71,11 +71,11 @@ class Study:
         waiting = Counter(p[:3] for p in self.every if p.seed not in seeds and self.searches[p[:3]].best is None)
         said = []
         for (arm, size, k), found in self.searches.items():
-            where = f"{title(arm)} at {size}, K = {k}"
+            where = f"{title(arm)} at {size} with K = {k}"
             if found.best is None and not found.missing:
-                said.append(f"{where}, diverged at every learning rate.")
+                said.append(f"{where} diverged at every learning rate.")
             elif number := waiting[arm, size, k]:
-                said.append(f"{number} measurements of {where}, are left out until its search has ended.")
+                said.append(f"{number} measurements of {where} are left out until its search has ended.")
         return said
 
     def groups(self, kind: Callable[[Point], bool]) -> dict[tuple[Any, ...], dict[str, dict[int, Point]]]:
