@@ -1,6 +1,6 @@
 """Contenders in turn, paired ratios, a table and a JSON: `python -m bench [--threads 2] [--rounds 25] [--out FILE]`.
 
-Machines drift, so no absolute time is a result. In each round every contender runs once, in turn, and a figure is the
+Machines drift, so no absolute time is a result. In each round every contender runs once, in turn. A figure is the
 median over rounds of a ratio within the round, with its quartiles. Nothing is timed unless the parity check holds.
 """
 
@@ -42,7 +42,9 @@ def timed(contenders: list[Contender], rounds: int, title: str) -> dict[str, lis
 
 
 def rows(contenders: list[Contender], seconds: dict[str, list[float]], numel: int) -> list[dict[str, Any]]:
-    """One row per contender: time and bandwidth by the bytes it must move, beside the triad of the same round."""
+    """Returns one row for each contender: time, and bandwidth by the bytes that it must move, beside the triad of the
+    same round.
+    """
     triad = next((c for c in contenders if c.name == "triad"), None)
     made = []
     for c in contenders:
@@ -57,7 +59,7 @@ def rows(contenders: list[Contender], seconds: dict[str, list[float]], numel: in
 
 
 def sections(rounds: int) -> Iterator[tuple[str, list[dict[str, Any]], dict[str, dict[str, float]]]]:
-    """Title, rows and the figures, section by section."""
+    """Returns title, rows and figures, section by section."""
     numel = sum(torch.Size(shape).numel() for shape in GPT2_50M)
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
@@ -118,7 +120,7 @@ def show(title: str, table: list[dict[str, Any]], figures: dict[str, dict[str, f
 
 
 def arguments(prog: str, description: str) -> argparse.Namespace:
-    """The command line; sets the number of threads."""
+    """Parses the command line, and sets the number of threads."""
     parser = argparse.ArgumentParser(prog=prog, description=description.partition("\n")[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=25)
@@ -129,7 +131,7 @@ def arguments(prog: str, description: str) -> argparse.Namespace:
 
 
 def started(options: argparse.Namespace) -> dict[str, Any]:
-    """A result without figures yet: what it will have been measured on and with. Prints the gist."""
+    """Returns a result without figures yet: what it is measured on and with. Prints the gist."""
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     result: dict[str, Any] = {
         "processor": processor(),

@@ -1,4 +1,4 @@
-"""What is compared, and how it is timed in turn. Each contender is a function that runs one cycle on gradients that lie
+"""What is compared, and how it is timed in turn. Each contender is a function that runs one cycle on gradients that are
 ready, as after a backward pass, and the bytes per parameter that it must move.
 """
 
@@ -28,7 +28,9 @@ CPU = torch.device("cpu")
 
 
 def gpt(layers: int, width: int, vocabulary: int) -> list[tuple[int, ...]]:
-    """The parameters of a GPT-2-like model: embeddings, per layer two norms and four linear maps, a norm."""
+    """Returns the parameters of a GPT-2-like model: embeddings, a last norm, and for each layer two norms and four
+    linear maps.
+    """
     w = width
     layer = [(w,), (w,), (3 * w, w), (3 * w,), (w, w), (w,), (w,), (w,), (4 * w, w), (4 * w,), (w, 4 * w), (w,)]
     return [(vocabulary, w), (1024, w), *layer * layers, (w,), (w,)]
@@ -40,8 +42,9 @@ MANY_SMALL = [(64,)] * 2000
 
 @dataclass
 class Contender:
-    """One side of a comparison: `run` is timed, `bytes` is per parameter and run (0: not counted), `rounds` the most it
-    is run, for one that would take longer than all others together."""
+    """One side of a comparison. `run` is timed; `bytes` is per parameter and run (0: not counted). `rounds` limits how
+    often it runs, if it takes longer than all others together.
+    """
 
     name: str
     run: Callable[[], Any]
@@ -63,8 +66,9 @@ def time_in_turn(
     progress: Callable[[range], Iterable[int]] = iter,
     until: float = float("inf"),
 ) -> dict[str, list[float]]:
-    """Seconds of each contender in each round; two rounds of warm-up are not counted. Ends early, after three rounds at
-    least, once time.monotonic() has passed `until`."""
+    """Returns seconds of each contender in each round, without two rounds of warm-up. Ends early, after three rounds at
+    least, once time.monotonic() has passed `until`.
+    """
     seconds: dict[str, list[float]] = {c.name: [] for c in contenders}
     for i in progress(range(rounds + 2)):
         if i >= 5 and time.monotonic() > until:
@@ -83,7 +87,7 @@ def quartiles(values: list[float]) -> dict[str, float]:
 
 
 def ratio(over: list[float], under: list[float]) -> dict[str, float]:
-    """Median and quartiles of the paired ratios."""
+    """Returns median and quartiles of the paired ratios."""
     return quartiles([a / b for a, b in zip(over, under, strict=False)])
 
 
@@ -93,13 +97,13 @@ def make_params(shapes: list[tuple[int, ...]], dtype: torch.dtype, device: torch
 
 
 def make_gradients(shapes: list[tuple[int, ...]], dtype: torch.dtype, device: torch.device = CPU) -> list[list[Tensor]]:
-    """The gradients of K micro-batches."""
+    """Returns the gradients of K micro-batches."""
     generator = torch.Generator(device).manual_seed(1)
     return [[torch.randn(s, generator=generator, device=device).to(dtype) for s in shapes] for _ in range(K)]
 
 
 def nexus(params: list[nn.Parameter], gradients: list[list[Tensor]], **options: Any) -> Callable[[], NexusAdamW]:
-    """One cycle of NexusAdamW: what a training loop calls, the hand-over of gradients included."""
+    """One cycle of NexusAdamW: what a training loop calls, with the hand-over of gradients."""
     return cycle_of(NexusAdamW(params, **{**NEXUS, **options}), params, gradients)
 
 
@@ -117,9 +121,8 @@ def cycle_of(optimizer: Walking, params: list[nn.Parameter], gradients: list[lis
 
 
 def open_nexus(params: list[nn.Parameter], gradients: list[list[Tensor]], **options: Any) -> Callable[[], NexusAdamW]:
-    """The same with `inner_steps=None`: K inner steps as backward passes take them, then `step()`, without a gradient.
-
-    Moves 104 bytes per parameter in float32: norm 4·4, first 14, others 16·3, end 26.
+    """One cycle with `inner_steps=None`: K inner steps, as backward passes take them, then `step()` without a gradient.
+    Moves 104 bytes per parameter in float32: norms 4·4, first step 14, others 16·3, end 26.
     """
     optimizer = NexusAdamW(params, **{**NEXUS, "inner_steps": None, **options})
 
@@ -135,14 +138,15 @@ def open_nexus(params: list[nn.Parameter], gradients: list[list[Tensor]], **opti
 
 
 def in_front_of_adamw(params: list[nn.Parameter], gradients: list[list[Tensor]], **options: Any) -> Callable[[], Nexus]:
-    """The same with torch's fused AdamW behind the walk. The last step moves 50 bytes, not 30: its end 16, D/Γ 6,
-    AdamW 28."""
+    """One cycle with torch's fused AdamW behind the walk. The last step moves 50 bytes, not 30: its end 16, D/Γ 6,
+    AdamW 28.
+    """
     walk = {key: value for key, value in {**NEXUS, **options}.items() if key not in OPTIONS}
     return cycle_of(Nexus(torch.optim.AdamW(params, fused=True, **OPTIONS), **walk), params, gradients)
 
 
 def captured(cycle: Callable[[], Any]) -> Callable[[], None]:
-    """The same as a CUDA graph, captured after one cycle outside of it."""
+    """One cycle as a CUDA graph, captured after one cycle outside of it."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -162,9 +166,8 @@ def captured(cycle: Callable[[], Any]) -> Callable[[], None]:
 def adamw(
     params: list[nn.Parameter], gradients: list[list[Tensor]], *, foreach: bool = False, capturable: bool = False
 ) -> Callable[[], None]:
-    """What Nexus replaces: accumulation in place, clipping, torch's fused AdamW. 76 bytes per parameter.
-
-    foreach: one accumulation of all tensors at once, not of one after the other, as autograd does it.
+    """What Nexus replaces: accumulation in place, clipping, torch's fused AdamW. 76 bytes per parameter. foreach:
+    accumulates all tensors at once, not one after another as autograd does.
     """
     optimizer = torch.optim.AdamW(params, fused=True, capturable=capturable, **OPTIONS)
     accumulated = [g.clone() for g in gradients[0]]  # autograd hands the first one over without a copy
@@ -208,7 +211,7 @@ class WithMaster:
 
 
 def adamw_with_master(params: list[nn.Parameter], gradients: list[list[Tensor]]) -> Callable[[], None]:
-    """The same for low-precision parameters: see `WithMaster`. 82 bytes."""
+    """AdamW for low-precision parameters: see `WithMaster`. 82 bytes."""
     optimizer = WithMaster(params)
 
     def run() -> None:
@@ -220,9 +223,8 @@ def adamw_with_master(params: list[nn.Parameter], gradients: list[list[Tensor]])
 
 
 def foreach_nexus(params: list[nn.Parameter], gradients: list[list[Tensor]]) -> Callable[[], None]:
-    """Nexus as one writes it from foreach operations on a second copy of the model. 152 bytes per parameter.
-
-    Scales `gradients` in place to the length γ, which changes nothing for who uses them next: Nexus normalizes.
+    """Nexus as one writes it from foreach operations on a second copy of the model. 152 bytes per parameter. Scales
+    `gradients` in place to the length γ, which does not matter to whoever uses them next: Nexus normalizes.
     """
     optimizer = torch.optim.AdamW(params, fused=True, **OPTIONS)
     inner = [p.detach().clone() for p in params]
@@ -245,7 +247,7 @@ def foreach_nexus(params: list[nn.Parameter], gradients: list[list[Tensor]]) -> 
 
 
 def compiled_foreach_nexus(params: list[nn.Parameter], gradients: list[list[Tensor]]) -> Callable[[], None]:
-    """The same for torch.compile, AdamW included, with its constants compiled in. At best 96 bytes per parameter."""
+    """foreach Nexus for torch.compile, with AdamW, its constants compiled in. At best 96 bytes per parameter."""
     thetas, inner = [p.detach() for p in params], [p.detach().clone() for p in params]
     exp_avgs, exp_avg_sqs = ([torch.zeros_like(p) for p in thetas] for _ in range(2))
     steps = [torch.zeros((), device=p.device) for p in thetas]
@@ -318,7 +320,7 @@ def train_nexus(model: nn.Module, micro_batches: list[Tensor], **options: Any) -
 
 
 def train_adamw(model: nn.Module, micro_batches: list[Tensor]) -> Callable[[], None]:
-    """What that replaces: autograd's accumulation, clipping, torch's fused AdamW."""
+    """One cycle of training with what that replaces: autograd's accumulation, clipping, torch's fused AdamW."""
     params = list(model.parameters())
     optimizer = torch.optim.AdamW(params, fused=True, **OPTIONS)
 
@@ -333,7 +335,7 @@ def train_adamw(model: nn.Module, micro_batches: list[Tensor]) -> Callable[[], N
 
 
 def train_adamw_with_master(model: nn.Module, micro_batches: list[Tensor]) -> Callable[[], None]:
-    """The same for a model below float32: see `WithMaster`."""
+    """One cycle of training with AdamW for a model below float32: see `WithMaster`."""
     params = list(model.parameters())
     optimizer = WithMaster(params)
 
@@ -348,19 +350,19 @@ def train_adamw_with_master(model: nn.Module, micro_batches: list[Tensor]) -> Ca
 
 
 def triad(numel: int) -> Contender:
-    """a ← a + s·b: reads two, writes one, and no hidden read, since what is written has been read. 12 bytes."""
+    """a ← a + s·b: reads two, writes one. Nothing else is read, since what is written has been read. 12 bytes."""
     a, b = torch.zeros(numel), torch.ones(numel)
     return Contender("triad", lambda: a.add_(b, alpha=0.5), 12)
 
 
 def device_copy(numel: int, device: torch.device) -> Contender:
-    """a ← b in float32, on one device: what a GPU's memory gives at most. 8 bytes."""
+    """a ← b in float32, on one device: the most that a GPU's memory gives. 8 bytes."""
     a, b = torch.zeros(numel, device=device), torch.randn(numel, device=device)
     return Contender("copy", lambda: a.copy_(b), 8)
 
 
 def cycles(shapes: list[tuple[int, ...]], dtype: torch.dtype, backend: str | None = None) -> list[Contender]:
-    """Whole cycles of every contender, with memory of their own; the first is ours."""
+    """Returns whole cycles of every contender, with memory of their own; the first is ours."""
 
     def own(make: Callable[..., Any], **options: Any) -> Callable[[], Any]:
         return make(make_params(shapes, dtype), make_gradients(shapes, dtype), **options)
@@ -388,7 +390,7 @@ def kernels(
     device: torch.device = CPU,
     **options: Any,
 ) -> list[Contender]:
-    """The backend's functions by themselves."""
+    """Returns the backend's functions alone."""
     params, gradients = make_params(shapes, dtype, device), make_gradients(shapes, dtype, device)
     optimizer = nexus(params, gradients, backend=backend, **options)()
     for p, g in zip(params, gradients[0], strict=True):
@@ -423,7 +425,7 @@ def kernels(
 
 
 def steps_on_small(backend: str | None = None) -> list[Contender]:
-    """`step()` on 2,000 parameters of 64 elements: the host's time. Ours: a whole cycle, so divide by K."""
+    """Returns `step()` on 2,000 parameters of 64 elements: the host's time. Ours is a whole cycle: divide by K."""
     ours, gradients = make_params(MANY_SMALL, torch.float32), make_gradients(MANY_SMALL, torch.float32)
     theirs = make_params(MANY_SMALL, torch.float32)
     optimizer = torch.optim.AdamW(theirs, fused=True, **OPTIONS)
@@ -441,7 +443,7 @@ def steps_on_small(backend: str | None = None) -> list[Contender]:
 
 
 def inner_steps_on_small(backend: str | None = None) -> list[Contender]:
-    """K inner steps on the same parameters, of both classes: the host's time."""
+    """Returns K inner steps on the same parameters, of both classes: the host's time."""
     options = {"inner_steps": 4096, "backend": backend}  # more than are taken
     gradients = make_gradients(MANY_SMALL, torch.float32)
     runs = [make(make_params(MANY_SMALL, torch.float32), gradients, **options) for make in (in_front_of_adamw, nexus)]
@@ -452,8 +454,9 @@ def inner_steps_on_small(backend: str | None = None) -> list[Contender]:
 
 
 def passes_on_small() -> list[Contender]:
-    """Backward passes through 500 parameters of 4 elements, each with its inner step, and the outer step after K of
-    them: taken by the pass, or by `step()` after it, which `zero_grad()` follows."""
+    """Returns backward passes through 500 parameters of 4 elements, each with its inner step, and the outer step after
+    K of them. Either the pass takes the inner step, or a `step()` after it, which `zero_grad()` follows.
+    """
 
     def own(inner_steps: int | None) -> Callable[[], None]:
         params = make_params([(4,)] * 500, torch.float32)
@@ -478,11 +481,11 @@ def passes_on_small() -> list[Contender]:
 def check_parity(
     shapes: list[tuple[int, ...]], dtype: torch.dtype, backend: str | None = None, device: torch.device = CPU
 ) -> None:
-    """Ours against the reference, two cycles, and foreach Nexus against ours. Raises AssertionError.
+    """Compares ours with the reference for two cycles, and foreach Nexus with ours. Raises AssertionError.
 
-    On a CPU bit for bit. A GPU computes the scalars in another order: once in a while γ/n is rounded to the neighbour
-    in float32, here and there D then to the neighbour in bfloat16, and G by up to 1/128 of itself: at most a hundredth
-    of lr in θ, and a unit of θ's dtype. tests/test_gpu.py demands equality of the kernels, given the scalars.
+    On a CPU bit for bit. A GPU computes the scalars in another order, so now and then γ/n is rounded to the neighbor in
+    float32. Here and there D then goes to its neighbor in bfloat16, and G changes by up to 1/128 of itself: at most a
+    hundredth of lr in θ, and a unit of θ's dtype. Given the scalars, tests/test_gpu.py demands equality of the kernels.
     """
     gradients = make_gradients(shapes, dtype, device)
     results = []

@@ -1,9 +1,10 @@
 """What a cycle costs, from a few numbers: `python -m bench.cost --parameters 70e9 --ranks 1024 ...`.
 
-Bytes that a rank sends, bytes through its memory, time by the bandwidths given, and memory: of AdamW (accumulation
-without reductions as far as that goes, clipping, step), Nexus that reduces the gradients of each micro-batch, and Nexus
-whose ranks walk on their own (`displacement_group`). `--measure` checks the bytes on 1, 2 and 4 processes (gloo), with
-DistributedDataParallel, FSDP2 and both: no times, so other load on the machine does not matter. docs/cost.md explains.
+Bytes that a rank sends, bytes through its memory, time by the given bandwidths, and memory. It compares AdamW
+(accumulation, without reductions as far as possible, clipping, step), Nexus that reduces the gradients of each
+micro-batch, and Nexus whose ranks walk on their own (`displacement_group`). `--measure` checks the bytes on 1, 2 and 4
+processes (gloo) with DistributedDataParallel, FSDP2 and both; it measures no times, so other load on the machine does
+not matter. docs/cost.md explains.
 """
 
 from __future__ import annotations
@@ -27,10 +28,9 @@ MIB = 2**20
 
 
 class Collective(NamedTuple):
-    """What one kind of collective does in a cycle.
-
-    kind: "all_reduce", "all_gather" or "reduce_scatter". across: between replicas, not within the shards of one. ranks:
-    in a group. bytes: of the whole tensors, as each rank has them before or after. calls: how many.
+    """What one kind of collective does in a cycle. kind: "all_reduce", "all_gather" or "reduce_scatter". across:
+    between replicas, not within the shards of one. ranks: in a group. bytes: of the whole tensors, as each rank has
+    them before or after. calls: how many.
     """
 
     kind: str
@@ -41,8 +41,9 @@ class Collective(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Of one rank, in a cycle. traffic: bytes that the optimizer reads and writes. memory: bytes of weights, gradients
-    and state at the peak, without activations."""
+    """The cost of a cycle for one rank. traffic: bytes that the optimizer reads and writes. memory: bytes of weights,
+    gradients and state at the peak, without activations.
+    """
 
     collectives: list[Collective]
     traffic: float
@@ -53,16 +54,16 @@ class Cost(NamedTuple):
 
 
 def sent(kind: str, ranks: int, size: float) -> float:
-    """Bytes that each of `ranks` sends in a ring for a tensor of `size` bytes: reducing and gathering are one round
-    each, in which everything but a rank's own part passes by."""
+    """Returns the bytes that each of `ranks` sends in a ring for a tensor of `size` bytes. Reducing and gathering take
+    one round each, in which everything but a rank's own part passes by.
+    """
     rounds = 2 if kind == "all_reduce" else 1
     return rounds * (ranks - 1) / ranks * size
 
 
 def adamw_traffic(inner_steps: int, itemsize: int, wide: bool = False) -> int:
-    """Bytes per parameter and cycle: K-1 accumulations in place, the norm, scaling, and the step.
-
-    wide: gradients of `itemsize` bytes are accumulated in float32, in a buffer that the first one initializes.
+    """Returns bytes per parameter and cycle: K-1 accumulations in place, the norm, scaling, and the step. wide:
+    gradients of `itemsize` bytes are accumulated in a float32 buffer, which the first one initializes.
     """
     if wide:
         accumulation = (itemsize + 4) + (inner_steps - 1) * (itemsize + 8)
@@ -74,15 +75,16 @@ def adamw_traffic(inner_steps: int, itemsize: int, wide: bool = False) -> int:
 
 
 def nexus_traffic(inner_steps: int, gradient: int, displacement: int = 2) -> int:
-    """Bytes per parameter and cycle: K norms, K-1 inner steps, and the last one with AdamW's: w D g m v -> w m v."""
+    """Returns bytes per parameter and cycle: K norms, K-1 inner steps, the last one with AdamW: w D g m v -> w m v."""
     if inner_steps == 1:  # there is no D
         return gradient + gradient + 24
     return _walk_traffic(inner_steps, gradient, displacement) + displacement + gradient + 24
 
 
 def walks_traffic(inner_steps: int, gradient: int, displacement: int = 2) -> int:
-    """Bytes per parameter and cycle of local walks: as above, but the end of the walk, anchor D g -> w D, is a pass and
-    AdamW, w D m v -> w m v, another. What the all-reduce reads and writes between them is the communication library's.
+    """Returns bytes per parameter and cycle of local walks. As above, but the end of the walk, anchor D g -> w D, is a
+    pass of its own, and AdamW, w D m v -> w m v, another. The communication library's reads and writes between them
+    do not count.
     """
     adamw = displacement + 24
     if inner_steps == 1:  # g -> D, since w is θ
@@ -92,7 +94,7 @@ def walks_traffic(inner_steps: int, gradient: int, displacement: int = 2) -> int
 
 
 def _walk_traffic(inner_steps: int, gradient: int, displacement: int) -> int:
-    """K norms, and the inner steps but for the last: w D g -> w D, of which the first one reads no D."""
+    """Returns K norms and K-1 inner steps: w D g -> w D, of which the first one reads no D."""
     return inner_steps * gradient + (inner_steps - 1) * (8 + gradient + 2 * displacement) - displacement
 
 
@@ -172,19 +174,23 @@ def costs(
 
 
 def ddp_buckets(size: float) -> int:
-    """About how many buckets DistributedDataParallel makes of `size` bytes: a first one of 1 MiB, then of 25."""
+    """Returns about how many buckets DistributedDataParallel makes of `size`
+    bytes: a first one of 1 MiB, then of 25.
+    """
     return 1 + max(0, math.ceil((size - MIB) / (25 * MIB)))
 
 
 def bytes_sent(collectives: list[Collective], across: bool | None = None) -> float:
-    """Bytes that a rank sends; across: only between replicas (True) or within the shards of one (False)."""
+    """Returns bytes that a rank sends; across: only between replicas (True) or within the shards of one (False)."""
     return sum(sent(c.kind, c.ranks, c.bytes) for c in collectives if across in (None, c.across))
 
 
 def communication_seconds(
     collectives: list[Collective], *, network_bandwidth: float, shard_bandwidth: float, latency: float
 ) -> float:
-    """One after another, nothing hidden. Bandwidths: bytes per second and rank. latency: seconds of each call."""
+    """Returns the time of collectives one after another, with nothing hidden. Bandwidths: bytes per second and rank.
+    latency: seconds of each call.
+    """
     return (
         bytes_sent(collectives, True) / network_bandwidth
         + bytes_sent(collectives, False) / shard_bandwidth
@@ -241,7 +247,7 @@ def table(
 
 
 def _short(value: float) -> str:
-    """Three digits, more before the decimal point."""
+    """Writes three digits, more before the decimal point."""
     rounded = float(f"{value:.3g}")
     return f"{value:,.{max(0, 2 - math.floor(math.log10(rounded)))}f}" if rounded else "0"
 

@@ -1,8 +1,8 @@
 """Host time of step() on DTensors: `python -m bench.distributed [--threads 1] [--rounds 25] [--out FILE]`.
 
-500 parameters of 64 elements under FSDP2 over those of a plain model, in one process, where nothing is sent; on a mesh
-of one rank they are DTensors all the same. A figure is the median over rounds of the ratio within a round, a round
-being four cycles of each, with its quartiles.
+Compares 500 parameters of 64 elements under FSDP2 with those of a plain model, in one process, where nothing is sent:
+on a mesh of one rank they are DTensors all the same. A figure is the median over rounds of the ratio within a round,
+with its quartiles; a round is four cycles of each.
 """
 
 from __future__ import annotations
@@ -43,9 +43,8 @@ class Squares(nn.Module):
 def host_times(
     device: torch.device, backend: str | None, rounds: int, synchronize: Callable[[], None], *, n: int = 500
 ) -> tuple[list[float], list[float]]:
-    """Seconds per step() of each round, on DTensors and on plain parameters, after both were found to be equal.
-
-    Joins a group of one process for the while. synchronize: waits until the device is idle.
+    """Returns seconds per step() of each round, on DTensors and on plain parameters, after finding both equal. Joins a
+    group of one process meanwhile. synchronize: waits until the device is idle.
     """
     store = dist.HashStore()
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=0, world_size=1)

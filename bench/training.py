@@ -1,10 +1,10 @@
 """Time in the optimizer within training: `python -m bench.training [--threads 2] [--rounds 25] [--out FILE]`.
 
-A decoder-only transformer of 50M parameters in float32, K = 4 micro-batches of 64 tokens so that a step is short. Two
-copies train on the same tokens, cycle by cycle in turn, each time another one first. Time in the optimizer is what
-step() and clipping take, and for every parameter the time from its gradient's arrival until it is accumulated: AdamW
-pays for accumulation in place there. zero_grad() is not in it: it frees in K calls what AdamW's accumulation frees
-inside its backward passes. A figure is the median over rounds of the ratio within a round, with its quartiles.
+Trains a decoder-only transformer of 50M parameters in float32, with K = 4 micro-batches of 64 tokens so that a step is
+short. Two copies train on the same tokens, cycle by cycle in turn, and take turns in being first. Time in the optimizer
+is what step() and clipping take, and for every parameter the time from its gradient's arrival until it is accumulated,
+where AdamW pays for accumulation in place. It leaves out zero_grad(), which frees in K calls what AdamW's accumulation
+frees inside its backward passes. A figure is the median over rounds of the ratio within a round, with its quartiles.
 """
 
 from __future__ import annotations
@@ -29,9 +29,8 @@ WARM_UP = 2  # rounds that are not counted
 
 
 class Training:
-    """A model, its optimizer, and one cycle of training at a time.
-
-    seconds: in the optimizer, of the cycle that ran last; of these `accumulating` inside the backward passes.
+    """A model, its optimizer, and one cycle of training at a time. seconds: in the optimizer, of the last cycle;
+    `accumulating` of them inside the backward passes.
     """
 
     def __init__(self, name: str, make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> None:
@@ -71,7 +70,9 @@ class Training:
 
 
 def measure(trainings: list[Training], rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds of each training in each round: of the whole cycle, in the optimizer, and of these accumulating."""
+    """Returns seconds of each training in each round: of the whole cycle, in the
+    optimizer, and of these accumulating.
+    """
     names = ("cycle", "optimizer", "accumulating")
     seconds: dict[str, dict[str, list[float]]] = {t.name: {name: [] for name in names} for t in trainings}
     generator = torch.Generator().manual_seed(1)

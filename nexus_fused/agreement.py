@@ -30,10 +30,9 @@ def compare(
     loads: int | None = None,
     weights: Sequence[Tensor] = (),
 ) -> None:
-    """Raises RuntimeError on all ranks that communicate if they disagree.
-
-    error: this rank's, which keeps others from waiting. loads: a position that comes. weights: parameters that must
-    have the same values on ranks that walk on their own.
+    """Raises RuntimeError on all ranks that communicate if they disagree. error: this rank's own, sent along so that
+    others do not wait for it. loads: a position that is being loaded. weights: parameters whose values must be the
+    same on ranks that walk on their own.
     """
     if walk.ranks.communicates:
         here, of_params = _agreed(walk, groups, state, loads, error, hyper=loads is None and error is None)
@@ -45,15 +44,16 @@ def compare(
 
 
 def compare_for_debugging(walk: Walk, groups: Groups, state: Any, when: str, *, averages: bool) -> None:
-    """The same at each step, where torch.distributed was asked to look for mistakes. Ranks that walk on their own may
-    stand at different positions, and only come together when they average."""
+    """Compares at each step if torch.distributed was asked to look for mistakes. Ranks that walk on their own may stand
+    at different positions, and meet only when they average.
+    """
     if walk.ranks.communicates and torch.distributed.get_debug_level() != torch.distributed.DebugLevel.OFF:
         here, of_params = _agreed(walk, groups, state, hyper=not walk.is_local)
         walk.ranks.check(here, of_params, {"cycle_position": "any"} if averages else None, when)
 
 
 def compare_replicas(walk: Walk, groups: Groups, state: Any, group: Any) -> None:
-    """Raises RuntimeError on all ranks of a process group (None: the default one) that are no replicas."""
+    """Raises RuntimeError on all ranks of a process group (None: the default one) unless they are replicas."""
     check_group(group, "group")
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         raise RuntimeError("check_ranks() compares processes: call torch.distributed.init_process_group() before it")
@@ -77,10 +77,9 @@ def _agreed(
     *,
     hyper: bool = True,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What all ranks must have in common, and what those that have the same parameters must, by the name that an error
-    gives it.
-
-    hyper: hyperparameters too. Those on a device count as equal: reading them would wait for it.
+    """Returns what all ranks must have in common, and what those with the same parameters must, each under the name
+    that an error gives it. hyper: hyperparameters too. Those on a device count as equal, since reading them would
+    wait for it.
     """
     params = [
         f"{'uninitialized' if is_lazy(p) else tuple(p.shape)} {p.dtype}"

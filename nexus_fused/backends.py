@@ -1,4 +1,6 @@
-"""Which backends this machine has, why one is missing, and which one a device gets. The only importer of fused ones."""
+"""Which backends this machine has, why one is missing, and which one a device gets. Only this module imports the fused
+ones.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ _NEEDS = {
 
 
 def available() -> dict[str, str | None]:
-    """Every backend's name with None where it runs on this machine, else the reason why not and the remedy."""
+    """Returns every backend's name with None if it runs on this machine, else with the reason and the remedy."""
     cpu, gpu = torch.device("cpu"), torch.accelerator.current_accelerator(check_available=True)
     if gpu is not None:
         gpu = torch.device(gpu.type, torch.accelerator.current_device_index())
@@ -37,7 +39,7 @@ def why_not(
     dtype: torch.dtype = torch.float32,
     displacement_dtype: torch.dtype = torch.bfloat16,
 ) -> str | None:
-    """None where the backend can update tensors of these dtypes on `device`, else the reason why not and the remedy."""
+    """Returns None if the backend can update tensors of these dtypes on `device`, else the reason and the remedy."""
     if name == "reference":
         return None
     for needed in _NEEDS[name]:
@@ -49,7 +51,8 @@ def why_not(
         except ImportError as error:
             again = "pip install --force-reinstall triton" if needed == "triton" else AGAIN
             return (
-                f"{needed} is there and does not load ({error}): provide what it asks for, or install it again: {again}"
+                f"{needed} is installed but does not load ({error}): provide what it asks for, or install it again: "
+                f"{again}"
             )
     module = importlib.import_module(f"nexus_fused.{name}")
     reason: str | None = module.why_not_on(device, dtype, displacement_dtype)
@@ -57,7 +60,7 @@ def why_not(
 
 
 def how_to_get_the_extension(this_file: Path) -> str:
-    """Why the compiled extension is not beside this file, as far as that can be seen, and what to do."""
+    """Returns why the compiled extension is not beside this file, as far as can be seen, and the remedy."""
     here = this_file.resolve().parent
     elsewhere = [path for path in sys.path if Path(path).resolve() != here.parent]
     installed = PathFinder.find_spec("nexus_fused", elsewhere)
@@ -77,7 +80,7 @@ def how_to_get_the_extension(this_file: Path) -> str:
 
 
 def check_choice(backend: str | None, fused: bool | None) -> None:
-    """Raises ValueError where the constructor's `backend` is unknown or contradicts `fused`."""
+    """Raises ValueError if the constructor's `backend` is unknown or contradicts `fused`."""
     if backend is not None and backend not in NAMES:
         raise ValueError(
             f"unknown backend {backend!r}: choose None (best for each device) or one of {', '.join(NAMES)}"
@@ -93,9 +96,8 @@ def resolve(
     dtype: torch.dtype = torch.float32,
     displacement_dtype: torch.dtype = torch.bfloat16,
 ) -> ModuleType:
-    """The backend module for parameters of `dtype` on `device`, under the constructor's `backend` and `fused`.
-
-    RuntimeError: what was asked for explicitly cannot run here; nothing falls back.
+    """Returns the backend module for parameters of `dtype` on `device`, under the constructor's `backend` and `fused`.
+    Raises RuntimeError if what was asked for by name cannot run here: nothing falls back.
     """
     if fused is False or backend == "reference":
         return importlib.import_module("nexus_fused.reference")
@@ -122,7 +124,7 @@ def resolve(
 
 
 def _tell_of_one_thread() -> None:
-    """Warns where the CPU kernels cannot use the threads that PyTorch uses."""
+    """Warns if the CPU kernels cannot use the threads that PyTorch uses."""
     threads = torch.get_num_threads()
     if threads > 1 and not importlib.import_module("nexus_fused._C").OPENMP:
         warnings.warn(
@@ -133,26 +135,26 @@ def _tell_of_one_thread() -> None:
 
 
 def chosen(device: torch.device) -> str:
-    """What `backend=None` takes on a device."""
+    """Returns what `backend=None` takes on a device."""
     return next(name for name in (*_fused(device), "reference") if why_not(name, device) is None)
 
 
 def _fused(device: torch.device) -> list[str]:
-    """The fused backends for a device, the fastest first, whether or not this machine has them."""
+    """Returns the fused backends for a device, the fastest first, whether or not this machine has them."""
     if device.type == "cpu":
         return ["cpu"]
     return ["cuda", "triton"] if device.type == "cuda" else ["triton"]
 
 
 def cuda_targets() -> str:
-    """The architectures the CUDA kernels were built for, as CMake names them."""
+    """Returns the architectures that the CUDA kernels were built for, as CMake names them."""
     if why_not("cpu", torch.device("cpu")) is not None:
         return "none (no compiled kernels)"
     return importlib.import_module("nexus_fused._C").CUDA_TARGETS or "none (built without a CUDA compiler)"
 
 
 def instruction_set() -> str:
-    """The instruction set the CPU kernels use here, those they could use, and whether they have threads."""
+    """Returns the CPU kernels' instruction set, those they could use here, and whether they have threads."""
     if why_not("cpu", torch.device("cpu")) is not None:
         return "none (no compiled kernels)"
     extension = importlib.import_module("nexus_fused._C")

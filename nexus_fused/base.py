@@ -1,4 +1,4 @@
-"""What every optimizer with a walk in front can do: step, look, show θ. For what a cycle does, see walk.py."""
+"""What every optimizer with a walk can do: step, show θ, save and load. See walk.py for what a cycle does."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ class WalkingOptimizer(Optimizer):
         self._built = False
 
     def _follow_passes(self) -> None:
-        """Sees the backward passes of all parameters that there are now."""
+        """Watches the backward passes of all parameters that there are now."""
         if self._passes is not None:
             self._passes.follow((p for group in self.param_groups for p in group["params"]), self._walk.ranks.modules)
             self._for_scaler.forget()
 
     @on_its_own
     def _take_groups(self, first: int, when: str) -> None:
-        """Gives the parameters of the groups from the first on a place, if all ranks do."""
+        """Registers the parameters of the groups from the first one on, if all ranks do."""
         entries = entries_of(self.param_groups)
         entries = [entry for entry in entries if entry[0] >= first]
         live = [entry for entry in entries if not is_frozen(entry[2])]
@@ -61,20 +61,21 @@ class WalkingOptimizer(Optimizer):
 
     @on_its_own
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Consumes the gradients of one micro-batch: an inner step, or in the last of a cycle also the outer step.
+        """Consumes the gradients of one micro-batch: takes an inner step, and at the end of a cycle the outer step.
 
-        With `inner_steps=None` the outer step, after as many inner ones as there were backward passes since the last;
-        without any it does nothing.
+        With `inner_steps=None` each backward pass has taken its inner step, and this takes the outer one. Without a
+        backward pass since the last `step()` it does nothing.
 
-        Updates weights and state in place; waits for a device only if other parameters lie on the CPU.
-        Returns what `closure` returns. Captured into a CUDA graph, it reads gradients where they lie now, and
-        hyperparameters that are tensors on the device, at every replay; others keep their values. A capture holds whole
-        cycles, after one outside of it: replays of a part of one would never reach AdamW, and nobody could tell. Where
-        K is open a backward pass or `step()` may be captured alone, since the device counts inner steps then (with the
-        "cuda" or "triton" backend, and without other ranks). It must be repeated after groups were added, parameters
-        unfrozen or moved, or amsgrad changed.
-        RuntimeError, ValueError or TypeError for a gradient, parameter or hyperparameter that cannot be used, naming
-        its group; nothing is modified then.
+        Updates weights and state in place, and returns what `closure` returns. Waits for a device only if other
+        parameters lie on the CPU. A gradient, parameter or hyperparameter that cannot be used raises RuntimeError,
+        ValueError or TypeError, which names its group; nothing is modified then.
+
+        In a CUDA graph each replay reads the gradients at their captured addresses, and hyperparameters that are
+        tensors on the device; other hyperparameters keep their captured values. Run one cycle outside of the graph
+        first, and capture whole cycles: replays of a part would never reach AdamW, unnoticed. With `inner_steps=None`
+        you may capture a backward pass or `step()` alone, since the device then counts the inner steps (backends "cuda"
+        and "triton", no other ranks). Capture again after adding groups, unfreezing or moving parameters, or changing
+        amsgrad.
         """
         self._refuse_inside_outer_weights("step()")
         loss = None
@@ -101,7 +102,7 @@ class WalkingOptimizer(Optimizer):
 
     @on_its_own
     def _end_pass(self) -> None:
-        """Takes the inner step of a backward pass that ends, and lets its gradients go."""
+        """Takes the inner step of a backward pass that ends, and frees its gradients."""
         self._refuse_inside_outer_weights("a backward pass", ", then zero_grad(), and run the pass again")
         with uninterrupted():
             self._for_scaler.hide()
@@ -120,15 +121,15 @@ class WalkingOptimizer(Optimizer):
             self._for_scaler.show(self._walk.work)
 
     def _end_cycle(self, passes: Passes) -> None:
-        """Takes the outer step of an open cycle."""
+        """Takes the outer step of a cycle with `inner_steps=None`."""
         if passes.merges:
             raise RuntimeError(
                 "step() inside one_micro_batch(): leave the with block first, which takes the inner step"
             )
         if passes.is_replaced:
             raise RuntimeError(
-                "another optimizer with inner_steps=None was built for some of its parameters, and takes their inner "
-                "steps now: use that one, or build this one again"
+                "another optimizer with inner_steps=None has since been built for some of these parameters, and takes "
+                "their inner steps: use that one, or build this one again"
             )
         with uninterrupted():
             self._state.follow_members()
@@ -148,7 +149,7 @@ class WalkingOptimizer(Optimizer):
                 self._state.show_position()
 
     def _waiting(self) -> tuple[int, int] | None:
-        """The group, and the place in it, of a parameter whose gradient no inner step has taken, if there is one."""
+        """Returns group and index of a parameter with a gradient that no inner step has taken; None without one."""
         for index, group in enumerate(self.param_groups):
             for i, param in enumerate(group["params"]):
                 if param.grad is not None and not self._for_scaler.holds(param):
@@ -156,7 +157,7 @@ class WalkingOptimizer(Optimizer):
         return None
 
     def _check_nothing_waits(self) -> None:
-        """Raises RuntimeError for gradients that no inner step has taken: they would be lost, or merged with others."""
+        """Raises RuntimeError for gradients that no inner step has taken: they would be lost, or added to others."""
         waiting = self._waiting()
         if waiting is not None:
             raise RuntimeError(
@@ -169,12 +170,13 @@ class WalkingOptimizer(Optimizer):
     @of_the_optimizer
     @contextlib.contextmanager
     def one_micro_batch(self) -> Iterator[None]:
-        """Lets the gradients of several backward passes add up, for `inner_steps=None`: one inner step on their sum is
-        taken at the end, none where they were zeroed inside or an error leaves the block.
+        """Adds up the gradients of several backward passes, with `inner_steps=None`, and takes one inner step at the
+        end.
 
-        For losses whose backward passes need the same weights, for passes whose gradients are thrown away, for
-        gradients set by hand. An error leaves the gradients where they are: call zero_grad() before the next pass,
-        which raises otherwise. RuntimeError with a number of inner steps, where `step()` says what a micro-batch is.
+        Use it for losses whose backward passes need the same weights, for passes whose gradients you throw away, and
+        for gradients that you set by hand. Takes no inner step if the gradients were zeroed inside. After an error
+        inside it takes none either, and leaves the gradients: call zero_grad(), or the next pass raises RuntimeError.
+        With `inner_steps=K` it raises RuntimeError, since there `step()` says where a micro-batch ends.
         """
         passes = self._passes
         if passes is None:
@@ -200,13 +202,13 @@ class WalkingOptimizer(Optimizer):
             self._show_again()
 
     def _show_again(self) -> None:
-        """Shows GradScaler a gradient where none came in place of the one that was hidden."""
+        """Shows GradScaler a gradient again if nothing took the place of the hidden one."""
         if self._passes is not None and not self._walk.is_blind and not self.at_boundary:
             self._for_scaler.show(self._walk.work)
 
     @of_the_optimizer
     def discard_cycle(self) -> None:
-        """Forgets the running cycle: the parameters return to θ, AdamW is not called. At a boundary does nothing.
+        """Forgets the running cycle: the parameters return to θ, and AdamW is not called. Does nothing at a boundary.
 
         With a `displacement_group` all ranks call it.
         """
@@ -226,8 +228,9 @@ class WalkingOptimizer(Optimizer):
 
     @on_its_own
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As torch.optim's. With `inner_steps=None` gradients are gone anyway; in mid-cycle warns once that their
-        micro-batches are not."""
+        """Zeroes gradients as torch.optim's does. With `inner_steps=None` none are left to zero, but their inner steps
+        stay: warns once of that in mid-cycle.
+        """
         optimizer: Any = self._itself()
         optimizer._watch.zeroed()
         passes = optimizer._passes
@@ -241,7 +244,7 @@ class WalkingOptimizer(Optimizer):
         super().zero_grad(set_to_none)
 
     def _tell_of_zeroing(self) -> None:
-        """Warns once where gradients were zeroed in mid-cycle, by zero_grad() or the model's."""
+        """Warns once if zero_grad(), the optimizer's or the model's, was called in mid-cycle."""
         if self._for_scaler.was_zeroed and not (self._told_of_zeroing or self._walk.is_blind):
             self._told_of_zeroing = True
             warnings.warn(
@@ -255,11 +258,11 @@ class WalkingOptimizer(Optimizer):
 
     @of_the_optimizer
     def outer_step(self) -> None:
-        """Ends a partial cycle: applies the displacement so far. Gradients that wait are not used.
+        """Ends a cycle early: applies the displacement so far, and uses no gradient that no inner step has taken.
 
-        Without any inner step it does nothing. Errors as `step()`. With a `displacement_group` all ranks call it once
-        their micro-batches are used up, however many each had: it takes part in the averages of those that still call
-        `step()`, returns when all have come, and waits for the device.
+        Does nothing before the first inner step. Raises what `step()` raises. With a `displacement_group` each rank
+        calls it when it runs out of micro-batches, however many it had. It then takes part in the averages of ranks
+        that still call `step()`, returns when all ranks have come, and waits for the device.
         """
         self._refuse_inside_outer_weights("outer_step()")
         self._for_scaler.hide()
@@ -278,24 +281,24 @@ class WalkingOptimizer(Optimizer):
 
     @property
     def inner_steps(self) -> int | None:
-        """K, micro-batches in a cycle; None where `step()` ends it."""
+        """K, the micro-batches in a cycle; None where `step()` ends it."""
         return self._walk.inner_steps
 
     @property
     def cycle_position(self) -> int:
-        """Inner steps taken in the running cycle, 0 … inner_steps-1, or as many as there were."""
+        """Inner steps taken in the running cycle, from 0."""
         return self._walk.position
 
     @property
     def at_boundary(self) -> bool:
-        """Whether the parameters hold θ: the time for averages of weights, checkpoints and evaluations."""
+        """Whether the parameters hold θ: the time to average weights, save and evaluate."""
         return self._walk.position == 0
 
     # Looking
 
     @property  # type: ignore[override]
     def state(self) -> dict[Any, Any]:
-        """Each parameter's state, as torch.optim's. What its reader changes, assigns or moves is taken over."""
+        """Each parameter's state, as torch.optim's. You may change, replace or move what is in it."""
         optimizer: Any = self._itself()
         optimizer._walk.wait_for_host_state()
         optimizer._state.catch_up()
@@ -314,17 +317,17 @@ class WalkingOptimizer(Optimizer):
 
     @of_the_optimizer
     def eval(self) -> None:
-        """Shows θ in the parameters until `train()`, as `outer_weights()` does; for trainers that call it by itself.
+        """Shows θ in the parameters until `train()`, as `outer_weights()` does, for trainers that call it.
 
-        `state_dict()` then describes the boundary, and in mid-cycle warns once of what it leaves out. At a boundary
-        loading (which ends it) and copying go on. Inside `outer_weights()` it and `train()` do nothing.
+        `state_dict()` then describes the boundary, and in mid-cycle warns once of what it leaves out. At a boundary you
+        may copy and load; loading ends it. Inside `outer_weights()` neither `eval()` nor `train()` does anything.
         """
         with uninterrupted():
             self._state.show_theta()
 
     @of_the_optimizer
     def train(self) -> None:
-        """Puts the walk back after `eval()`, bit for bit; without it does nothing."""
+        """Puts the walk back after `eval()`, bit for bit. Does nothing otherwise."""
         if not self._state.in_outer_weights:
             with uninterrupted():
                 self._state.show_walk()
@@ -332,11 +335,11 @@ class WalkingOptimizer(Optimizer):
     @of_the_optimizer
     @contextlib.contextmanager
     def outer_weights(self) -> Iterator[None]:
-        """Shows θ in the parameters, for evaluations and checkpoints in mid-cycle; puts the walk back, bit for bit.
+        """Shows θ in the parameters, to evaluate or save in mid-cycle; at the end puts the walk back, bit for bit.
 
-        Holds a copy of the weights that walk. Inside, `state_dict()` describes the boundary; `step()`, `outer_step()`
-        and loading raise RuntimeError. A value written into a parameter inside becomes θ, and the walk moves along. May
-        be nested; after `eval()` θ stays until `train()`.
+        Holds a copy of the walking weights. Inside, `state_dict()` describes the boundary; `step()`, `outer_step()` and
+        loading raise RuntimeError. A value that you write into a parameter inside becomes θ, and the walk moves along.
+        Blocks may be nested. After `eval()`, θ stays until `train()`.
         """
         state = self._state
         shown, inside = state.shows_theta, state.in_outer_weights
@@ -351,13 +354,14 @@ class WalkingOptimizer(Optimizer):
 
     @of_the_optimizer
     def metrics(self) -> dict[str, Any]:
-        """Figures of the last finished cycle, partial ones too; waits for the device, not for other ranks.
+        """Returns figures of the last finished cycle, an early-ended one too. Waits for the device, not for other
+        ranks.
 
-        alignment: mean pairwise cosine similarity of the cycle's unit gradients, each at its own point of the walk;
-        NaN where fewer than two were taken. grad_norms: ‖g_k‖ of each micro-batch, unscaled (still scaled with
-        inner_steps=None in a loop that calls GradScaler's `unscale_()`). lost_fraction: the share of element moves in
-        the walk, since a load in it, that left the weight where it was; where it is not small, inner_lr is too small
-        for the model. skipped_inner_steps, skipped_outer_steps: totals of steps and cycles in which nothing moved.
+        alignment: mean pairwise cosine similarity of the cycle's unit gradients, each at its own point of the walk; NaN
+        with fewer than two. grad_norms: ‖g_k‖ of each micro-batch, unscaled (with `inner_steps=None` they stay scaled
+        if the loop calls GradScaler's `unscale_()`). lost_fraction: the share of the walk's element moves, since the
+        last load, that rounding swallowed; if it is not small, inner_lr is too small for the model.
+        skipped_inner_steps, skipped_outer_steps: totals of the steps and cycles in which nothing moved.
         """
         cycles = list(self._walk.cycles.values())
         return {
@@ -383,13 +387,14 @@ class WalkingOptimizer(Optimizer):
 
     @of_the_optimizer
     def check_ranks(self, group: Any = None) -> None:
-        """Raises RuntimeError on all ranks of a process group (None: the default one), naming the first difference,
-        unless inner_steps, cycle_position, hyperparameters and the parameters' shapes, dtypes, shardings and
-        requires_grad are the same, and so are the norms that it has taken last. The values of parameters are not
-        compared. Waits for the device.
+        """Raises RuntimeError on all ranks of a process group (None: the default one) if they differ; it names the
+        first difference.
 
-        All of them call it. Where step() communicates that is done without asking, for the ranks it concerns, when the
-        optimizer is built or loaded; use it for replicas that others keep equal, as DistributedDataParallel does.
+        Compares inner_steps, cycle_position, hyperparameters, the last norms, and the parameters' shapes, dtypes,
+        shardings and requires_grad; not the parameters' values. Waits for the device.
+
+        All ranks of the group call it. It serves replicas that others keep equal, such as DistributedDataParallel's.
+        Where step() communicates, building and loading the optimizer check this by themselves.
         """
         self._state.follow_members()
         agreement.compare_replicas(self._walk, self.param_groups, self._state.entries.state, group)
@@ -406,11 +411,12 @@ class WalkingOptimizer(Optimizer):
 
     @of_the_optimizer
     def state_dict(self) -> dict[str, Any]:
-        """The state of torch.optim.AdamW, or of the optimizers behind the walk, with what a walk adds: below float32
-        each parameter's remainder, in mid-cycle its displacement.
+        """Returns the state that torch.optim.AdamW, or the optimizers behind the walk, would save, and what the walk
+        adds.
 
-        Saving and loading it after any micro-batch continues bit for bit, together with the model's state of the
-        same moment. Tensors are the live ones, as torch.optim's.
+        The walk adds each parameter's remainder below float32, and in mid-cycle its displacement. Saved after any
+        micro-batch, together with the model's state of the same moment, it continues bit for bit. Its tensors are the
+        live ones, as torch.optim's.
         """
         if self._walk.is_local and not self.at_boundary and not self._state.shows_theta:
             warnings.warn(
@@ -427,9 +433,11 @@ class WalkingOptimizer(Optimizer):
 
     @of_the_optimizer
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state of any position, or one without a walk, in place. Of ours only displacements are narrowed.
+        """Loads in place a state from any position of a cycle, or one without a walk. Narrows nothing but
+        displacements.
 
-        ValueError or TypeError, naming group and parameter, for a state that does not fit; nothing is modified then.
+        A state that does not fit raises ValueError or TypeError, which names group and parameter; nothing is modified
+        then.
         """
         if self._state.hides_walk:
             self._refuse_inside_outer_weights("load_state_dict()")
@@ -451,7 +459,7 @@ class WalkingOptimizer(Optimizer):
             post_hook(self)
 
     def _state_to_copy(self) -> dict[str, Any]:
-        """What a copy needs beside groups and state, which are up to date afterwards."""
+        """Returns what a copy needs beside groups and state, and brings those up to date."""
         if self._state.hides_walk:
             self._refuse_inside_outer_weights("copying or pickling the optimizer")
         if self._walk.ranks.has_groups:
@@ -466,7 +474,7 @@ class WalkingOptimizer(Optimizer):
         return {"_choices": self._choices, "_finished": kept, "_for_scaler": self._for_scaler.shown()}
 
     def _take_rest(self, state: dict[str, Any]) -> None:
-        """Ends the building of a copy from `_state_to_copy`; its figures of the last cycle are the original's."""
+        """Finishes a copy from `_state_to_copy`, with the original's figures of the last cycle."""
         self._built, self._traps.knows_schedule, self._state.entries.known = True, False, False
         for param in state["_for_scaler"]:  # a copy of what it showed
             param.grad = None
@@ -480,7 +488,7 @@ class WalkingOptimizer(Optimizer):
                 of_all.finished = torch.tensor(sums, dtype=torch.float64), torch.tensor(counts, dtype=torch.int64)
 
     def _pack(self) -> dict[str, Any]:
-        """What `state_dict()` returns, before its hooks."""
+        """Returns what `state_dict()` returns, before its hooks."""
         hooks, self._optimizer_state_dict_post_hooks = self._optimizer_state_dict_post_hooks, OrderedDict()
         try:
             return checkpoint.pack(super().state_dict())
@@ -488,7 +496,7 @@ class WalkingOptimizer(Optimizer):
             self._optimizer_state_dict_post_hooks = hooks
 
     def _check(self, state_dict: dict[str, Any]) -> tuple[Any, ...]:
-        """What `_restore` takes, groups first; raises for a state that does not fit, and modifies nothing."""
+        """Returns what `_restore` takes, groups first. Raises for a state that does not fit; modifies nothing."""
         return checkpoint.check(state_dict, self.param_groups, self._walk)
 
     def _restore(self, groups: Any, *rest: Any) -> None:
@@ -498,8 +506,10 @@ class WalkingOptimizer(Optimizer):
 
     @of_the_optimizer
     def materialize_displacements(self) -> None:
-        """Makes the state hold zero displacements, so that a load that fills only keys it finds can receive a
-        checkpoint of mid-cycle. They are dropped again if the loaded position is 0, or at the end of the next cycle.
+        """Puts zero displacements into the state, so that a load that fills only the keys it finds can take one of
+        mid-cycle.
+
+        They are dropped again if the loaded position is 0, else at the end of the next cycle.
         """
         self._refuse_inside_outer_weights("materialize_displacements()")
         if self.inner_steps != 1:

@@ -1,5 +1,6 @@
-"""A state on its way in and out: what is packed, checks of what is to be loaded, all of them before anything is
-modified, and copies of it into place."""
+"""A state on its way in and out: packs it, checks what is to be loaded before anything is modified, and copies it into
+place.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +24,9 @@ _KEYS = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "remainder", "displa
 def check(
     state_dict: dict[str, Any], groups: list[dict[str, Any]], walk: Walk
 ) -> tuple[list[dict[str, Any]], dict[Tensor, dict[str, Any]], dict[Any, Any]]:
-    """Compares `state_dict` with the optimizer's parameter groups.
-
-    Returns its groups (copies, completed with `groups`), its entries by parameter, and the state that belongs to no
-    parameter. Raises ValueError or TypeError that names group and parameter and says what to do.
+    """Compares `state_dict` with the optimizer's parameter groups. Returns copies of its groups, completed with
+    `groups`; its entries by parameter; and the state that belongs to no parameter. Raises ValueError or TypeError,
+    which names group and parameter and says what to do.
     """
     if not isinstance(state_dict, dict) or "state" not in state_dict or "param_groups" not in state_dict:
         raise ValueError("not an optimizer's state_dict: the keys 'state' and 'param_groups' are missing")
@@ -100,7 +100,7 @@ def check(
 
 
 def _completed(loaded: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
-    """The loaded group, with the optimizer's own values for keys it lacks; nothing of the running cycle."""
+    """Returns the loaded group, with the optimizer's own values for missing keys, and nothing of the running cycle."""
     own = {key: value for key, value in group.items() if key not in GROUP_KEYS and key != "params"}
     loaded = {key: value for key, value in loaded.items() if key != OPTIMIZER}  # whose group it is stays
     base_lr = first_of(loaded, "base_lr", "max_lr", "initial_lr", otherwise=own["base_lr"])
@@ -124,13 +124,14 @@ def _check_position(groups: list[dict[str, Any]], inner_steps: int | None) -> in
             )
             if position != 0:
                 raise ValueError(
-                    f"{message}: a cycle under way ({position} steps) can only go on with its own inner_steps"
+                    f"{message}: a cycle in progress ({position} steps) can only go on with its own inner_steps"
                 )
             warnings.warn(f"{message}, which it keeps", stacklevel=8)
             group["inner_steps"] = inner_steps
     end = math.inf if inner_steps is None else inner_steps
     if isinstance(position, bool) or not isinstance(position, int) or not 0 <= position < end:
-        raise ValueError(f"the loaded cycle_position {position!r} is none of 0 … {'' if end == math.inf else end - 1}")
+        highest = "" if inner_steps is None else f" to {inner_steps - 1}"
+        raise ValueError(f"the loaded cycle_position must be a whole number from 0{highest}, but is {position!r}")
     return position
 
 
@@ -139,7 +140,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _has_values(value: Tensor) -> bool:
-    """Whether a tensor's values can be copied."""
+    """Returns whether a tensor's values can be copied."""
     return value.layout is torch.strided and value.device.type != "meta" and not value.is_quantized
 
 
@@ -174,7 +175,7 @@ def _check_cycle_data(
 
 
 def _lacks(key: str, where: str, param: Tensor) -> str:
-    """Why a key of mid-cycle is missing, and what to do."""
+    """Says why a key of mid-cycle is missing, and what to do."""
     if not param.requires_grad:
         return (
             f"{where}, which is frozen here, has no {key!r}: torch.distributed.checkpoint drops the state of frozen "
@@ -189,7 +190,7 @@ def _lacks(key: str, where: str, param: Tensor) -> str:
 
 
 def _check_entry(entry: Any, param: Tensor, where: str, group: Any, *, position: int, local: bool) -> None:
-    """One parameter's state: complete, of the parameter's shape, nothing unknown in it."""
+    """Checks one parameter's state: complete, of the parameter's shape, with no unknown key."""
     if not isinstance(entry, dict):
         raise TypeError(f"the loaded state of {where} must be a dict, but is a {type(entry).__name__}")
     if is_lazy(param):
@@ -230,7 +231,7 @@ def _check_entry(entry: Any, param: Tensor, where: str, group: Any, *, position:
 
 
 def check_value(key: str, value: Any, param: Tensor, what: str) -> None:
-    """Whether a value may be copied into a parameter's state under this key. what: how an error names it."""
+    """Raises unless a value may be copied into a parameter's state under this key. what: its name in an error."""
     if key == "step":
         if isinstance(value, Tensor) and value.numel() != 1:
             raise ValueError(f"{what} must be one number, but has shape {tuple(value.shape)}")
@@ -244,13 +245,13 @@ def check_value(key: str, value: Any, param: Tensor, what: str) -> None:
         )
     elif not _has_values(value):
         raise ValueError(
-            f"{what} is a {value.layout} tensor on {value.device}, whose values cannot be copied: give dense tensors "
-            "on a device, torch.load(..., map_location='cpu')"
+            f"{what} is a {value.layout} tensor on {value.device}, whose values cannot be copied: load dense tensors "
+            "with values, such as by torch.load(..., map_location='cpu')"
         )
 
 
 def _fits(key: str, value: Tensor, param: Tensor) -> bool:
-    """Whether a tensor of the state has the parameter's shape, and a dtype that may be copied into ours."""
+    """Returns whether a tensor of the state has the parameter's shape, and a dtype that may be copied into ours."""
     if key == "remainder" and value.dtype != param.dtype:  # its bits
         return False
     own = STATE_DTYPE[real_dtype(param.dtype)]
@@ -267,8 +268,9 @@ def _fits(key: str, value: Tensor, param: Tensor) -> bool:
 
 
 def pack(packed: dict[str, Any]) -> dict[str, Any]:
-    """Makes a state dict of its own from torch.optim's: our entries lose their displacements at the end of the cycle,
-    and its scalars go on. Steps are on the CPU unless fused or capturable, as torch's."""
+    """Makes torch.optim's state dict one of its own: our entries lose their displacements at the end of a cycle, and
+    its scalars change on. Steps are on the CPU unless fused or capturable, as torch's.
+    """
     copies: dict[int, torch.UntypedStorage] = {}
     packed["state"] = {key: dict(value) if isinstance(value, dict) else value for key, value in packed["state"].items()}
     for group in packed["param_groups"]:
@@ -281,7 +283,7 @@ def pack(packed: dict[str, Any]) -> dict[str, Any]:
 
 
 def _copied(value: Any, copies: dict[int, torch.UntypedStorage]) -> Any:
-    """A copy: what all groups show are views of one tensor, and so are their copies; `copies` has it by its address."""
+    """Copies a tensor. Groups share views of one tensor, and so do copies: `copies` finds them by address."""
     if isinstance(value, list):
         return [_copied(item, copies) for item in value]
     if not isinstance(value, Tensor):
@@ -294,7 +296,7 @@ def _copied(value: Any, copies: dict[int, torch.UntypedStorage]) -> Any:
 
 
 def apart(values: list[tuple[Segment, str, Any]], segments: list[Segment]) -> list[tuple[Segment, str, Any]]:
-    """The values, with copies of those that lie in memory of ours where another value goes: to copy may be to swap."""
+    """Returns the values, with copies of those in memory that another one will overwrite: a load may swap values."""
     ours = {local_part(tensor).data_ptr() for segment in segments for tensor in segment.shown.values()}
 
     def own(segment: Segment, name: str, value: Any) -> Any:
@@ -306,7 +308,7 @@ def apart(values: list[tuple[Segment, str, Any]], segments: list[Segment]) -> li
 
 
 def restore_entry(segment: Segment, entry: dict[str, Any]) -> None:
-    """Copies a checked entry, zeros for what it lacks, into the memory where kernels work."""
+    """Copies a checked entry into the memory where kernels work, with zeros for what it lacks."""
     for name in segment.names(in_cycle=True):
         if name in entry:
             copy_in(segment, name, entry[name])
@@ -315,7 +317,7 @@ def restore_entry(segment: Segment, entry: dict[str, Any]) -> None:
 
 
 def copy_in(segment: Segment, name: str, value: Any) -> None:
-    """Copies a value of the state, checked, into the memory where kernels work."""
+    """Copies a checked value of the state into the memory where kernels work."""
     if name == "step":
         segment.step.copy_(value if isinstance(value, Tensor) else torch.tensor(float(value), device="cpu"))
         return

@@ -1,6 +1,5 @@
-"""The CPU backend: hands the addresses of a table and a cycle to the compiled kernels of `nexus_fused._C`.
-
-Functions are those of reference.py, where they are defined. For threads see `_threads`.
+"""The CPU backend: passes the addresses of a table and a cycle to the compiled kernels of `nexus_fused._C`.
+reference.py defines its functions; `_threads` chooses their threads.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ if hasattr(os, "register_at_fork"):  # not on Windows, which cannot fork
 
 
 def why_not_on(device: torch.device, dtype: torch.dtype, displacement_dtype: torch.dtype) -> str | None:
-    """None on a CPU, else why these kernels cannot update tensors there."""
+    """Returns None on a CPU, else why these kernels cannot update tensors there."""
     return None if device.type == "cpu" else f"its kernels run on CPU tensors and a parameter is on {device}"
 
 
@@ -32,17 +31,17 @@ def _table(table: Table, rows: Tensor | None = None) -> tuple[int, int, int, int
 
 
 def _threads(table: Table) -> int:
-    """`torch.get_num_threads()`, for a table that is worth it, in a process that can have them."""
+    """Returns `torch.get_num_threads()` for a table that is worth it, in a process that can have threads, else 1."""
     return 1 if table.elements <= ONE_THREAD or _forked else torch.get_num_threads()
 
 
 def sq_norm(table: Table) -> Tensor:
-    """‖g‖² over the table's gradients: [1] float64, the table's own. Reads each gradient once."""
+    """Returns ‖g‖² over the table's gradients: [1] float64, in the table's own memory. Reads each gradient once."""
     return table.sq_norm.fill_(_C.sq_norm(*_table(table)[:3], table.partials.data_ptr(), _threads(table)))
 
 
 def _advance(cycle: Cycle, micro_batch: MicroBatch | None) -> None:
-    """As `Cycle.advance`, without a call of PyTorch for each number."""
+    """Does what `Cycle.advance` does, without a PyTorch call for each number."""
     if micro_batch is None:
         cycle.advance(None)
         return
@@ -62,7 +61,7 @@ def _advance(cycle: Cycle, micro_batch: MicroBatch | None) -> None:
 
 
 def inner_step(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch) -> None:
-    """D ← Q(D + γ·g/n), w ← θ − D. Moves 16 bytes per element (float32), 14 (below), the first time 2 less."""
+    """D ← Q(D + γ·g/n), w ← θ − D. Moves 16 bytes per element in float32, 14 below; 2 less the first time."""
     _advance(cycle, micro_batch)
     counts = cycle.moves.data_ptr(), cycle.lost_moves.data_ptr()
     for table in tables:
@@ -70,7 +69,9 @@ def inner_step(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch) -> No
 
 
 def outer_step(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch | None, taken: int) -> None:
-    """Last inner step, end of the walk and AdamW in one pass: 30 bytes per element (float32), 28 (below)."""
+    """Takes the last inner step, ends the walk and applies AdamW in one pass: 30 bytes per element in float32, 28
+    below.
+    """
     _advance(cycle, micro_batch)
     for table in tables:
         _outer_step(table, cycle, _table(table), has_ended=False)
@@ -78,20 +79,20 @@ def outer_step(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch | None
 
 
 def end_walk(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch | None, share: float) -> None:
-    """Last inner step, w ← θ and D ← Q(D · share): 16 bytes per element (float32), 14 (below)."""
+    """Takes the last inner step; w ← θ, D ← Q(D · share): 16 bytes per element in float32, 14 below."""
     _advance(cycle, micro_batch)
     for table in tables:
         _C.end_walk(*_table(table), cycle.factor.data_ptr(), share, _threads(table))
 
 
 def gradients(table: Table, cycle: Cycle, scale: Tensor, targets: list[Tensor | None]) -> None:
-    """D · scale in memory of its own, and ‖D‖²: 6 bytes per element (float32), 4 (below)."""
+    """Writes D · scale into memory of its own, and sums ‖D‖²: 6 bytes per element in float32, 4 below."""
     sums = cycle.displacement_sq.data_ptr(), table.displacement_sq.data_ptr()
     _C.gradients(*_table(table, table.on_device_with(targets)[0]), scale.data_ptr(), *sums, _threads(table))
 
 
 def adamw(tables: list[Table], cycle: Cycle, moved: list[Tensor], taken: int) -> None:
-    """AdamW on θ and D after `end_walk`: 26 bytes per element (float32 and below)."""
+    """Applies AdamW to θ and D after `end_walk`: 26 bytes per element, in float32 and below."""
     cycle.advance(None)
     for table, who in zip(tables, moved, strict=True):
         _outer_step(table, cycle, _table(table, table.on_device_after_walk(who)[0]), has_ended=True)

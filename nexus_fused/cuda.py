@@ -1,7 +1,6 @@
-"""The CUDA backend: starts the kernels of csrc/cuda.cu on the current stream of the tables' device.
-
-Functions are those of reference.py, where they are defined. Nothing returns to the host. A step of one table is 2
-launches: the norm, and the inner step, end of the walk or outer step, which also advance the scalars. `gradients` is 1.
+"""The CUDA backend: starts the kernels of csrc/cuda.cu on the current stream of the tables' device. reference.py
+defines its functions. Nothing returns to the host. A step of one table takes 2 launches: the norm, then the inner
+step, end of the walk or outer step, which also advances the scalars. `gradients` takes 1.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from .table import Table
 
 
 def why_not_on(device: torch.device, dtype: torch.dtype, displacement_dtype: torch.dtype) -> str | None:
-    """None where the kernels can update tensors on `device`, else why not and what to do."""
+    """Returns None if the kernels can update tensors on `device`, else the reason and the remedy."""
     if not _C.CUDA_TARGETS:
         return (
             "nexus_fused was built without a CUDA compiler: install NVIDIA's CUDA toolkit 12.0 or newer (nvcc on PATH, "
@@ -38,19 +37,19 @@ def _on(device: torch.device) -> torch.cuda.device:
 
 
 def _where(device: torch.device, *, first: bool = True, last: bool = True) -> tuple[int, int, bool, bool]:
-    """What a launch needs of `struct Where`."""
+    """Returns what a launch needs of `struct Where`."""
     return device.index, torch.cuda.current_stream(device).cuda_stream, first, last
 
 
 def _table(table: Table, on_device: tuple[Tensor, Tensor, Tensor, int] | None = None) -> tuple[int, ...]:
-    """`struct Table`; on_device: None is `table.on_device()`."""
+    """Returns `struct Table`. on_device: None takes `table.on_device()`."""
     rows, row_of_chunk, starts, touch = on_device or table.on_device()
     pointers = rows.data_ptr(), row_of_chunk.data_ptr(), starts.data_ptr()
     return *pointers, starts.shape[0] - 1, table.chunks, touch, table.parts
 
 
 def _scalars(cycle: Cycle, micro_batch: MicroBatch | None) -> tuple[tuple[int, ...], list[int], tuple[int, int, int]]:
-    """`struct Cycle`, the norms and the rest of `struct MicroBatch`."""
+    """Returns `struct Cycle`, the norms and the rest of `struct MicroBatch`."""
     finished_sums, finished_counts = cycle.results
     tensors = cycle.hyper, cycle.sums, cycle.totals, cycle.counts, finished_sums, finished_counts
     of_cycle = *(tensor.data_ptr() for tensor in tensors), len(cycle.factor), cycle.room
@@ -62,7 +61,9 @@ def _scalars(cycle: Cycle, micro_batch: MicroBatch | None) -> tuple[tuple[int, .
 
 
 def _readable(micro_batch: MicroBatch | None, device: torch.device) -> MicroBatch | None:
-    """The micro-batch as the kernels read it: on `device`, few norms of one element each, float32 from a GradScaler."""
+    """Returns the micro-batch as kernels read it: on `device`, few norms of one element each, a GradScaler's in
+    float32.
+    """
     if micro_batch is None:
         return None
     sq_norms, position, grad_scale, found_inf = micro_batch.on(device)
@@ -74,7 +75,7 @@ def _readable(micro_batch: MicroBatch | None, device: torch.device) -> MicroBatc
 
 
 def sq_norm(table: Table) -> Tensor:
-    """‖g‖² over the table's gradients: [1], float64. Reads 4 bytes per float32 element, 2 below."""
+    """Returns ‖g‖² over the table's gradients: [1], float64. Reads 4 bytes per float32 element, 2 below."""
     with _on(table.device):
         partials, norm = table.partials.data_ptr(), table.sq_norm.data_ptr()
         _C.cuda_sq_norm(_table(table), partials, norm, table.arrivals.data_ptr(), _where(table.device))
@@ -82,7 +83,7 @@ def sq_norm(table: Table) -> Tensor:
 
 
 def inner_step(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch) -> None:
-    """D ← Q(D + γ·g/n), w ← θ − D. Moves 16 bytes per element (float32), 14 (below), the first time 2 less."""
+    """D ← Q(D + γ·g/n), w ← θ − D. Moves 16 bytes per element in float32, 14 below; 2 less the first time."""
     with _on(cycle.device):
         readable = _readable(micro_batch, cycle.device)  # lives as long as its addresses are used
         of_cycle, norms, rest = _scalars(cycle, readable)
@@ -92,12 +93,14 @@ def inner_step(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch) -> No
 
 
 def outer_step(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch | None, taken: int) -> None:
-    """Last inner step, end of the walk and AdamW in one pass: 30 bytes per element (float32), 28 (below)."""
+    """Takes the last inner step, ends the walk and applies AdamW in one pass: 30 bytes per element in float32, 28
+    below.
+    """
     _outer_step(tables, cycle, micro_batch, None, taken)
 
 
 def end_walk(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch | None, share: float) -> None:
-    """Last inner step, w ← θ and D ← Q(D · share): 16 bytes per element (float32), 14 (below)."""
+    """Takes the last inner step; w ← θ, D ← Q(D · share): 16 bytes per element in float32, 14 below."""
     with _on(cycle.device):
         readable = _readable(micro_batch, cycle.device)  # lives as long as its addresses are used
         of_cycle, norms, rest = _scalars(cycle, readable)
@@ -107,7 +110,7 @@ def end_walk(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch | None, 
 
 
 def gradients(table: Table, cycle: Cycle, scale: Tensor, targets: list[Tensor | None]) -> None:
-    """D · scale in memory of its own, and ‖D‖²: 6 bytes per element (float32), 4 (below)."""
+    """Writes D · scale into memory of its own, and sums ‖D‖²: 6 bytes per element in float32, 4 below."""
     with _on(table.device):
         sums = cycle.displacement_sq.data_ptr(), table.displacement_sq.data_ptr(), table.arrivals.data_ptr()
         of_table = _table(table, table.on_device_with(targets)), table.dtypes
@@ -115,14 +118,14 @@ def gradients(table: Table, cycle: Cycle, scale: Tensor, targets: list[Tensor | 
 
 
 def adamw(tables: list[Table], cycle: Cycle, moved: list[Tensor], taken: int) -> None:
-    """AdamW on θ and D after `end_walk`: 26 bytes per element (float32 and below)."""
+    """Applies AdamW to θ and D after `end_walk`: 26 bytes per element, in float32 and below."""
     _outer_step(tables, cycle, None, moved, taken)
 
 
 def _outer_step(
     tables: list[Table], cycle: Cycle, micro_batch: MicroBatch | None, moved: list[Tensor] | None, taken: int
 ) -> None:
-    """moved: for each table who takes part; None where the walk has not ended."""
+    """Launches the outer step. moved: who takes part, for each table; None if the walk has not ended."""
     with _on(cycle.device):
         readable = _readable(micro_batch, cycle.device)  # lives as long as its addresses are used
         of_cycle, norms, rest = _scalars(cycle, readable)

@@ -1,4 +1,4 @@
-"""The scalars of a cycle. They live on the device and are never read by the host, except by `metrics()`."""
+"""The scalars of a cycle. They live on the device, and the host reads them only in `metrics()`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .options import HYPER, INNER_LR, LR, SIGN, WEIGHT_DECAY
 class MicroBatch(NamedTuple):
     """What a micro-batch brings beside its gradients.
 
-    sq_norms: float64, any device, at least one element between them: their sum, in their order, is ‖g‖² over all
-    tables of the optimizer. position: inner step of the cycle, from 0. grad_scale, found_inf: one element each, as
-    torch.amp.GradScaler hands them over.
+    sq_norms: float64, any device, at least one element in all: their sum, in their order, is ‖g‖² over all tables of
+    the optimizer. position: inner step of the cycle, from 0. grad_scale, found_inf: one element each, from
+    torch.amp.GradScaler.
     """
 
     sq_norms: list[Tensor]
@@ -26,7 +26,7 @@ class MicroBatch(NamedTuple):
     found_inf: Tensor | None = None
 
     def on(self, device: torch.device) -> MicroBatch:
-        """The same, everything on `device`; waits only for copies to the CPU."""
+        """Returns the same with everything on `device`; waits only for copies to the CPU."""
 
         def moved(tensor: Tensor) -> Tensor:
             # A copy to the CPU that nobody waits for may be read before it arrives.
@@ -37,20 +37,20 @@ class MicroBatch(NamedTuple):
 
 
 class Cycle:
-    """Scalars of the running cycle on one device, for `n_groups` parameter groups; float64 but for `moves` and
-    `lost_moves`, which are int64.
+    """Scalars of the running cycle on one device, for `n_groups` parameter groups. float64, except the int64 `moves`
+    and `lost_moves`.
 
-    room: norms that there is room for, K where that is known.
+    room: the number of norms that fit; K where that is known.
 
-    hyper [n_groups, 8]: what the kernels need of each group, see HYPER (`inner_lr` is γ_k, already scheduled).
-    factor [n_groups]: ±γ_k/‖g_k‖, what a gradient is multiplied with; 0 where the inner step is skipped.
-    sums [3·n_groups + room]: walk_length, walk_sq_length [n_groups]: Γ = Σγ and Σγ² over the inner steps really taken;
-    displacement_sq [n_groups]: ‖D‖², written by the outer step; grad_norms [room]: unscaled norms, -1 in place of NaN
-    (NaN differs from itself, which distributed loading refuses).
-    totals: skipped_inner_steps, skipped_outer_steps. counts: moves, lost_moves: element moves in this cycle, and those
-    that rounding swallowed whole. taken: inner steps of this cycle, 0-dim int64, where the host does not count them.
-    results: memory, its own for each number of groups, that keeps a finished cycle: sums as above; counts and, as the
-    third, its inner steps. finished: `results` once a cycle has finished, before None.
+    hyper [n_groups, 8]: what kernels need of each group, see HYPER; `inner_lr` is γ_k, already scheduled. factor
+    [n_groups]: ±γ_k/‖g_k‖, which a gradient is multiplied by; 0 where the inner step is skipped. sums [3·n_groups +
+    room]: first walk_length and walk_sq_length [n_groups], Γ = Σγ and Σγ² over the inner steps really taken; then
+    displacement_sq [n_groups], ‖D‖², which the outer step writes; then grad_norms [room], unscaled norms, with -1 for
+    NaN, since NaN differs from itself and distributed loading refuses that. totals: skipped_inner_steps,
+    skipped_outer_steps. counts: moves and lost_moves, the element moves in this cycle and those that rounding
+    swallowed. taken: inner steps of this cycle, 0-dim int64, where the host does not count them. results: memory, its
+    own for each number of groups, that keeps a finished cycle: sums as above, counts, and thirdly its inner steps.
+    finished: `results` once a cycle has finished, None before.
     """
 
     def __init__(self, device: torch.device, room: int, backend: ModuleType) -> None:
@@ -70,7 +70,9 @@ class Cycle:
         return torch.zeros(shape, dtype=torch.float64, device=self.device)
 
     def _set_sums(self, sums: Tensor) -> None:
-        """Takes these, with one more number behind them: a norm whose place only the device knows, see `count_pass`."""
+        """Takes these sums, with one more number behind them: the norm whose place only the device knows, see
+        `count_pass`.
+        """
         memory = torch.cat([sums, self._zeros(1)])
         self.sums, self._norm = memory[:-1], memory[-1:]
 
@@ -82,7 +84,7 @@ class Cycle:
         self.results = torch.zeros_like(self.sums), torch.zeros(3, dtype=torch.int64, device=self.device)
 
     def grow(self, n_groups: int) -> None:
-        """Makes room for more groups; those that exist keep their values, a new one starts with Γ = 0."""
+        """Makes room for more groups. Existing ones keep their values; a new one starts with Γ = 0."""
         missing = n_groups - len(self.factor)
         if missing:
             self.hyper = torch.cat([self.hyper, self._zeros(missing, len(HYPER))])
@@ -93,7 +95,7 @@ class Cycle:
             self._lay_out()
 
     def make_room(self, room: int) -> None:
-        """Makes room for so many norms; what is there stays, and so do the figures of the finished cycle."""
+        """Makes room for this many norms. Keeps those that are there, and the figures of the finished cycle."""
         if room > self.room:
             more, finished = self._zeros(room - self.room), self.finished
             self._set_sums(torch.cat([self.sums, more]))
@@ -103,7 +105,7 @@ class Cycle:
                 self.finished = torch.cat([finished[0], more]), finished[1]
 
     def follow(self, other: Cycle) -> None:
-        """Starts where the cycle on another device stands; ‖D‖² and counts are each device's own."""
+        """Starts at the position of a cycle on another device. ‖D‖² and counts stay each device's own."""
         n_groups = len(self.factor)
         self.make_room(other.room)
         self.sums.copy_(other.sums)
@@ -111,11 +113,11 @@ class Cycle:
         self.totals.copy_(other.totals)
 
     def group_data(self, group: int) -> dict[str, Any]:
-        """Γ and Σγ² as a parameter group shows them, views of the live values."""
+        """Returns Γ and Σγ² as a parameter group shows them: views of the live values."""
         return {"walk_length": self.walk_length[group], "walk_sq_length": self.walk_sq_length[group]}
 
     def optimizer_data(self) -> dict[str, Any]:
-        """What is one for all groups, as one of them shows it, views of the live values."""
+        """Returns what all groups share, as one of them shows it: views of the live values."""
         return {
             "grad_norms": list(self.grad_norms[: self._shown_norms]),
             "skipped_inner_steps": self.skipped_inner_steps,
@@ -123,7 +125,7 @@ class Cycle:
         }
 
     def load_group_data(self, group: int, data: dict[str, Any], *, running: bool) -> None:
-        """Copies what a group showed, perhaps in another process: the totals and, of a running cycle, its sums."""
+        """Copies what a group showed, perhaps in another process: the totals, and for a running cycle its sums."""
         if "skipped_inner_steps" in data:
             self.skipped_inner_steps.copy_(torch.as_tensor(data["skipped_inner_steps"], device=self.device))
             self.skipped_outer_steps.copy_(torch.as_tensor(data["skipped_outer_steps"], device=self.device))
@@ -136,7 +138,7 @@ class Cycle:
                 self.grad_norms[: len(norms)] = torch.stack(norms)
 
     def set_hyper(self, rows: list[list[float | Tensor]]) -> None:
-        """Brings the groups' hyperparameters, one row of HYPER each, to the device without waiting for it."""
+        """Sends the groups' hyperparameters, one row of HYPER each, to the device without waiting for it."""
         numbers = [[0.0 if isinstance(value, Tensor) else value for value in row] for row in rows]
         upload(
             torch.tensor(numbers, dtype=torch.float64, device="cpu"),
@@ -149,10 +151,9 @@ class Cycle:
                     target[column].copy_(value, non_blocking=self.device.type != "cpu")
 
     def walk_to_average(self, votes: list[bool], took_part: list[Tensor]) -> Tensor:
-        """What ranks that walk on their own add up: Γ, Σγ² and AdamW's hyperparameters of each group, this rank's two
-        votes and who had a gradient, in one vector on the device, float64. Waits for no device.
-
-        Hyperparameters count where this rank walked, its second vote.
+        """Returns what ranks that walk on their own add up, in one float64 vector on the device: Γ, Σγ² and AdamW's
+        hyperparameters of each group, this rank's two votes, and which parameters had a gradient. Hyperparameters
+        count only if this rank walked, which is its second vote. Waits for no device.
         """
         host = torch.cat([torch.tensor(votes, device="cpu"), *took_part]).double()
         if self.device.type != "cpu":
@@ -162,12 +163,12 @@ class Cycle:
         return torch.cat([self.walk_length, self.walk_sq_length, of_adamw, host])
 
     def take_average(self, total: Tensor, walkers: int) -> tuple[Tensor, Tensor]:
-        """Takes over the means out of the sum of all ranks' `walk_to_average`; returns the votes [2] and, of each
-        parameter, how many ranks had a gradient.
+        """Takes the means from the sum of all ranks' `walk_to_average`. Returns the votes [2], and for each parameter
+        how many ranks had a gradient.
 
-        AdamW's hyperparameters become the mean of those of the ranks that walked: schedules of ranks with fewer
-        micro-batches stand still, and weights must stay equal. Of all ranks' inner steps Σγ²/Γ² is that of the sums:
-        mean Σγ² is divided by the ranks once more.
+        AdamW's hyperparameters become the mean over the ranks that walked: schedules of ranks with fewer micro-batches
+        stand still, and the weights must stay equal. Σγ²/Γ² must come out as that of the inner steps of all ranks, so
+        mean Σγ² is divided by the number of ranks once more.
         """
         of_adamw, n = self.hyper[:, LR : WEIGHT_DECAY + 1], len(self.walk_length)
         behind = 2 * n + of_adamw.numel()
@@ -178,10 +179,9 @@ class Cycle:
         return votes, counts
 
     def advance(self, micro_batch: MicroBatch | None) -> None:
-        """Decides about an inner step from the squared norm of all gradients, and counts its length.
-
-        Source: arXiv 2604.09258, Algorithm 3; nothing moves when n_k is 0, inf or nan or `found_inf` is not 0.
-        None: an outer step without a last gradient adds nothing to the walk.
+        """Decides from the squared norm of all gradients whether an inner step is taken, and counts its length. It is
+        skipped if n_k is 0, inf or nan, or if `found_inf` is not 0. None: an outer step without a last gradient,
+        which adds nothing to the walk. Source: arXiv 2604.09258, Algorithm 3.
         """
         if micro_batch is None:
             self.factor.zero_()
@@ -210,9 +210,8 @@ class Cycle:
         self.reset()
 
     def count_pass(self) -> None:
-        """Counts an inner step whose norm the backend put behind `grad_norms`, at position `room`.
-
-        Where there is room no more the last place has it, unless that tells of an overflow.
+        """Counts an inner step whose norm the backend put behind `grad_norms`, at position `room`. When the room is
+        used up, the last place takes it, unless that place tells of an overflow.
         """
         place = self.taken.clamp(max=self.room - 1).view(1)
         before = self.grad_norms[place]
@@ -220,9 +219,8 @@ class Cycle:
         self.taken += 1
 
     def finish_pass_count(self, *, before: bool) -> None:
-        """Ends a cycle whose inner steps the device has counted: called before the outer step and after it.
-
-        Without any inner step nothing has changed since.
+        """Ends a cycle whose inner steps the device has counted; called before the outer step and after it. Changes
+        nothing if there was no inner step.
         """
         results = *self.results, self.skipped_outer_steps
         if before:
@@ -234,20 +232,22 @@ class Cycle:
         self.taken.zero_()
 
     def results_of_parameters(self) -> Tensor:
-        """What the parameters of this cycle alone brought to the finished one, other ranks' others, which may have
-        other groups: [3] float64, Σ_groups ‖D‖²/Γ², moves and lost moves."""
+        """Returns what only this cycle's parameters contributed to the finished one, [3] float64: Σ_groups ‖D‖²/Γ²,
+        moves and lost moves. Other ranks may have other groups.
+        """
         walk_length, displacement_sq = self._finished_walk()
         r_sq = torch.where(walk_length > 0, displacement_sq / walk_length**2, 0.0).sum()
         return torch.cat([r_sq.view(1), self.results[1][:2].double()])
 
     def _finished_walk(self) -> tuple[Tensor, Tensor]:
-        """Γ and ‖D‖² of each group in the cycle that finished last, views."""
+        """Returns Γ and ‖D‖² of each group in the last finished cycle: views."""
         walk_length, _, displacement_sq, _ = self.results[0].split([len(self.factor)] * 3 + [self.room])
         return walk_length, displacement_sq
 
     def set_results_of_parameters(self, values: Tensor | None) -> None:
-        """Puts others in their place, ‖D‖² of all in that of the first group that walked; None: zeros, since another
-        cycle's hold all."""
+        """Replaces them with others, all ‖D‖² in that of the first group that walked. None: with zeros, since another
+        cycle holds the results of all.
+        """
         values = torch.zeros(3, dtype=torch.float64) if values is None else values
         values = values.to(self.device, non_blocking=self.device.type != "cpu")
         walk_length, displacement_sq = self._finished_walk()
@@ -256,7 +256,7 @@ class Cycle:
         self.results[1][:2] = values[1:]
 
     def forget_finished(self, *, keep_memory: bool) -> None:
-        """As if no cycle had finished. keep_memory: replays may finish one in `results`."""
+        """Forgets the finished cycle. keep_memory: replays may still finish one in `results`."""
         for result in self.results:
             result.zero_()
         self.finished = self.results if keep_memory else None
@@ -274,10 +274,9 @@ class Cycle:
             self._told = told, arrived
 
     def walked(self) -> list[bool]:
-        """Which groups have Γ > 0, for a host that must not step the others.
-
-        Waits for the inner step before, which is done when a backward pass has been given to the device since; only
-        where a group had not walked until then for the last one too.
+        """Returns which groups have Γ > 0, since the host must not step the others. Waits for the last inner step but
+        one, which is done once a backward pass has been queued on the device since; for the last one too only if a
+        group had not walked before it.
         """
         if self._told is not None:
             told, arrived = self._told
@@ -287,14 +286,14 @@ class Cycle:
         return (self.walk_length > 0).tolist()  # type: ignore[no-any-return]
 
     def reset(self) -> None:
-        """Sets all sums of the running cycle, not the totals, to zero."""
+        """Sets all sums of the running cycle to zero, but not the totals."""
         self._told = None
         self.sums.zero_()
         self.counts.zero_()
 
 
 def combine(cycles: list[Cycle]) -> tuple[Tensor, Tensor] | None:
-    """One `Cycle.finished` of all devices', on the CPU; None where no cycle has finished. Synchronizes."""
+    """Returns one `Cycle.finished` for all devices, on the CPU; None if no cycle has finished. Synchronizes."""
     known = [(cycle.finished[0].cpu(), cycle.finished[1].cpu()) for cycle in cycles if cycle.finished is not None]
     if not known:
         return None

@@ -1,6 +1,5 @@
-"""DTensors and their local parts.
-
-A DTensor's local part is taken as it lies, once per look at it: operations on DTensors would be dispatched one by one.
+"""DTensors and their local parts. Each look takes a DTensor's local part as it lies, once: PyTorch would dispatch
+operations on DTensors one by one.
 """
 
 from __future__ import annotations
@@ -16,19 +15,19 @@ from torch.nn.parameter import is_lazy
 
 
 def dtensor_type() -> Any:
-    """torch.distributed.tensor.DTensor where somebody has imported it, without which there are none."""
+    """Returns torch.distributed.tensor.DTensor if somebody has imported it; without that there are none."""
     module = sys.modules.get("torch.distributed.tensor")
     return getattr(module, "DTensor", None)
 
 
 def is_dtensor(tensor: Any) -> bool:
-    """Whether this is a tensor that a DeviceMesh holds together."""
+    """Returns whether this is a tensor that a DeviceMesh holds together."""
     kind = dtensor_type()
     return kind is not None and isinstance(tensor, kind)
 
 
 def local_part(tensor: Any) -> Tensor:
-    """This rank's part of a DTensor, in the same memory; any other tensor as it is."""
+    """Returns this rank's part of a DTensor, in the same memory; any other tensor unchanged."""
     part: Tensor = tensor
     if is_dtensor(tensor):
         with torch.no_grad():
@@ -38,8 +37,9 @@ def local_part(tensor: Any) -> Tensor:
 
 
 def as_part_of(local: Tensor, like: Any) -> Tensor:
-    """A DTensor whose part on this rank is `local`, in its memory, laid out as `like` is; `local` itself where that is
-    no DTensor."""
+    """Returns a DTensor whose part on this rank is `local`, in its memory, laid out as `like` is; `local` itself if
+    `like` is no DTensor.
+    """
     if is_dtensor(like):
         layout, shape, stride = (like.device_mesh, like.placements), like.shape, like.stride()
         if local.dim() > like.dim():  # pairs in place of complex numbers: see flat.shaped_like
@@ -57,8 +57,9 @@ def as_part_of(local: Tensor, like: Any) -> Tensor:
 
 
 def part_like(value: Any, like: Any) -> Tensor:
-    """This rank's part of `value`, a DTensor or a whole tensor, as `like` is laid out; communicates only for a DTensor
-    that is laid out otherwise."""
+    """Returns this rank's part of `value`, a DTensor or a whole tensor, laid out as `like` is. Communicates only for a
+    DTensor in another layout.
+    """
     if is_dtensor(like):
         layout = like.device_mesh, like.placements
         if is_dtensor(value):
@@ -70,14 +71,14 @@ def part_like(value: Any, like: Any) -> Tensor:
 
 
 def same_layout(a: Any, b: Any) -> bool:
-    """Whether two tensors are both DTensors, spread alike over one mesh, or neither is one."""
+    """Returns whether two tensors are DTensors spread alike over one mesh, or neither is a DTensor."""
     if not is_dtensor(a) or not is_dtensor(b):
         return not is_dtensor(a) and not is_dtensor(b)
     return bool(a.device_mesh == b.device_mesh and a.placements == b.placements)
 
 
 def why_not(param: Any) -> str | None:
-    """Why this parameter of another engine, or this DTensor, cannot be updated, and what to do; None if it can."""
+    """Says why this DTensor, or another engine's parameter, cannot be updated, and what to do; None if it can."""
     if getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False):
         return (
             "belongs to FullyShardedDataParallel (FSDP1), which shows flattened shards that change from step to step: "
@@ -90,17 +91,18 @@ def why_not(param: Any) -> str | None:
         )
     if is_dtensor(param):
         if param.device_mesh.get_coordinate() is None:
-            return "is a DTensor on a mesh that this rank is no part of: give each rank the parameters that it holds"
+            return "is a DTensor on a mesh without this rank: give each rank the parameters that it holds"
         if any(placement.is_partial() for placement in param.placements):
-            return "is a DTensor with a partial placement, which no rank knows: redistribute it to Shard or Replicate"
+            return "is a DTensor with a partial placement, unknown to any rank: redistribute it to Shard or Replicate"
         if type(local_part(param)) is not Tensor:
             return f"is a DTensor of {type(local_part(param)).__name__}: use DTensors of plain tensors"
     return None
 
 
 def checksum(param: Any) -> str:
-    """Of the bits of this rank's part of a parameter, of its shape where it is sparse or has no memory; waits for its
-    device."""
+    """Returns a checksum of the bits of this rank's part of a parameter; of its shape if it is sparse or has no memory.
+    Waits for its device.
+    """
     if is_lazy(param):
         return "uninitialized"
     local = local_part(param).detach()
@@ -112,13 +114,13 @@ def checksum(param: Any) -> str:
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """A real tensor's bits as integers, in the same memory."""
+    """Returns a real tensor's bits as integers, in the same memory."""
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.view(kinds[tensor.element_size()])
 
 
 def shard_ranks(param: Any) -> tuple[int, ...]:
-    """The ranks, this one among them, that the elements of a parameter are spread over; () if this rank has all."""
+    """Returns the ranks, this one among them, that share out a parameter's elements; () if this rank has all."""
     if not is_dtensor(param):
         return ()
     mesh, placements = param.device_mesh, param.placements
@@ -131,11 +133,10 @@ def shard_ranks(param: Any) -> tuple[int, ...]:
 
 
 def find_fsdp_modules(params: list[Tensor]) -> list[weakref.ref[Any]]:
-    """The modules under `fully_shard` that hold these parameters.
-
-    Nothing public leads from a parameter to its module, so the garbage collector is asked for all objects, which takes
-    some 0.1 s: when DTensors are registered, since later a module may show its gathered weights in their place. Modules
-    that were hidden from it before (`gc.freeze()`) are not found.
+    """Returns the modules under `fully_shard` that hold these parameters. Nothing public leads from a parameter to its
+    module, so this asks the garbage collector for all objects, which takes about 0.1 s. It runs when DTensors are
+    registered: later a module may show its gathered weights in their place. Modules that were hidden from the
+    collector (`gc.freeze()`) are not found.
     """
     fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
     ours = {id(param) for param in params if is_dtensor(param)}
@@ -146,17 +147,16 @@ def find_fsdp_modules(params: list[Tensor]) -> list[weakref.ref[Any]]:
 
 
 def reduces_gradients(module: Any) -> bool:
-    """Whether a module under `fully_shard` reduces the gradients of each backward pass."""
+    """Returns whether a module under `fully_shard` reduces the gradients of each backward pass."""
     state = module._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
     return all(group is None or (group.reduce_grads and group.all_reduce_grads) for group in groups)
 
 
 def follow_passes(module: Any, listener: Any) -> None:
-    """Has a module under `fully_shard` call `before_reduction()` of `listener`, as long as that lives, in each backward
-    pass before it reduces gradients, and `after_reduction()`, where it is the root, when all are reduced.
-
-    Nothing public tells of the end: the calls go around two methods of its state, once for all listeners.
+    """Makes a module under `fully_shard` call `before_reduction()` of `listener` in each backward pass before it
+    reduces gradients, and `after_reduction()`, if it is the root, when all are reduced, as long as `listener` lives.
+    Nothing public tells of the end, so the calls wrap two methods of the module's state, once for all listeners.
     """
     state = module._get_fsdp_state()
     listeners = getattr(state, "_nexus_listeners", None)

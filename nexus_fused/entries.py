@@ -1,4 +1,4 @@
-"""What `optimizer.state` shows of each parameter, and what others did to it. The only writer of its keys."""
+"""What `optimizer.state` shows of each parameter, and what others did to it. Only this module writes its keys."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ Foreign = tuple[Segment, str, Any]  # a value that others put under a key
 class Entries:
     """The entries of an optimizer's state: tensors in the memory where kernels work.
 
-    optimizer: only its `state` is read, at each call, since others may replace it. shows_cycle: entries have
-    displacements. known: somebody looked at the state, and so may change it from then on; before, nobody can.
-    are_guests: the entries are other optimizers', who make them at their first step and would take ours for their own:
-    ours are there in mid-cycle only, and only once somebody has looked.
+    optimizer: only its `state` is read, at each call, since others may replace it. shows_cycle: entries hold
+    displacements. known: somebody has looked at the state, and may change it from then on; before, nobody can.
+    are_guests: the entries belong to other optimizers, who make them at their first step and would take ours for their
+    own. Ours are there in mid-cycle only, and only once somebody has looked.
     """
 
     def __init__(self, optimizer: weakref.ref[Any], *, are_guests: bool) -> None:
@@ -41,18 +41,18 @@ class Entries:
 
     @property
     def state(self) -> dict[Any, dict[str, Any]]:
-        """As the optimizer has it now; the optimizer's own `state` is for others."""
+        """The state that the optimizer has now. The optimizer's own `state` is for others."""
         state: dict[Any, dict[str, Any]] = self._optimizer().__dict__["state"]
         return state
 
     def expect(self, params: Iterable[Any]) -> None:
-        """Has parameters count as having state, before it comes."""
+        """Counts parameters as having state, before it comes."""
         for param in [] if self._are_guests else params:
             if isinstance(param, Tensor):
                 self.state.setdefault(param, {})["step"] = None
 
     def put(self, coming: list[Segment], everything: list[Segment]) -> None:
-        """Shows the memory of parameters that came, and of what came to others; displacements are hidden."""
+        """Shows the memory of parameters that came, and new memory of others; hides displacements."""
         self.hide()
         taken: set[int] = set()
         for segment in [] if self._are_guests else coming:
@@ -70,21 +70,20 @@ class Entries:
         self._values = list(self.state.values())
 
     def holds_values(self, segments: list[Segment]) -> bool:
-        """Whether somebody wrote anything but zeros into entries that were made; waits for the device."""
+        """Returns whether somebody wrote anything but zeros into new entries; waits for the device."""
         values = (self.state.get(s.param, {}).get(name) for s in segments if self.known for name in s.names())
         return any(bool(local_part(value).any()) if isinstance(value, Tensor) else bool(value) for value in values)
 
     def drop(self, segments: list[Segment]) -> None:
-        """Takes our keys out of entries."""
+        """Removes our keys from entries."""
         self.hide()
         for segment in segments:
             for name in segment.names():
                 self.state[segment.param].pop(name, None)
 
     def follow(self, segments: list[Segment], *, in_cycle: bool) -> None:
-        """Shows displacements and anchors in mid-cycle, and nothing of them at a boundary; their memory stays ours.
-
-        Those of parameters that have not moved hold anything, until somebody copies them.
+        """Shows displacements and anchors in mid-cycle, and hides them at a boundary; their memory stays ours. Those of
+        parameters that have not moved hold garbage until somebody copies them.
         """
         if not in_cycle:
             self.hide()
@@ -109,7 +108,7 @@ class Entries:
         deque(map(dict.update, self._entries, self._in_cycle), maxlen=0)  # the quickest loop there is
 
     def hide(self) -> None:
-        """Takes what is there in mid-cycle only out of the entries."""
+        """Removes from the entries what is there in mid-cycle only."""
         if self.shows_cycle:
             for name in self._names:
                 deque(map(dict.pop, self._entries, repeat(name), repeat(None)), maxlen=0)
@@ -120,10 +119,9 @@ class Entries:
                 self._entries, self._in_cycle = [], []
 
     def foreign(self, segments: list[Segment], *, moments: bool) -> list[Foreign] | None:
-        """What others put in the place of our tensors, or moved elsewhere, once it is known that it can be copied.
-
-        moments: whether those are looked at too. None where nothing changed. RuntimeError, TypeError or ValueError,
-        naming the parameter, for what is gone or does not fit.
+        """Returns what others put in the place of our tensors, or moved elsewhere, after checking that it can be
+        copied; None if nothing changed. moments: whether to look at those too. Raises RuntimeError, TypeError or
+        ValueError, which names the parameter, for what is gone or does not fit.
         """
         if not self.known or self._are_ours(moments=moments):
             return None
@@ -144,7 +142,7 @@ class Entries:
         return found
 
     def _are_ours(self, *, moments: bool) -> bool:
-        """Whether the state holds just what we put there, in our memory."""
+        """Returns whether the state holds exactly what we put there, in our memory."""
         state = self.state
         if self._are_guests:
             held = map(self.state.get, self._guests)

@@ -43,7 +43,7 @@ OFFLOADED = (*MOMENTS, "max_exp_avg_sq", "anchor")  # those that lie on the host
 
 
 def state_dtypes(dtype: torch.dtype, displacement_dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """The dtype of each buffer that parameters of `dtype` may have; of D as given, but for float64 parameters."""
+    """Returns the dtype of each buffer that parameters of `dtype` may have; D's is as given, except for float64."""
     own = STATE_DTYPE[dtype]
     dtypes = dict.fromkeys((*MOMENTS, "max_exp_avg_sq", "anchor"), own)
     if own != dtype:
@@ -52,27 +52,27 @@ def state_dtypes(dtype: torch.dtype, displacement_dtype: torch.dtype) -> dict[st
 
 
 def is_apart(device: torch.device) -> bool:
-    """Whether the memory of this device is another one than the host's."""
+    """Returns whether this device has memory of its own, apart from the host's."""
     return device.type != "cpu"
 
 
 def pinned_zeros(numel: int, dtype: torch.dtype) -> Tensor:
-    """Zeros in host memory that kernels on a GPU reach by its address."""
+    """Returns zeros in host memory that kernels on a GPU reach by its address."""
     return torch.zeros(numel, dtype=dtype, device="cpu", pin_memory=True)
 
 
 def wait_for(device: torch.device) -> None:
-    """Waits until everything that a device was given is done, replays of CUDA graphs too, which nobody else sees."""
+    """Waits until a device has done all that it was given, including replays of CUDA graphs, which nobody else sees."""
     torch.accelerator.synchronize(device)
 
 
 def real_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the real pairs for a complex dtype, the dtype itself otherwise."""
+    """Returns the dtype of the real pairs of a complex dtype; a real dtype unchanged."""
     return dtype.to_real() if dtype.is_complex else dtype
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether `tensor` fills a range of memory without gaps or overlaps, its dimensions in any order."""
+    """Returns whether `tensor` fills a range of memory without gaps or overlaps, its dimensions in any order."""
     if tensor.is_conj() or tensor.is_neg():
         return False
     expected = 1
@@ -84,7 +84,7 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def has_memory(tensor: Tensor) -> bool:
-    """Whether kernels can reach its elements, if it has any: fake, functional and freed ones are nowhere."""
+    """Returns whether kernels can reach its elements, if it has any. Fake, functional and freed tensors have none."""
     try:
         fake = tensor.untyped_storage().device.type == "meta"  # the storage of a FakeTensor, not the tensor, tells
         return not fake and (tensor.data_ptr() != 0 or tensor.numel() == 0)
@@ -93,13 +93,15 @@ def has_memory(tensor: Tensor) -> bool:
 
 
 def flat_view(tensor: Tensor) -> Tensor:
-    """One-dimensional real view of a dense tensor in the order of its memory; writes bump `tensor._version`."""
+    """Returns a one-dimensional real view of a dense tensor in the order of its
+    memory; writes bump `tensor._version`.
+    """
     flat = tensor.detach().as_strided((tensor.numel(),), (1,), tensor.storage_offset())
     return torch.view_as_real(flat).view(-1) if flat.is_complex() else flat
 
 
 def owns_its_memory(param: Tensor) -> bool:
-    """Whether nobody would notice that `param` moves to other memory: no view, alias, NumPy array, shared memory."""
+    """Returns whether nobody would notice `param` moving: no view, alias, NumPy array or shared memory."""
     storage = param.untyped_storage()
     return (
         storage.nbytes() == param.numel() * param.element_size()
@@ -112,7 +114,7 @@ def owns_its_memory(param: Tensor) -> bool:
 
 @dataclass(slots=True, eq=False)
 class Bucket:
-    """Flat buffers of some parameters of one group, device and dtype; each parameter starts at an aligned offset."""
+    """Flat buffers of parameters of one group, device and dtype. Each parameter starts at an aligned offset."""
 
     group: int
     numel: int
@@ -123,9 +125,8 @@ class Bucket:
     buffers: dict[str, Tensor] = field(default_factory=dict)  # by their key in the state
 
     def ensure(self, name: str, dtype: torch.dtype) -> bool:
-        """Allocates the buffer `name`, zeros, unless it exists; returns whether it had to.
-
-        RuntimeError, naming the bytes, for host memory that cannot be pinned.
+        """Allocates the buffer `name`, zeros, unless it exists. Returns whether it had to. Raises RuntimeError, which
+        names the bytes, if host memory cannot be pinned.
         """
         if name in self.buffers:
             return False
@@ -143,8 +144,9 @@ class Bucket:
         return True
 
     def hold(self) -> None:
-        """Has pinned memory that is let go given to nobody else before the kernels of the current stream are done: a
-        copy from it tells its allocator."""
+        """Keeps pinned memory that is let go from being reused before the kernels of the current stream are done: a
+        copy from it tells its allocator.
+        """
         for buffer in self.buffers.values():
             if buffer.device != self.device:
                 buffer[:1].to(self.device, non_blocking=True)
@@ -152,7 +154,7 @@ class Bucket:
 
 @dataclass(slots=True, eq=False)
 class Segment:
-    """One parameter: where its memory is and what shape that has; of a DTensor, this rank's part."""
+    """One parameter: where its memory is, and in what shape. Of a DTensor, this rank's part."""
 
     param: Tensor
     dtype: torch.dtype
@@ -188,7 +190,7 @@ class Segment:
 
     @property
     def fits(self) -> bool:
-        """Whether the parameter is still of the kind that is described here, wherever it lies on its device."""
+        """Returns whether the parameter still is what is described here, wherever it lies on its device."""
         local, device = self.local, self.bucket.device
         kind = real_dtype(local.dtype) is real_dtype(self.dtype) and local.device == device
         return kind and local.shape == self.shape and local.stride() == self.param_strides
@@ -200,21 +202,21 @@ class Segment:
 
     @property
     def weight(self) -> Tensor:
-        """Flat view of the values the model runs on (of their dense twin for a parameter with gaps)."""
+        """A flat view of the values that the model runs on; of their dense twin if the parameter has gaps."""
         return flat_view(self.local if self.staged is None else self.staged)
 
     def buffer(self, name: str) -> Tensor:
-        """Flat view of this parameter's part of a bucket's buffer."""
+        """Returns a flat view of this parameter's part of a bucket's buffer."""
         return self.bucket.buffers[name][self.start : self.start + self.numel]
 
     def names(self, *, in_cycle: bool = False) -> list[str]:
-        """The keys of its state, at a boundary or in mid-cycle."""
+        """Returns the keys of its state, at a boundary or in mid-cycle."""
         keeps = self.bucket.keeps
         names = [name for name in self.bucket.buffers if in_cycle or name in keeps]
         return ["step", *names] if "step" in keeps else names
 
     def show(self, name: str) -> Tensor:
-        """What the state shows under a key: the same tensor every time, unless somebody gave it other memory."""
+        """Returns what the state shows under a key: always the same tensor, unless others gave it new memory."""
         own = self.step.view(1) if name == "step" else self.buffer(name)
         shown = self.shown.get(name)
         if shown is None or (self.numel and local_part(shown).data_ptr() != own.data_ptr()):
@@ -223,17 +225,16 @@ class Segment:
         return shown
 
     def shaped(self, name: str) -> Tensor:
-        """The parameter's part of a buffer, in its shape and with a storage of just its own bytes; a DTensor for one.
-
-        DLPack makes that storage. A plain view would drag the whole buffer into every checkpoint of one parameter.
+        """Returns the parameter's part of a buffer, in its shape, with a storage of just its own bytes; a DTensor for a
+        DTensor. DLPack makes that storage: a plain view would drag the whole buffer into every checkpoint of one
+        parameter.
         """
         return as_part_of(shaped_like(self.buffer(name), self), self.param)
 
 
 def shaped_like(flat: Tensor, segment: Segment) -> Tensor:
-    """`flat` (real, one-dimensional) with the shape and strides of the segment, complex where it is, own storage.
-
-    There are no complex numbers of bfloat16: such displacements are shown as pairs, in one more dimension.
+    """Returns `flat` (real, one-dimensional) with the segment's shape and strides, complex if that is, and a storage of
+    its own. PyTorch has no complex bfloat16, so such displacements are shown as pairs, in one more dimension.
     """
     own = torch.from_dlpack(flat) if flat.numel() else torch.empty_like(flat)
     if not segment.dtype.is_complex:
@@ -244,7 +245,7 @@ def shaped_like(flat: Tensor, segment: Segment) -> Tensor:
 
 
 def make_segment(param: Tensor, *, group: int, index: int) -> Segment:
-    """Describes `param`; nothing is allocated for it but the dense twin of a parameter with gaps."""
+    """Describes `param`. Allocates nothing but the dense twin of a parameter with gaps."""
     dtype, local = real_dtype(param.dtype), local_part(param)
     staged = None
     if not is_dense(local):
@@ -264,8 +265,7 @@ def make_segment(param: Tensor, *, group: int, index: int) -> Segment:
 
 
 def bucketed(segments: list[Segment], itemsize: int) -> Iterator[tuple[list[Segment], int]]:
-    """Splits segments, in their order, into buckets of one group and at most BUCKET_BYTES (or one larger parameter).
-
+    """Splits segments, in their order, into buckets of one group and of at most BUCKET_BYTES, or one larger parameter.
     Sets `start`.
     """
     aligned = ALIGNMENT // itemsize

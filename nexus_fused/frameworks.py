@@ -1,9 +1,9 @@
-"""Whether gradients are accumulated, where K is a number: the walk wants a step() after each micro-batch then.
+"""Detects gradient accumulation, for `inner_steps=K`: the walk wants a step() after each micro-batch then.
 
-Accelerate states, for the whole process, whether a step follows a backward pass (the Hugging Face Trainer sets the same
-flag), and Lightning's Trainer hands step() a closure that leads to its settings. A framework that was never imported
-drives nothing, so nothing is imported here. Other loops are seen by their backward passes: several before each step()
-of a whole cycle may be several losses, but rarely are.
+Accelerate says for the whole process whether a step follows a backward pass, and the Hugging Face Trainer sets the same
+flag. Lightning's Trainer passes step() a closure that leads to its settings. A framework that was never imported drives
+nothing, so nothing is imported here. In other loops the backward passes tell: several before each step() of a whole
+cycle may be several losses, but rarely are.
 """
 
 from __future__ import annotations
@@ -26,11 +26,10 @@ _FAKE = torch._C._TorchDispatchModeKey.FAKE
 
 
 def on_its_own(method: Method) -> Method:
-    """Has a method run without autograd, Dynamo, inference mode and FakeTensorMode, whatever its caller is in.
-
-    Dynamo cannot see what kernels do with addresses, and would make guards of the scalars that the host reads. A tensor
-    made in inference mode cannot be written outside of it, and one made in FakeTensorMode has no memory. A closure that
-    `step()` is given runs so too.
+    """Makes a method run without autograd, Dynamo, inference mode and FakeTensorMode, whatever its caller is in. Dynamo
+    cannot see what kernels do with addresses, and would guard on the scalars that the host reads. A tensor made in
+    inference mode cannot be written outside of it, and one made in FakeTensorMode has no memory. A closure passed to
+    `step()` runs so too.
     """
 
     @torch._disable_dynamo  # as torch.optim's methods; torch.compiler.disable() would import Dynamo with the package
@@ -55,9 +54,8 @@ _HANDLED_IN_C = signal.getsignal(signal.SIGINT) is None  # by a program that emb
 
 
 class uninterrupted:
-    """Has Ctrl-C wait for the end of the block: weights, state and position describe one moment at any time.
-
-    Python runs handlers of signals between any two operations of the main thread, and nowhere else.
+    """Makes Ctrl-C wait for the end of the block, so that weights, state and position describe one moment at any time.
+    Python runs signal handlers between any two operations of the main thread, and nowhere else.
     """
 
     def __enter__(self) -> None:
@@ -79,10 +77,9 @@ class uninterrupted:
 
 
 def of_the_optimizer(method: Method) -> Method:
-    """Has a method run on its own, and on the optimizer itself, also where it is called on a framework's wrapper.
-
-    Lightning's wrappers imitate the class of what they wrap, so our methods run with a wrapper as `self`. Reading its
-    attributes reaches the optimizer, but whatever they set would stay in the wrapper, unseen by the next `step()`.
+    """Makes a method run on its own, and on the optimizer itself even if called on a framework's wrapper. Lightning's
+    wrappers imitate the class that they wrap, so our methods run with a wrapper as `self`. Reading its attributes
+    reaches the optimizer, but whatever they set would stay in the wrapper, unseen by the next `step()`.
     """
 
     @functools.wraps(method)
@@ -93,8 +90,9 @@ def of_the_optimizer(method: Method) -> Method:
 
 
 def adds_to_gradient(param: Any) -> bool:
-    """Whether the backward pass that runs a hook of this parameter will add to its gradient: torch.autograd.grad() does
-    not."""
+    """Returns whether the backward pass that runs a hook of this parameter will add to its gradient;
+    torch.autograd.grad() does not.
+    """
     try:
         return torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(param).node)
     except RuntimeError:  # for a leaf, in autograd.grad() only
@@ -112,7 +110,7 @@ class AccumulationWatch:
         self._looks = True  # at backward passes; in the first cycle only
 
     def look(self, params: Iterable[Tensor], closure: Callable[[], Any] | None, inner_steps: int) -> None:
-        """Warns (UserWarning) where gradients are accumulated; after the backward pass, before they are used."""
+        """Warns (UserWarning) if gradients are accumulated; after the backward pass, before they are used."""
         if self._warned:
             return
         if closure is not None:
@@ -121,12 +119,12 @@ class AccumulationWatch:
             self._look_at_passes(params, inner_steps)
 
     def zeroed(self) -> None:
-        """Notes that zero_grad() was called: passes before it do not count."""
+        """Notes a zero_grad(): passes before it do not count."""
         if self._passes:
             self._passes[-1] = 0
 
     def _look_at_passes(self, params: Iterable[Tensor], inner_steps: int) -> None:
-        """A hook of one parameter counts backward passes from the first step on."""
+        """Counts backward passes with a hook of one parameter, from the first step on."""
         if self._hook is None:
             param = next((p for p in params if p.grad is not None and p.requires_grad), None)
             if param is not None:
@@ -160,7 +158,7 @@ class AccumulationWatch:
 
 
 def _counts(watch: weakref.ref[AccumulationWatch], of: weakref.ref[Any]) -> Callable[[Tensor], None]:
-    """A hook: one more backward pass that adds to a gradient, maybe one that no step follows."""
+    """Counts, as a hook, a backward pass that adds to a gradient, and whether no step follows it."""
 
     def count(_: Tensor) -> None:
         known, param = watch(), of()
@@ -174,7 +172,9 @@ def _counts(watch: weakref.ref[AccumulationWatch], of: weakref.ref[Any]) -> Call
 
 
 def _lightning(closure: Callable[[], Any]) -> int:
-    """Micro-batches per step, from the module that Lightning's Trainer binds to the closure; 1 for other closures."""
+    """Returns micro-batches per step, from the module that Lightning's Trainer binds to the closure; 1 for other
+    closures.
+    """
     for package in ("lightning.pytorch", "pytorch_lightning"):
         kind = getattr(sys.modules.get(package), "LightningModule", ())
         for argument in getattr(closure, "args", ()):

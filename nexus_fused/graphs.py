@@ -1,4 +1,4 @@
-"""CUDA graphs: whether steps are being captured, what may be, and the memory that their replays use."""
+"""CUDA graphs: whether steps are being captured, what may be captured, and the memory that replays use."""
 
 from __future__ import annotations
 
@@ -20,10 +20,9 @@ with contextlib.suppress(ImportError):
 
 
 def capture_id(devices: list[torch.device]) -> int | None:
-    """None unless the current stream of an optimizer's devices (of the current device, for the CPU) is being captured,
-    else a number of the capture: its own where the CUDA kernels were built, else the same for all.
-
-    RuntimeError where the optimizer's work would not be part of the capture.
+    """Returns None unless the current stream of an optimizer's devices (for the CPU, of the current device) is being
+    captured, else a number for the capture: its own if the CUDA kernels were built, else one for all. Raises
+    RuntimeError if the optimizer's work would not be part of the capture.
     """
     if not torch.cuda.is_initialized() or not any(map(_is_captured, devices)):  # to ask anything else needs a driver
         return None
@@ -36,7 +35,7 @@ def capture_id(devices: list[torch.device]) -> int | None:
 
 
 def may_be_captured(devices: list[torch.device]) -> bool:
-    """Whether an optimizer of these devices may be, at all."""
+    """Returns whether an optimizer of these devices can be captured at all."""
     return len(devices) == 1 and devices[0].type == "cuda"
 
 
@@ -48,9 +47,8 @@ def _is_captured(device: torch.device) -> bool:
 def check_can_be_replayed(
     param_groups: list[dict[str, Any]], *, communicates: bool, ready: bool, inner_steps: int | None
 ) -> None:
-    """RuntimeError, with the remedy, for what a CUDA graph could not replay.
-
-    ready: whether all memory that a cycle needs is there.
+    """Raises RuntimeError, with the remedy, for what a CUDA graph could not replay. ready: all memory that a cycle
+    needs is there.
     """
     _check_hyperparameters(param_groups)
     if communicates:
@@ -68,7 +66,7 @@ def check_can_be_replayed(
 
 
 def _check_hyperparameters(param_groups: list[dict[str, Any]]) -> None:
-    """Whether every group may be captured: RuntimeError names the one that may not, and the remedy."""
+    """Raises RuntimeError, with the remedy, for the first group that may not be captured."""
     for index, group in enumerate(param_groups):
         if not group["capturable"]:
             raise RuntimeError(
@@ -80,20 +78,22 @@ def _check_hyperparameters(param_groups: list[dict[str, Any]]) -> None:
             hyper = name in ("lr", "inner_lr", "betas", "eps", "weight_decay", "max_lr", "base_lr")
             if hyper and any(isinstance(v, Tensor) and v.device.type == "cpu" for v in values):
                 raise RuntimeError(
-                    f"{name} of parameter group {index} is a tensor on the CPU, whose value of now every replay of the "
-                    f"CUDA graph would use: put it on the device, for example {name}=torch.tensor(..., device='cuda')"
+                    f"{name} of parameter group {index} is a tensor on the CPU, whose present value every replay of "
+                    f"the CUDA graph would use: put it on the device, such as {name}=torch.tensor(..., device='cuda')"
                 )
 
 
 class Capture:
-    """The capture into a CUDA graph in which the running cycle began. known: its number; ever: there was one, once."""
+    """The capture into a CUDA graph in which the running cycle began. known: its number; ever: there has been one."""
 
     def __init__(self) -> None:
         self.known: int | None = None
         self.ever = False
 
     def cut(self, devices: list[torch.device], taken: int, inner_steps: int | None) -> RuntimeError | None:
-        """The error for a capture that begins or ends in mid-cycle, after `taken` inner steps, as one has now."""
+        """Returns the error for a capture that begins or ends in mid-cycle, as one
+        has now, after `taken` inner steps.
+        """
         if taken == 0 or capture_id(devices) == self.known:
             return None
         if self.known is None:
@@ -108,15 +108,14 @@ class Capture:
         )
 
     def begin(self, number: int | None) -> None:
-        """Takes note of the capture, if any, that the running cycle is part of."""
+        """Notes the capture, if any, that the running cycle is part of."""
         self.known = number
         self.ever |= number is not None
 
 
 class Replayed:
-    """Memory that captured steps use at every replay; never reused, never freed while the optimizer lives.
-
-    Host memory that their copies read is pinned in advance, outside of captures, where that is allowed.
+    """Memory that captured steps use at every replay: never reused, and never freed while the optimizer lives. Host
+    memory that their copies read is pinned in advance, outside of captures, where that is allowed.
     """
 
     def __init__(self) -> None:
@@ -124,13 +123,13 @@ class Replayed:
         self._in_use: list[Tensor] = []
 
     def prepare(self, shape: torch.Size, dtype: torch.dtype, count: int) -> None:
-        """Has pinned memory ready for `count` copies of CPU tensors."""
+        """Pins memory for `count` copies of CPU tensors."""
         self._prepared = [memory for memory in self._prepared if memory.shape == shape]
         for _ in range(count - len(self._prepared)):
             self._prepared.append(torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True))
 
     def keep(self, values: Tensor) -> Tensor:
-        """A copy of a CPU tensor that stays, in pinned memory. RuntimeError where none is left."""
+        """Returns a copy of a CPU tensor that stays, in pinned memory. Raises RuntimeError if none is left."""
         if not self._prepared:
             raise RuntimeError(
                 "too many steps were captured into CUDA graphs at once: run a step outside of a graph after every "
@@ -140,14 +139,13 @@ class Replayed:
         return self._in_use[-1]
 
     def hold(self, *tensors: Tensor) -> None:
-        """Keeps device memory alive that a graph writes, whatever takes its place here."""
+        """Keeps alive device memory that a graph writes, whatever takes its place here."""
         self._in_use += tensors
 
 
 def upload(values: Tensor, target: Tensor, replayed: Replayed | None = None) -> None:
-    """Copies a CPU tensor that nobody else holds to `target`'s device, without waiting, on its current stream.
-
-    replayed: given while the stream is captured, it keeps the values for the replays.
+    """Copies a CPU tensor that nobody else holds to `target`'s device, on its current stream, without waiting.
+    replayed: given while the stream is captured; keeps the values for the replays.
     """
     if replayed is not None:
         target.copy_(replayed.keep(values), non_blocking=True)
@@ -158,8 +156,9 @@ def upload(values: Tensor, target: Tensor, replayed: Replayed | None = None) -> 
 
 
 def follow(owner: Any, uploaded: Tensor, capturing: bool, prepared: int) -> None:
-    """Tells a table or a cycle whether it is captured: what replays use stays then. prepared: copies of what it uploads
-    that pinned memory must be ready for, before."""
+    """Tells a table or a cycle whether it is captured, so that what replays use stays. prepared: the number of copies
+    that pinned memory must be ready for, before.
+    """
     owner.capturing = capturing
     if capturing:
         owner.hold()

@@ -32,7 +32,9 @@ def split_matrices(
     for part in named:
         of_part = {id(p) for p in ([part] if isinstance(part, Tensor) else part.parameters())}
         if not of_part or not of_part <= known:
-            raise ValueError(f"head must name modules or parameters of the model, and this is none with any: {part}")
+            raise ValueError(
+                f"head must name modules or parameters of the model, but this has none of its parameters: {part}"
+            )
         others |= of_part
     for module in model.modules():
         if isinstance(module, _NO_MATRICES):

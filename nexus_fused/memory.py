@@ -12,8 +12,10 @@ from .options import displacement_dtype
 
 
 class Bytes(NamedTuple):
-    """Per parameter that a rank has. weight: with its remainder or float32 master. moments: what the outer optimizer
-    keeps. walk: D, and θ where ranks walk on their own. host: in the host's memory; all else is on the device."""
+    """Bytes for each parameter that a rank has. weight: with its remainder or float32 master. moments: what the outer
+    optimizer keeps. walk: D, and θ if ranks walk on their own. host: in the host's memory; all else is on the
+    device.
+    """
 
     weight: int
     gradient: int

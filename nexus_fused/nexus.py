@@ -1,4 +1,4 @@
-"""Nexus: the walk in front of other optimizers. For what it does, see base.py; for the arithmetic, reference.py."""
+"""Nexus: a walk in front of other optimizers. See base.py for its methods, reference.py for the arithmetic."""
 
 from __future__ import annotations
 
@@ -37,36 +37,37 @@ FEW_MOVES, SMALL_SHARE = 100, 1e-4  # of a cycle's moves: below them chance deci
 
 
 class Nexus(WalkingOptimizer):
-    """A walk of normalized SGD steps, one per micro-batch, in front of others: its displacement is their gradient.
+    """A walk of normalized SGD steps, one per micro-batch, in front of other optimizers. They get its displacement as
+    their gradient.
 
-    Call `step()` after the backward pass of every micro-batch, without gradient accumulation or clipping (or leave a
-    loop that accumulates as it is, with `inner_steps=None`: see NexusAdamW). Of
-    `inner_steps` calls (K, one cycle) the first K-1 move the weights along the walk. The last one takes the last step,
-    returns to the start θ, puts D/Γ into `p.grad`, in the parameter's dtype, and calls each optimizer's `step()`; then
-    `p.grad` is None. What had no gradient in the whole cycle has none there either. Source: arXiv 2604.09258.
+    Call `step()` after the backward pass of every micro-batch, and neither accumulate nor clip gradients. Or keep a
+    loop that accumulates, with `inner_steps=None`: see NexusAdamW. The first K-1 calls of a cycle (K is `inner_steps`)
+    move the weights along the walk. The last one takes the last inner step, returns to the start θ, puts D/Γ into
+    `p.grad`, in the parameter's dtype, and calls each optimizer's `step()`. Then `p.grad` is None. A parameter that had
+    no gradient in the whole cycle has none at that `step()` either. Source: arXiv 2604.09258.
 
         optimizer = Nexus(torch.optim.Muon(matrices, lr=1e-3), torch.optim.AdamW(rest, lr=1e-3), inner_lr=0.01)
 
     Args:
-        optimizers: torch.optim.Optimizer, one or several that share a model, each parameter in one of them; one norm
-            over all of them. Their `step()` is called without a closure; call none yourself in mid-cycle. Options that
-            are the walk's may stand in their groups: inner_lr, normalize_displacement, inner_lr_follows_lr (but not
-            from a Nexus before this one).
+        optimizers: one or several torch.optim.Optimizer, which share one model and one norm. Each parameter belongs to
+            one of them. Nexus calls their `step()` without a closure; do not call it yourself in mid-cycle. Their
+            groups may hold options of the walk: inner_lr, normalize_displacement, inner_lr_follows_lr. Those that an
+            earlier Nexus left there do not count.
         inner_lr, inner_steps, normalize_displacement, inner_lr_follows_lr, displacement_dtype, backend, flatten,
             norm_group: as for NexusAdamW.
-        displacement_group: as for NexusAdamW; of the optimizers' hyperparameters only `lr` is averaged, so others must
+        displacement_group: as for NexusAdamW. Of the optimizers' hyperparameters only `lr` is averaged; all others must
             be the same on all of its ranks.
 
-    `param_groups` and `state` are those of the optimizers, one after another, so a scheduler may be built around this
-    one or around one of them. Each group has the walk's options beside its own.
+    `param_groups` and `state` are those of the optimizers, one after another, so build a scheduler around this
+    optimizer or around one of them. Each group has the walk's options beside its own.
 
-    Below float32 the walk is float32: in mid-cycle a `remainder` of 16 bits holds what the parameter does not. It
-    begins anywhere within the parameter's rounding, so that the model sees the walk on average, and is dropped at the
-    end, where the parameter is θ again, to within the last units of its longest D. What the optimizer makes of it is
-    its affair.
+    Below float32 the walk is float32: in mid-cycle a `remainder` of 16 bits holds what the parameter cannot. It starts
+    at random within the parameter's rounding, so that on average the model sees the walk. At the end it is dropped, and
+    the parameter is θ again, to within the last units of the longest D. Whether the optimizers keep float32 weights is
+    up to them.
 
-    Raises ValueError, TypeError or RuntimeError that names the optimizer and the parameter group before anything is
-    modified.
+    Bad input raises ValueError, TypeError or RuntimeError, which names the optimizer and the parameter group, before
+    anything is modified.
     """
 
     def __init__(
@@ -136,7 +137,7 @@ class Nexus(WalkingOptimizer):
 
     @contextlib.contextmanager
     def _working(self) -> Iterator[None]:
-        """What happens to the optimizers in here is our doing."""
+        """Marks what happens to the optimizers in this block as ours."""
         itself: Any = self._itself()
         itself._at_work = True
         try:
@@ -145,7 +146,7 @@ class Nexus(WalkingOptimizer):
             itself._at_work = False
 
     def _note(self, index: int, what: str) -> None:
-        """Remembers what happened to an optimizer, where others did it in mid-cycle."""
+        """Records that others stepped, loaded or extended an optimizer in mid-cycle."""
         itself: Any = self._itself()  # a framework's wrapper may ask for groups
         if not itself._at_work and not self.at_boundary:
             itself._meddled = (
@@ -156,14 +157,14 @@ class Nexus(WalkingOptimizer):
             )
 
     def check_others(self) -> None:
-        """Raises RuntimeError where others stepped, loaded or extended an optimizer in this cycle."""
+        """Raises RuntimeError if others stepped, loaded or extended an optimizer in this cycle."""
         if self.at_boundary:
             self._meddled = None
         elif self._meddled is not None:
             raise RuntimeError(self._meddled)
 
     def check_groups(self) -> None:
-        """Raises ValueError or TypeError, naming group and parameter, where the walk cannot take the groups' own."""
+        """Raises ValueError or TypeError, naming group and parameter, if the walk cannot take the groups' options."""
         check_groups(self.param_groups, self.inner_steps)
 
     # Parameters
@@ -178,7 +179,7 @@ class Nexus(WalkingOptimizer):
         return [group for o in self.optimizers for group in o.param_groups]
 
     def _complete(self, index: int) -> None:
-        """Makes the groups of an optimizer ones of ours."""
+        """Gives the groups of an optimizer the walk's options."""
         groups, seen = self.optimizers[index].param_groups, self._seen[index]
         if len(seen) == len(groups):
             self._note(index, "loaded")
@@ -193,21 +194,22 @@ class Nexus(WalkingOptimizer):
         self._seen[index] = list(groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Raises RuntimeError: which optimizer a group belongs to is for the caller to say."""
+        """Raises RuntimeError: only the caller knows which optimizer a group belongs to."""
         raise RuntimeError(
             "Nexus has no parameter groups of its own: at a boundary, call add_param_group() of the optimizer that "
-            f"shall step them ({', '.join(f'{i}: {type(o).__name__}' for i, o in enumerate(self.optimizers))})"
+            f"should step them ({', '.join(f'{i}: {type(o).__name__}' for i, o in enumerate(self.optimizers))})"
         )
 
     # Stepping
 
     @on_its_own
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Consumes the gradients of one micro-batch: an inner step, in the last of a cycle also the optimizers' steps.
+        """Consumes the gradients of one micro-batch: takes an inner step, and at the end of a cycle calls the
+        optimizers' `step()`.
 
-        As NexusAdamW's. A step with learning rate and gradients of 0 before any other, as torch.distributed.checkpoint
-        takes it to have something to load into, is handed to the optimizers, and no micro-batch. An optimizer's own
-        error ends the cycle: the parameters that it did not step hold θ.
+        As NexusAdamW's. torch.distributed.checkpoint takes a step with learning rate and gradients of 0, before any
+        other, to have a state to load into; such a step goes to the optimizers and is no micro-batch. If an optimizer
+        raises an error, the cycle ends, and the parameters that it did not step hold θ.
         """
         if closure is None and not self._states and self._is_initialization():
             with self._working():
@@ -229,7 +231,7 @@ class Nexus(WalkingOptimizer):
         return not self._walk.ranks.anywhere(trains)
 
     def _step_optimizers(self, given: list[tuple[Tensor, Tensor]]) -> None:
-        """Has the optimizers step these parameters along these gradients, whose memory is free afterwards."""
+        """Steps these parameters, by their optimizers, along these gradients; frees the gradients."""
         self._state.show_position()  # and what is ours is gone from their state
         moved = {id(param) for param, _ in given}
         try:
@@ -248,7 +250,9 @@ class Nexus(WalkingOptimizer):
             given.clear()
 
     def _average_lr(self, stack: contextlib.ExitStack) -> None:
-        """Gives each group the mean learning rate of the ranks that walked, for this step: schedules of others wait."""
+        """Gives each group the mean learning rate of the ranks that walked, for this step; schedules of the others
+        wait.
+        """
         cycle = next(iter(self._walk.cycles.values()))
         for group, lr in zip(self.param_groups, cycle.hyper[:, LR].tolist(), strict=True):
             if group.get("lr") is not None:
@@ -257,9 +261,9 @@ class Nexus(WalkingOptimizer):
 
     @of_the_optimizer
     def metrics(self) -> dict[str, Any]:
-        """As NexusAdamW's, but that below float32 a move counts as lost where the parameter stayed, which is all that
-        the model sees: most of a walk that is smaller than the parameter's rounding, though what is left is right on
-        average. Warns once where next to nothing is left.
+        """Returns the figures that NexusAdamW's returns. Below float32 a move counts as lost if the parameter stayed,
+        since the model sees no more than that. That is most of a walk that is smaller than the parameter's rounding,
+        though on average the rest is right. Warns once if next to nothing is left.
         """
         finished = combine(list(self._walk.cycles.values()))
         if finished is not None and not self._told_of_invisible_walk:
@@ -319,7 +323,7 @@ class Nexus(WalkingOptimizer):
         return checkpoint.pack(packed)
 
     def _ours_in_cycle(self) -> dict[Tensor, dict[str, Tensor]]:
-        """What we add to the optimizers' entries now."""
+        """Returns the keys that we add to the optimizers' entries now."""
         segments = self._walk.segments if self._state.entries.shows_cycle else []
         return {s.param: {name: s.show(name) for name in s.names(in_cycle=True)} for s in segments}
 
@@ -360,7 +364,7 @@ class Nexus(WalkingOptimizer):
 
     @of_the_optimizer
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As NexusAdamW's, of the same optimizers; or, at a boundary, what they alone had saved."""
+        """Loads what the same optimizers saved behind a Nexus; or, at a boundary, what they saved without one."""
         meddled, self._meddled = self._meddled, None  # which a load ends
         try:
             super().load_state_dict(state_dict)
@@ -370,8 +374,9 @@ class Nexus(WalkingOptimizer):
 
     @of_the_optimizer
     def materialize_displacements(self) -> None:
-        """As NexusAdamW's, before a load: optimizers without any state make it in a step with learning rate and
-        gradients of 0, which they may count."""
+        """Makes zero displacements, as NexusAdamW's, for a load to fill. Optimizers without any state make theirs in a
+        step with learning rate and gradients of 0, which they may count.
+        """
         self._refuse_inside_outer_weights("materialize_displacements()")
         for o in self.optimizers:
             if not o.state:
@@ -379,7 +384,7 @@ class Nexus(WalkingOptimizer):
         super().materialize_displacements()
 
     def _initialize(self, o: Optimizer) -> None:
-        """Has an optimizer make its state."""
+        """Makes an optimizer create its state."""
         lrs = [(group, group["lr"]) for group in o.param_groups if group.get("lr") is not None]
         gradients = [(p, p.grad) for group in o.param_groups for p in group["params"] if p.requires_grad]
         try:

@@ -1,4 +1,4 @@
-"""What others did since we last looked: gradients that came, parameters that lie elsewhere."""
+"""What others did since we last looked: gradients that came, parameters that moved."""
 
 from __future__ import annotations
 
@@ -23,9 +23,8 @@ with contextlib.suppress(ImportError):
 
 
 class Shown:
-    """Tensors of ours that entries of a state show, to find out whether they still do, and in our memory.
-
-    items: an entry, its key and the tensor.
+    """Tensors of ours that entries of a state show, to find out whether they still do, and in our memory. items: an
+    entry, its key and the tensor.
     """
 
     def __init__(self, items: Sequence[tuple[dict[str, Any], str, Tensor]]) -> None:
@@ -33,7 +32,7 @@ class Shown:
         self._addresses = array("q", (local_part(tensor).data_ptr() for tensor in self._tensors))
 
     def unchanged(self) -> bool:
-        """Whether nobody put others in their place, or moved their memory."""
+        """Returns whether nobody replaced them or moved their memory."""
         if _quick_look is not None:
             return _C.unchanged(self._entries, self._keys, self._tensors, self._addresses.buffer_info()[0])
         found = (entry.get(key) for entry, key in zip(self._entries, self._keys, strict=True))
@@ -42,10 +41,9 @@ class Shown:
 
 
 class Observer:
-    """Looks at the parameters of one table, and keeps the gradients that had to be copied.
-
-    versions: whether to look for writes of others. copies: by row, this micro-batch's gradients that had other strides.
-    complete: whether every row has a gradient.
+    """Looks at the parameters of one table, and keeps the gradients that had to be copied. versions: whether to look
+    for writes of others. copies: this micro-batch's gradients that had other strides, by row. complete: whether
+    every row has a gradient.
     """
 
     def __init__(self, segments: list[Segment], device: torch.device, *, versions: bool) -> None:
@@ -61,11 +59,10 @@ class Observer:
         self._versions: list[int] = []  # since we wrote the parameters
 
     def look(self, rows: Tensor, *, use: bool) -> tuple[bool, bool]:
-        """Writes where gradients lie (0: none, -1: one without elements) and their dtypes into the rows of the table.
-
-        use: False has every parameter go without a gradient. Returns whether any of these changed, and whether a
-        parameter lies elsewhere than its row says. Raises RuntimeError for a gradient that does not fit its parameter,
-        or a parameter that was converted.
+        """Writes the addresses of gradients (0: none, -1: one without elements) and their dtypes into the rows of the
+        table. use: False counts every parameter as without a gradient. Returns whether any of these changed, and
+        whether a parameter lies elsewhere than its row says. Raises RuntimeError for a gradient that does not fit
+        its parameter, or a parameter that was converted.
         """
         self.copies.clear()
         if _quick_look is None:
@@ -90,27 +87,27 @@ class Observer:
         return changed, elsewhere
 
     def take_versions(self) -> None:
-        """Remembers the parameters as they are, where writes of others are looked for."""
+        """Remembers the parameters as they are, if writes of others are looked for."""
         if self._compares_versions:
             self._versions = self._versions_now()
 
     def forget_versions(self) -> None:
-        """Has the writes up to the next step pass: they may be the walk that belongs to a state just loaded."""
+        """Lets writes up to the next step pass: they may be the walk that belongs to a state just loaded."""
         self._versions = []
 
     def written(self) -> list[Segment]:
-        """The segments that others wrote into since we did, where they are looked for."""
+        """Returns the segments that others wrote into since we did, if that is looked for."""
         if not self._versions:
             return []
         versions = zip(self._segments, self._versions_now(), self._versions, strict=True)
         return [segment for segment, now, then in versions if now != then]
 
     def _versions_now(self) -> list[int]:
-        """Numbers that grow with every write that autograd sees: through a DTensor, or into its part."""
+        """Returns numbers that grow with every write that autograd sees, through a DTensor or into its part."""
         return [s.param._version + (s.local._version if is_dtensor(s.param) else 0) for s in self._segments]
 
     def gradient(self, segment: Segment) -> Tensor | None:
-        """This micro-batch's gradient of a segment, dense with its strides; None without one."""
+        """Returns this micro-batch's gradient of a segment, dense with its strides; None without one."""
         copied = self.copies.get(segment.row)
         return copied if copied is not None else local_part(segment.param.grad)
 
@@ -121,7 +118,7 @@ class Observer:
             param.grad = None
 
     def _look_at_parameter(self, segment: Segment, address: int) -> bool:
-        """Whether a parameter lies elsewhere than at `address`; brings one that has gaps up to date."""
+        """Returns whether a parameter lies elsewhere than at `address`; updates the dense twin of one with gaps."""
         local = segment.local
         if not segment.fits:
             raise RuntimeError(
@@ -136,7 +133,7 @@ class Observer:
         return local.data_ptr() != address
 
     def _readable(self, segment: Segment, grad: Tensor) -> Tensor:
-        """The gradient as kernels can read it, this rank's part of a DTensor; a copy where it lies otherwise."""
+        """Returns the gradient as kernels can read it, this rank's part of a DTensor; a copy if it lies otherwise."""
         kept = grad
         if not same_layout(grad, segment.param):
             kept = grad = _redistributed(segment, grad)
@@ -146,7 +143,7 @@ class Observer:
             raise RuntimeError(_misfit(segment, grad))
         if not has_memory(grad):
             raise RuntimeError(
-                f"the gradient of {segment.where} has no memory, as tensors of FakeTensorMode: set p.grad to None or "
+                f"the gradient of {segment.where} has no memory, like tensors of FakeTensorMode: set p.grad to None or "
                 "to a tensor like p"
             )
         if grad.stride() != segment.strides or grad.is_neg() or grad.is_conj():
@@ -158,7 +155,7 @@ class Observer:
 
 
 def _redistributed(segment: Segment, grad: Tensor) -> Tensor:
-    """This rank's part of a gradient that is spread otherwise than its parameter, or has not been reduced yet."""
+    """Returns this rank's part of a gradient that is spread otherwise than its parameter, or not reduced yet."""
     param: Any = segment.param
     if is_dtensor(grad) and is_dtensor(param) and grad.device_mesh == param.device_mesh:  # type: ignore[attr-defined]
         return local_part(grad.redistribute(param.device_mesh, param.placements))  # type: ignore[attr-defined]
@@ -169,7 +166,7 @@ def _redistributed(segment: Segment, grad: Tensor) -> Tensor:
 
 
 def _misfit(segment: Segment, grad: Tensor) -> str:
-    """Why this gradient cannot be used, and what to do."""
+    """Says why this gradient cannot be used, and what to do."""
     if grad.layout is not torch.strided:
         return (
             f"the gradient of {segment.where} is sparse ({grad.layout}), which the walk does not support: "
@@ -178,5 +175,5 @@ def _misfit(segment: Segment, grad: Tensor) -> str:
     return (
         f"the gradient of {segment.where} has shape {tuple(grad.shape)}, {grad.dtype} on {grad.device}, its parameter "
         f"{tuple(segment.shape)}, {segment.param.dtype} on {segment.local.device}: "
-        "set p.grad to None or to a tensor like p (only its floating dtype may be another)"
+        "set p.grad to None or to a tensor like p (its floating dtype may differ)"
     )

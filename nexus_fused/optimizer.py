@@ -1,4 +1,4 @@
-"""NexusAdamW: options, groups and state of an optimizer as torch.optim knows it. For what it does, see base.py."""
+"""NexusAdamW: its options, parameter groups and state, in torch.optim's form. See base.py for its methods."""
 
 from __future__ import annotations
 
@@ -18,67 +18,70 @@ from .walk import entries_of
 class NexusAdamW(WalkingOptimizer):
     """AdamW whose gradient is the displacement of a short walk of normalized SGD steps, one per micro-batch.
 
-    With `inner_steps=None` keep a loop that accumulates: each backward pass that reaches the parameters takes an inner
-    step at its end and lets its gradients go (one parameter per device shows 0, or inf after an overflow, for
-    GradScaler). `step()` ends the cycle, whatever the number of passes was: it returns to the start of the walk, θ, and
-    applies AdamW to the displacement.
+    With `inner_steps=None`, keep a loop that accumulates gradients. Each backward pass that reaches the parameters
+    takes an inner step when it ends, and frees its gradients. `step()` ends the cycle after any number of passes: it
+    returns to the start of the walk, θ, and applies AdamW to the displacement. GradScaler still sees one gradient per
+    device, of 0, or of inf after an overflow.
 
-    With `inner_steps=K` (default 4) call `step()` after the backward pass of every micro-batch, without gradient
-    accumulation. The first K-1 calls of a cycle move the weights along the walk; the last one takes the last step as
-    well. Source: arXiv 2604.09258, Algorithm 3.
+    With `inner_steps=K` (default 4), call `step()` after the backward pass of every micro-batch, and accumulate
+    nothing. The first K-1 calls of a cycle move the weights along the walk. The last one takes the last inner step and
+    AdamW's step. Source: arXiv 2604.09258, Algorithm 3.
 
     Args:
-        params: tensors, (name, tensor) pairs or parameter groups, as for torch.optim.AdamW. float64, float32, bfloat16,
-            float16, complex64, complex128; dense gradients, of these dtypes or of another floating one
-            (`p.grad_dtype`). Below float32 the state holds a `remainder`, 16 bits that make the weight float32.
-            `p.data` may be re-pointed here, once, into flat memory; values and identity stay.
+        params: tensors, (name, tensor) pairs or parameter groups, as for torch.optim.AdamW. Dtypes: float64, float32,
+            bfloat16, float16, complex64, complex128. Gradients must be dense, and may have another floating dtype
+            (`p.grad_dtype`). Below float32 the state holds a `remainder`, 16 bits that extend the parameter to a
+            float32 weight. The constructor may move `p.data` into flat memory, once; values and identity stay.
         lr, betas, eps, weight_decay, amsgrad, maximize, capturable: as for torch.optim.AdamW. `lr` may be a tensor of
-            one element, of which each group gets its own copy. With `capturable=True` a whole cycle, K backward passes
-            with their `step()`, may be captured into one CUDA graph, or, where K is open, a backward pass; see `step`.
-        inner_lr: γ, length of an inner step, > 0; per group; may be a tensor of one element.
-        inner_steps: K, micro-batches in a cycle, one for the optimizer; None where `step()` ends it. 1 is AdamW on
-            g/‖g‖.
-        normalize_displacement: give AdamW D/Γ (Γ: the length of the walk) instead of D, so that `lr`, `eps` and
-            `betas` keep AdamW's meaning. False is the paper's choice.
-        inner_lr_follows_lr: γ_k = inner_lr · max(lr/base_lr, 0.1), with base_lr the group's learning rate when it was
+            one element; each group gets its own copy. With `capturable=True` one CUDA graph may capture a whole cycle,
+            K backward passes with their `step()`; with `inner_steps=None` also a single backward pass. See `step`.
+        inner_lr: γ, the length of an inner step, > 0. Each group may have its own. May be a tensor of one element.
+        inner_steps: K, the micro-batches in a cycle, the same for all groups; None: `step()` ends the cycle. K = 1 is
+            AdamW on g/‖g‖.
+        normalize_displacement: True gives AdamW D/Γ, where Γ is the length of the walk, so that `lr`, `eps` and `betas`
+            keep AdamW's meaning. False gives it D, as the paper does.
+        inner_lr_follows_lr: γ_k = inner_lr · max(lr/base_lr, 0.1). base_lr is the group's learning rate when it was
             added, or the peak (`max_lr`) that a OneCycleLR recorded.
-        displacement_dtype: of the displacement, kept in mid-cycle and averaged over a `displacement_group`:
-            torch.bfloat16, torch.float32, or None: bfloat16 up to 32 inner steps or an open number, else float32.
-            float64 parameters have float64.
-        offload: True keeps the moments, and the `anchor` of local walks, in pinned host memory: kernels on a GPU reach
-            them there, once in a cycle. 8 bytes per parameter (float32 and below) less on the device; results stay as
-            they are, bit for bit. Reading `state`, saving, copying and loading wait for the device; tensors of the
-            state are CPU tensors that the next outer step writes, whenever the device gets there. RuntimeError, naming
-            the bytes, for memory that cannot be pinned. State of DTensors on a mesh of GPUs has its parts on the CPU
-            then: collectives of it (`full_tensor()`, loading it in another layout) need a process group of both kinds,
-            `init_process_group("cpu:gloo,cuda:nccl")`. Parameters on a CPU: no difference.
-        foreach: accepted with any value; chooses nothing here.
+        displacement_dtype: of the displacement, which is kept in mid-cycle and averaged over a `displacement_group`:
+            torch.bfloat16, torch.float32, or None. None means bfloat16 up to 32 inner steps or with `inner_steps=None`,
+            else float32. Displacements of float64 parameters are float64.
+        offload: True keeps the moments, and the `anchor` of local walks, in pinned host memory, where kernels on a GPU
+            reach them once per cycle. It saves 8 bytes per parameter on the device (float32 and below), and results
+            stay the same bit for bit. Reading `state`, saving, copying and loading then wait for the device. Tensors of
+            the state are CPU tensors; the next outer step writes them whenever the device gets there. Memory that
+            cannot be pinned raises RuntimeError, which names the bytes. For DTensors on a mesh of GPUs the state's
+            local parts are on the CPU, so its collectives (`full_tensor()`, loading into another layout) need a process
+            group with both backends: `init_process_group("cpu:gloo,cuda:nccl")`. For parameters on a CPU it changes
+            nothing.
+        foreach: accepted with any value, and has no effect.
         differentiable: must be False.
-        fused: True demands a fused backend, False selects the reference, None the best there is.
-        backend: None (best for each device), "reference", "cpu", "triton" or "cuda"; an explicit one that cannot
+        fused: True demands a fused backend, False selects the reference, None takes the best there is.
+        backend: None (best for each device), "reference", "cpu", "triton" or "cuda". One that you name but that cannot
             run raises RuntimeError.
-        flatten: move parameters that own their memory into flat buffers. False leaves all where they are.
-        norm_group: a process group whose ranks hold other parameters of the same model, as the stages of a pipeline
-            do: ‖g‖ is that of the gradients of all of them, and skipping is common. One rank of each stage, those with
-            this one's place in the other dimensions of the mesh (`mesh.get_group("pp")`): shards are summed before.
-            What all of its ranks hold, as the layers beside experts, is a group with `"replicated": True`: it counts
-            once.
-        displacement_group: a process group whose ranks hold the same parameters and walk on their own: each takes the
-            inner steps of its own micro-batches, gradients are not reduced across them (leave DistributedDataParallel
-            away, or run forward and backward passes under its `no_sync()`), and once in a cycle D and Γ are averaged
-            over them, w ← AdamW(θ, mean D / mean Γ): one average in place of K. θ is kept beside (`anchor`, float32),
-            so that it stays equal on all ranks. All ranks start from the same weights, and call `step()` and
-            `outer_step()` together; AdamW's hyperparameters are the mean of those of the ranks that walked. In
-            mid-cycle each has a walk of its own: what is saved then must be saved by every rank, for itself, and
-            weights that others write raise RuntimeError (writes through `p.data` are not seen).
+        flatten: True moves parameters that own their memory into flat buffers. False leaves all where they are.
+        norm_group: a process group whose ranks hold other parameters of the same model, such as the stages of a
+            pipeline. ‖g‖ then covers the gradients of all of them, and they skip a step together. Give one rank of each
+            stage: those at this rank's place in the other dimensions of the mesh (`mesh.get_group("pp")`); shards are
+            summed before. Put parameters that all of its ranks hold, such as the layers beside experts, into a group
+            with `"replicated": True`: they count once.
+        displacement_group: a process group whose ranks hold the same parameters but walk on their own. Each takes the
+            inner steps of its own micro-batches. Gradients are not reduced over the group: leave out
+            DistributedDataParallel, or run forward and backward passes under its `no_sync()`. Once per cycle D and Γ
+            are averaged, w ← AdamW(θ, mean D / mean Γ): one average instead of K. θ is kept too (`anchor`, float32), so
+            that it stays equal on all ranks. All ranks start from the same weights, and call `step()` and
+            `outer_step()` together. AdamW's hyperparameters are averaged over the ranks that walked. In mid-cycle each
+            rank has its own walk: every rank must save its own state then, and a write to a weight by others raises
+            RuntimeError (writes through `p.data` go unseen).
 
-    Parameters may be DTensors, of FSDP2's `fully_shard` or tensor parallelism, on any device mesh: each rank updates
-    its part, and the norm is summed over the ranks that parameters are sharded over; parameters beside them that are no
-    DTensors count as replicated. All ranks call `step()` together. Where ranks communicate, construction, loading and
-    `add_param_group()` compare inner_steps, the cycle's position and the parameters on all of them, and so does each
-    step under TORCH_DISTRIBUTED_DEBUG=INFO or DETAIL: RuntimeError on all ranks that names the difference.
+    Parameters may be DTensors, of FSDP2's `fully_shard` or of tensor parallelism, on any device mesh. Each rank updates
+    its part, and the norm is summed over the ranks that share a parameter. A plain tensor next to DTensors is treated
+    as replicated. All ranks call `step()` together. Where ranks communicate, the constructor, loading and
+    `add_param_group()` check that all ranks agree on inner_steps, the cycle's position and the parameters. With
+    TORCH_DISTRIBUTED_DEBUG=INFO or DETAIL each step checks it too. A difference raises RuntimeError on all ranks, which
+    names it.
 
-    Raises ValueError or TypeError that names the parameter group before anything is modified.
+    Bad options and parameters raise ValueError or TypeError, which names the parameter group, before anything is
+    modified.
     """
 
     def __init__(
@@ -145,7 +148,7 @@ class NexusAdamW(WalkingOptimizer):
 
     @of_the_optimizer
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a parameter group as torch.optim does; in mid-cycle it joins the walk from here, with a Γ of its own."""
+        """Adds a parameter group as torch.optim does. In mid-cycle it joins the walk here, with a Γ of its own."""
         self._refuse_inside_outer_weights("add_param_group()")
         if self._built:
             self._state.follow_members()
@@ -169,7 +172,7 @@ class NexusAdamW(WalkingOptimizer):
                 raise
 
     def _complete(self, group: dict[str, Any], unique: list[Tensor]) -> None:
-        """Makes a group that torch.optim has appended one of ours."""
+        """Gives a group that torch.optim has just appended the keys that ours have."""
         options.tidy(group)
         if len(unique) < len(group["params"]):  # the base class has warned
             if "param_names" in group:

@@ -20,7 +20,7 @@ INNER_LR_FLOOR = 0.1  # of inner_lr: keeps the walk above float32's resolution a
 
 
 class Range(NamedTuple):
-    """Of a number: [low, high) or, with `open_low`, (low, high)."""
+    """The interval [low, high) of a number, or (low, high) with `open_low`."""
 
     low: float = 0
     high: float = math.inf
@@ -64,9 +64,8 @@ GROUP_KEYS = ("cycle_position", "walk_length", "walk_sq_length", "touched", *OPT
 
 
 def number(value: Any, name: str, allowed: Range) -> float | Tensor:
-    """`value` as a float, or as it is where it is a tensor of one element on another device than the CPU.
-
-    Raises TypeError for what is no number, ValueError for a number outside of the range.
+    """Returns `value` as a float, or unchanged if it is a tensor of one element on a device other than the CPU. Raises
+    TypeError for anything but a number, ValueError for a number out of range.
     """
     usual = type(value) is float  # asking for the other types takes longer than all the rest, at every step
     if not usual and isinstance(value, Tensor):
@@ -91,7 +90,7 @@ def number(value: Any, name: str, allowed: Range) -> float | Tensor:
 
 
 def inner_steps(value: Any) -> int | None:
-    """`value` as the number of micro-batches in a cycle, at least 1; None where `step()` decides."""
+    """Returns `value`, the micro-batches in a cycle, at least 1; or None, where `step()` ends the cycle."""
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
@@ -102,8 +101,9 @@ def inner_steps(value: Any) -> int | None:
 
 
 def displacement_dtype(value: Any, steps: int | None) -> torch.dtype:
-    """What D is kept in: `value`, or bfloat16 up to 32 inner steps, few enough roundings for it, or an unknown number
-    of them, and float32 beyond."""
+    """Returns the dtype of D: `value`, or by default bfloat16 up to 32 inner steps, where its roundings do little, or
+    an unknown number of them, and float32 beyond.
+    """
     if value not in (None, torch.bfloat16, torch.float32):
         raise ValueError(
             f"displacement_dtype must be None (torch.bfloat16 up to {BFLOAT16_STEPS} inner steps, else torch.float32), "
@@ -114,16 +114,15 @@ def displacement_dtype(value: Any, steps: int | None) -> torch.dtype:
 
 
 def offload(value: Any) -> bool:
-    """`value`, True or False."""
+    """Returns `value`, which must be True or False."""
     if value is not True and value is not False:
         raise TypeError(f"offload must be True or False, but is {value!r} ({type(value).__name__})")
     return value
 
 
 def plain(name: str, value: Any) -> Any:
-    """An option of a group in Python's own types, where torch.optim.AdamW takes others for the same; else as it is.
-
-    torch.load(weights_only=True) reads no others: NumPy's, those of configuration files, fractions.
+    """Returns an option of a group in Python's own types, such as NumPy's or a configuration file's numbers as floats;
+    anything else unchanged. torch.load(weights_only=True) reads no other types.
     """
     is_array = hasattr(value, "tolist") and not isinstance(value, Tensor)
     if name == "betas" and (is_array or isinstance(value, (Sequence, Tensor))) and not isinstance(value, str):
@@ -138,13 +137,13 @@ def plain(name: str, value: Any) -> Any:
 
 
 def tidy(group: dict[str, Any]) -> None:
-    """Makes the options of a group `plain`, in place; of others' optimizers only those that are ours."""
+    """Makes the options of a group `plain`, in place; with others' optimizers only the walk's own."""
     ours = WALK_OPTIONS if OPTIMIZER in group else [key for key in group if key not in ("params", *GROUP_KEYS)]
     group.update((key, plain(key, group[key])) for key in ours if key in group)
 
 
 def group_row(group: dict[str, Any], index: int, steps: int | None) -> list[float | Tensor]:
-    """Checks a parameter group and returns its row of `Cycle.hyper`; an option that is not `plain` becomes so."""
+    """Checks a parameter group, makes its options `plain`, and returns its row of `Cycle.hyper`."""
     row = _walk_row if OPTIMIZER in group else _row
     try:
         return row(group, index, steps)
@@ -154,7 +153,7 @@ def group_row(group: dict[str, Any], index: int, steps: int | None) -> list[floa
 
 
 def _walk_row(group: dict[str, Any], index: int, steps: int | None) -> list[float | Tensor]:
-    """The row of a group of another optimizer, zeros in AdamW's columns; without `lr` (or with None) γ is constant."""
+    """Returns the row of another optimizer's group, zeros in AdamW's columns. Without `lr` (or None) γ is constant."""
     ours = {key: group[key] for key in WALK_OPTIONS} | {"lr": 0.0, "betas": (0.0, 0.0), "eps": 0.0, "weight_decay": 0.0}
     ours |= dict.fromkeys(FLAGS, False) | {key: group[key] for key in FLAGS if key in WALK_OPTIONS}
     ours |= {key: bool(group.get(key)) for key in ("maximize", "differentiable")}
@@ -163,10 +162,9 @@ def _walk_row(group: dict[str, Any], index: int, steps: int | None) -> list[floa
 
 
 def _row(group: dict[str, Any], index: int, steps: int | None) -> list[float | Tensor]:
-    """The row, with γ_k scheduled.
-
-    γ_k = inner_lr · max(lr / base_lr, 0.1), base_lr being the peak that a OneCycleLR recorded or the group's learning
-    rate when it was added; inner_lr where base_lr is 0 or `inner_lr_follows_lr` is False.
+    """Returns the row with γ_k scheduled: γ_k = inner_lr · max(lr / base_lr, 0.1). base_lr is the peak that a
+    OneCycleLR recorded, or the group's learning rate when it was added. γ_k = inner_lr where base_lr is 0 or
+    `inner_lr_follows_lr` is False.
     """
     where = f"of parameter group {index}"
     for name, values in FLAGS.items():
@@ -181,8 +179,8 @@ def _row(group: dict[str, Any], index: int, steps: int | None) -> list[float | T
         )
     if group["inner_steps"] != steps:
         raise ValueError(
-            f"inner_steps {where} is {group['inner_steps']}, but it is one for the whole optimizer ({steps}): "
-            "give it to the constructor"
+            f"inner_steps {where} is {group['inner_steps']}, but all groups share that of the optimizer ({steps}): "
+            "pass it to the constructor"
         )
     betas = group["betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
@@ -203,13 +201,14 @@ def _row(group: dict[str, Any], index: int, steps: int | None) -> list[float | T
 
 
 def first_of(group: dict[str, Any], *keys: str, otherwise: Any) -> Any:
-    """The first of these options that a group has; None is none."""
+    """Returns the first of these options that a group has and that is not None."""
     return next((group[key] for key in keys if group.get(key) is not None), otherwise)
 
 
 def group_rows(groups: list[dict[str, Any]], steps: int | None, kept: KeptRows) -> list[list[float | Tensor]]:
-    """The row of each group: the one in `kept`, which is brought up to date, unless a value is another object now, or
-    a tensor, which others may have written into."""
+    """Returns the row of each group. Updates those in `kept`; makes a row anew where a value is another object now, or
+    a tensor, which others may have written into.
+    """
     before = kept.copy()
     kept.clear()
     for index, group in enumerate(groups):
@@ -228,18 +227,18 @@ def group_rows(groups: list[dict[str, Any]], steps: int | None, kept: KeptRows) 
 
 
 def has_maxima(group: dict[str, Any]) -> bool:
-    """Whether we keep the maxima of amsgrad for a group."""
+    """Returns whether we keep amsgrad's maxima for a group."""
     return bool(OPTIMIZER not in group and group["amsgrad"])
 
 
 def keys_of_group(groups: list[dict[str, Any]], index: int) -> tuple[str, ...]:
-    """The cycle's keys that a group has."""
+    """Returns the cycle's keys that a group has."""
     first = next((i for i, group in enumerate(groups) if group["params"]), 0)
     return GROUP_KEYS if index == first else GROUP_KEYS[: -len(OPTIMIZER_KEYS)]
 
 
 def _share_of_peak(lr: float | Tensor, base_lr: float | Tensor) -> float | Tensor:
-    """max(lr / base_lr, 0.1), or 1 where base_lr is 0."""
+    """Returns max(lr / base_lr, 0.1), or 1 where base_lr is 0."""
     if isinstance(base_lr, Tensor):
         return torch.where(base_lr == 0, 1.0, lr / base_lr.double()).clamp(min=INNER_LR_FLOOR)
     if base_lr == 0:
@@ -252,9 +251,8 @@ def _share_of_peak(lr: float | Tensor, base_lr: float | Tensor) -> float | Tenso
 def check_new_group(
     param_group: Any, defaults: dict[str, Any], index: int, steps: int | None, known: set[Tensor]
 ) -> list[Tensor]:
-    """Checks a parameter group before anything is built from it; returns its parameters, as tensors, each once.
-
-    Raises TypeError or ValueError that names the group and the parameter.
+    """Checks a parameter group before anything is built from it, and returns its parameters as tensors, each once.
+    Raises TypeError or ValueError, which names the group and the parameter.
     """
     if not isinstance(param_group, dict):
         raise TypeError(
@@ -284,12 +282,14 @@ def check_new_group(
 
 
 def is_frozen(param: Tensor) -> bool:
-    """Whether `param` needs no state yet, or has no shape yet; it may then be of any dtype, layout and device."""
+    """Returns whether `param` needs no state yet, or has no shape yet; then its
+    dtype, layout and device do not matter.
+    """
     return (not param.requires_grad and param.grad is None) or is_lazy(param)
 
 
 def check_leaf(param: Any, where: str) -> None:
-    """Whether this is a tensor that an optimizer may hold."""
+    """Raises unless this is a tensor that an optimizer may hold."""
     if not isinstance(param, Tensor):
         raise TypeError(f"{where} must be a tensor, but is a {type(param).__name__}")
     if not param.is_leaf:
@@ -297,7 +297,7 @@ def check_leaf(param: Any, where: str) -> None:
 
 
 def check_param(param: Tensor, where: str) -> None:
-    """Whether the walk can update this tensor."""
+    """Raises unless the walk can update this tensor."""
     if param.layout is not torch.strided:
         raise ValueError(f"{where} is sparse ({param.layout}): only dense parameters can walk")
     reason = dtensor.why_not(param)
@@ -313,8 +313,8 @@ def check_param(param: Tensor, where: str) -> None:
         raise ValueError(f"{where} is on the meta device: materialize the model before you build the optimizer")
     if not has_memory(dtensor.local_part(param)):
         raise TypeError(
-            f"{where} has no memory, as tensors of FakeTensorMode, functional ones and those whose storage was freed: "
-            "build the optimizer outside of such a mode, of a model that has its memory"
+            f"{where} has no memory, like tensors of FakeTensorMode, functional tensors, and those whose storage was "
+            "freed: build the optimizer outside of such a mode, for a model that has its memory"
         )
     if any(stride == 0 and size > 1 for stride, size in zip(param.stride(), param.shape, strict=True)):
         raise ValueError(f"{where} is an expanded tensor whose elements share memory: pass param.contiguous()")

@@ -1,4 +1,4 @@
-"""Other people's optimizers: which can follow a walk, their states in one, and what of it is theirs."""
+"""Other people's optimizers: which ones can follow a walk, their states as one, and what of it is theirs."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ MORE = "optimizers"  # of a state dict: what optimizers save beside their parame
 
 
 class States(MutableMapping[Any, Any]):
-    """The optimizers' states in one; each entry stands in that of the optimizer whose parameter it is."""
+    """The optimizers' states as one. Each entry stands in the state of the optimizer that holds its parameter."""
 
     def __init__(self, optimizers: tuple[Optimizer, ...]) -> None:
         self._optimizers = optimizers
         self.are_made = False  # each was stepped or loaded
 
     def _holder(self, key: Any) -> Any:
-        """The state that has an entry for the key, else that of the optimizer whose parameter it is."""
+        """Returns the state that has an entry for the key, else that of the optimizer that holds the parameter."""
         owners = (o for o in self._optimizers if any(key is p for group in o.param_groups for p in group["params"]))
         known = (o for o in self._optimizers if key in o.state)
         return next(itertools.chain(known, owners), self._optimizers[0]).state
@@ -58,7 +58,7 @@ class States(MutableMapping[Any, Any]):
         return sum(len(o.state) for o in self._optimizers)
 
     def __bool__(self) -> bool:
-        """Whether there is nothing left to be made: torch.distributed.checkpoint asks."""
+        """Returns False if a state has yet to be made: torch.distributed.checkpoint asks."""
         return self.are_made or all(o.state for o in self._optimizers)
 
     def __repr__(self) -> str:
@@ -70,13 +70,13 @@ def groups_of(optimizers: tuple[Optimizer, ...]) -> list[dict[str, Any]]:
 
 
 def without_walk(group: dict[str, Any]) -> dict[str, Any]:
-    """A copy of a group without what the walk of another Nexus put there."""
+    """Returns a copy of a group without what another Nexus's walk put there."""
     ours = (*WALK_OPTIONS, *GROUP_KEYS, OPTIMIZER) if OPTIMIZER in group else ()
     return {key: value for key, value in group.items() if key not in ours}
 
 
 def leave_walk_out(_: Optimizer, state_dict: dict[str, Any]) -> None:
-    """What an optimizer behind a walk saves by itself is its own."""
+    """Removes the walk from what an optimizer behind it saves by itself."""
     if isinstance(state_dict.get("state"), dict):
         entries = state_dict["state"].items()
         state_dict["state"] = {
@@ -88,7 +88,7 @@ def leave_walk_out(_: Optimizer, state_dict: dict[str, Any]) -> None:
 
 
 def without_ours(o: Optimizer) -> Optimizer:
-    """An optimizer of the same parameters and state, but for what is ours, which its own class could not copy."""
+    """Returns an optimizer of the same parameters and state without what is ours, which its class could not copy."""
     twin: Optimizer = object.__new__(type(o))
     entries = ((key, {k: v for k, v in entry.items() if k not in OURS}) for key, entry in o.state.items())
     twin.__dict__.update(o.__dict__, state=defaultdict(dict, {key: entry for key, entry in entries if entry}))
@@ -96,7 +96,7 @@ def without_ours(o: Optimizer) -> Optimizer:
 
 
 def part_of(state_dict: dict[str, Any], groups: list[dict[str, Any]], index: int) -> dict[str, Any]:
-    """The state of one optimizer, whose groups are given, without what is ours."""
+    """Returns the state of the one optimizer whose groups are given, without what is ours."""
     ours = {key for group in groups for key in group["params"]}
     others = {key for group in state_dict["param_groups"] for key in group["params"]} - ours
     state = {}
@@ -111,7 +111,7 @@ def part_of(state_dict: dict[str, Any], groups: list[dict[str, Any]], index: int
 
 
 def check_optimizers(optimizers: tuple[Any, ...]) -> None:
-    """Whether the walk can stand in front of these."""
+    """Raises unless the walk can stand in front of these."""
     if not optimizers:
         raise ValueError("Nexus needs an optimizer to hand the displacement to: Nexus(torch.optim.AdamW(...), ...)")
     for index, o in enumerate(optimizers):
@@ -125,9 +125,9 @@ def check_optimizers(optimizers: tuple[Any, ...]) -> None:
                 "accelerator.prepare(Nexus(optimizer))"
             )
         if isinstance(o, WalkingOptimizer):
-            raise TypeError(f"{what} takes a walk of its own: give Nexus the optimizer that shall follow the walk")
+            raise TypeError(f"{what} walks by itself: give Nexus the optimizer that should follow the walk")
         if any(o is other for other in optimizers[:index]):
-            raise ValueError(f"{what} is given twice: leave it out once")
+            raise ValueError(f"{what} is given twice: pass it once")
         needed = [
             parameter.name
             for parameter in inspect.signature(o.step).parameters.values()
@@ -142,7 +142,7 @@ def check_optimizers(optimizers: tuple[Any, ...]) -> None:
             raise ValueError(f"{what} needs sparse gradients, and a displacement is dense: use torch.optim.Adam")
         if _is_saved_otherwise(o):
             raise ValueError(
-                f"{what} saves a state of a form of its own, not torch.optim's with 'state' and 'param_groups': where "
+                f"{what} saves its state in a form of its own, not torch.optim's with 'state' and 'param_groups': if "
                 "it wraps another optimizer, give Nexus that one"
             )
         if getattr(o, "maximize", False) is True and not all("maximize" in group for group in o.param_groups):
@@ -153,7 +153,7 @@ def check_optimizers(optimizers: tuple[Any, ...]) -> None:
 
 
 def _is_saved_otherwise(o: Optimizer) -> bool:
-    """Whether its state dict is of a form of its own."""
+    """Returns whether its state dict has a form of its own."""
     if type(o).state_dict is Optimizer.state_dict:
         return False
     try:
@@ -163,7 +163,7 @@ def _is_saved_otherwise(o: Optimizer) -> bool:
 
 
 def check_groups(groups: list[dict[str, Any]], steps: int | None) -> None:
-    """Whether the walk can take the parameters of these groups, and their options."""
+    """Raises unless the walk can take the parameters of these groups, and their options."""
     known: set[Tensor] = set()
     for index, group in enumerate(groups):
         new = {key: value for key, value in group.items() if key not in (*GROUP_KEYS, OPTIMIZER)}

@@ -1,7 +1,6 @@
-"""Backward passes that reach the parameters of an optimizer, seen at their end: each is an inner step where K is open.
-
-Autograd tells of gradients, parameter by parameter, not of passes. So each parameter has a hook. The first one of a
-pass asks the engine for a call at its end; the others return at once.
+"""Detects the end of each backward pass that reaches an optimizer's parameters: an inner step, with `inner_steps=None`.
+Autograd tells of gradients, parameter by parameter, not of passes. So each parameter has a hook. The first hook of a
+pass asks the engine for a call at the end of the pass; the others return at once.
 """
 
 from __future__ import annotations
@@ -43,9 +42,8 @@ _passes_of: weakref.WeakValueDictionary[int, Passes] = weakref.WeakValueDictiona
 
 
 class Passes:
-    """Calls `ended` at the end of each backward pass that reached parameters; they are told with `follow`.
-
-    ended: may raise, and backward() raises that. FSDP2's parameters get gradients without hooks: its modules tell of
+    """Calls `ended` at the end of each backward pass that reached the parameters given to `follow`. An error that
+    `ended` raises comes out of backward(). FSDP2's parameters get gradients without hooks: its modules tell of
     passes, and call `before` first.
     """
 
@@ -70,7 +68,7 @@ class Passes:
         weakref.finalize(self, _remove_all, self._handles).atexit = False
 
     def follow(self, params: Iterable[Tensor], modules: Iterable[weakref.ref[Any]]) -> None:
-        """Looks at these parameters from now on, frozen ones too, and at no others. modules: FSDP2's that hold some."""
+        """Watches these parameters from now on, frozen ones too, and no others. modules: FSDP2's that hold some."""
         now = {id(param): param for param in params}
         for key in [key for key, param in self._params.items() if param() is not now.get(key)]:
             del self._params[key]
@@ -94,12 +92,12 @@ class Passes:
             self._before()
 
     def after_reduction(self) -> None:
-        """It has reduced all of them."""
+        """FSDP2 has reduced all of them."""
         if not self.is_replaced:
             self._hook(None)
 
     def _replace(self, before: Passes | None, key: int, param: Tensor) -> None:
-        """Takes a parameter over from another optimizer, of a cell of a notebook that runs again for example."""
+        """Takes a parameter over from another optimizer, such as that of a notebook's cell that runs again."""
         of_before = None if before is None or before is self else before._params.get(key)
         if before is not None and of_before is not None and of_before() is param:
             before.is_replaced = True
@@ -115,7 +113,7 @@ class Passes:
                     self._arm(self._number)
                     return
                 raise RuntimeError(
-                    "compiled autograd runs this backward pass, whose end inner_steps=None cannot see: switch it off "
+                    "compiled autograd runs this backward pass, and inner_steps=None cannot see its end: switch it off "
                     "(torch._dynamo.config.compiled_autograd = False), run the pass inside `with "
                     "optimizer.one_micro_batch():`, or use inner_steps=K with a step() after each micro-batch"
                 )
@@ -125,7 +123,7 @@ class Passes:
             raise
 
     def end(self) -> None:
-        """A pass has ended. RuntimeError where its gradients were added to those of one that failed."""
+        """Ends a pass. Raises RuntimeError if its gradients were added to those of one that failed."""
         if self.merges:
             return
         for param, left in self._left:
@@ -149,24 +147,26 @@ class Passes:
         self._left = [(weakref.ref(param), weakref.ref(param.grad)) for param in waiting]
 
     def forget_failure(self) -> None:
-        """It did not fail, or zero_grad() was called."""
+        """Forgets a failed pass: zero_grad() was called."""
         self._left.clear()
 
     def end_once(self) -> None:
-        """The same, once in a task of autograd."""
+        """Ends a pass, once in a task of autograd."""
         task = torch._C._current_graph_task_id()
         if task != self._ended_task:
             self._ended_task = task
             self.end()
 
     def _arm(self, number: int) -> None:
-        """Has the next hook begin a pass, where that with this number is the last one."""
+        """Arms the hooks, unless a pass began after this number: the next one to run begins a pass."""
         if number == self._number and not self._armed:
             self._armed.append(self._begins)
 
 
 class _End:
-    """What the engine calls at the end of a pass. It drops this when a pass fails, and the next one is seen again."""
+    """What the engine calls at the end of a pass. If the pass fails, the engine drops it, and the next pass is noticed
+    all the same.
+    """
 
     def __init__(self, passes: Passes, number: int) -> None:
         self._passes, self._number = weakref.ref(passes), number
@@ -187,7 +187,7 @@ class _End:
                 passes.end_once()
 
     def _wait_for(self, node: Any) -> None:
-        """Goes on in the pass that this one was a part of, as those of re-entrant checkpoints are of a node's."""
+        """Goes on with the pass that this one was part of: re-entrant checkpoints run passes inside of a node."""
         handles: list[Any] = []
 
         def goes_on(*_: Any) -> None:
@@ -214,7 +214,7 @@ class _End:
 
 
 def _overflow(cycle: Cycle) -> float | Tensor:
-    """inf where a norm of the running cycle is not finite (NaN is kept as -1), else 0. Waits for no device."""
+    """Returns inf if a norm of the running cycle is not finite (NaN is kept as -1), else 0. Waits for no device."""
     if cycle.device.type == "cpu":
         norms = cycle.grad_norms.tolist()
         return math.inf if min(norms) < 0 or max(norms) == math.inf else 0.0
@@ -223,8 +223,9 @@ def _overflow(cycle: Cycle) -> float | Tensor:
 
 
 def _hooked(param: Any, hook: Callable[[Tensor], None]) -> Any:
-    """Registers a hook, also with a parameter that is frozen or not initialized as yet; its handle, None where the
-    parameter can have no gradient."""
+    """Registers a hook, also with a frozen or uninitialized parameter. Returns its handle; None if no gradient can
+    come.
+    """
     with torch._C.DisableTorchFunctionSubclass():
         if param.requires_grad:
             return param.register_post_accumulate_grad_hook(hook)
@@ -250,10 +251,9 @@ def _remove_all(handles: dict[int, Any]) -> None:
 
 
 class ForScaler:
-    """Gradients that torch.amp.GradScaler finds between the end of a pass and the outer step, when all others are gone.
-
-    The smallest parameter of each device shows 0, or inf where a micro-batch of the running cycle overflowed. Taken off
-    before a pass adds to it. was_zeroed: somebody has set one to None meanwhile.
+    """Gradients for torch.amp.GradScaler to find between the end of a pass and the outer step, when all others are
+    gone. The smallest parameter of each device shows 0, or inf if a micro-batch of the running cycle overflowed.
+    They are removed before a pass adds to them. was_zeroed: somebody has set one to None meanwhile.
     """
 
     def __init__(self) -> None:
@@ -265,13 +265,13 @@ class ForScaler:
         weakref.finalize(self, _take_all_off, self._showing).atexit = False
 
     def forget(self) -> None:
-        """Has parameters be chosen anew: some came, or went."""
+        """Chooses the parameters anew next time, since some came or went."""
         self.hide()
         _remove_all(self._handles)
         self._chosen = None
 
     def show(self, work: list[tuple[Cycle, list[Table]]]) -> None:
-        """Shows them, after an inner step of these cycles, where no gradient waits. Waits for no device."""
+        """Shows them, after an inner step of these cycles, where no other gradient is. Waits for no device."""
         if self._chosen is None:
             self._chosen = self._choose(work)
         for param, cycle in [(param, cycle) for param, cycle in self._chosen if param.grad is None]:
@@ -305,13 +305,13 @@ class ForScaler:
         return take_off
 
     def _take_off(self, param: Any) -> None:
-        """Takes off what a parameter shows, and whatever somebody put in its place."""
+        """Removes what a parameter shows, and whatever somebody put in its place."""
         self.was_zeroed |= param.grad is None
         del self._showing[id(param)]
         param.grad = None
 
     def hide(self) -> None:
-        """Takes all of them off."""
+        """Removes all of them."""
         for param in self.shown() if self._showing else ():
             self._take_off(param)
 
@@ -320,5 +320,5 @@ class ForScaler:
         return [param for param, _ in self._chosen or () if self.holds(param)]
 
     def holds(self, param: Tensor) -> bool:
-        """Whether this parameter shows one."""
+        """Returns whether this parameter shows one."""
         return id(param) in self._showing

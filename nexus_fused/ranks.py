@@ -1,7 +1,6 @@
-"""What ranks exchange: sums over shards, sums over ranks that walk on their own, comparisons.
-
-Collectives on torch.distributed's process groups are here: tensors go in, and come out reduced. (DTensors that are laid
-out otherwise than they should be are redistributed in dtensor.py.)
+"""What ranks exchange: sums over shards, sums over ranks that walk on their own, comparisons. The collectives on
+process groups are here: tensors go in, and come out reduced. (dtensor.py redistributes DTensors that are laid out
+otherwise than they should be.)
 """
 
 from __future__ import annotations
@@ -21,10 +20,8 @@ from .replicas import Replicas, compare_norms
 
 
 class Spread(NamedTuple):
-    """Where the elements of a parameter lie.
-
-    ranks: those that share them out, as `shard_ranks` gives them. replicated: whether ranks of `norm_group` have the
-    same ones, as their groups say.
+    """Where the elements of a parameter lie. ranks: those that share them out, from `shard_ranks`. replicated: whether
+    other ranks of `norm_group` have the same elements, as their groups say.
     """
 
     ranks: tuple[int, ...] = ()
@@ -35,11 +32,10 @@ WHOLE = Spread()  # this rank has all of it
 
 
 class Ranks:
-    """The ranks that an optimizer's result depends on, and what is exchanged with them.
-
-    norm_group: ranks with other parameters of the model, whose norms are added. displacement_group: ranks with the same
-    parameters and walks of their own, whose displacements are averaged. Shards: found in the parameters. TypeError for
-    what is no group of this rank.
+    """The ranks that an optimizer's result depends on, and what is exchanged with them. norm_group: ranks with other
+    parameters of the model, whose norms are added. displacement_group: ranks with the same parameters and walks of
+    their own, whose displacements are averaged. The parameters tell of shards. Raises TypeError for what is no
+    process group of this rank.
     """
 
     def __init__(self, norm_group: Any = None, displacement_group: Any = None) -> None:
@@ -57,7 +53,7 @@ class Ranks:
 
     @property
     def communicates(self) -> bool:
-        """Whether steps do."""
+        """Whether steps communicate."""
         return bool(self._sums) or self.has_groups
 
     @property
@@ -66,12 +62,12 @@ class Ranks:
         return self.norm_group is not None or self.displacement_group is not None
 
     def follow(self, entries: list[tuple[int, int, Any]], groups: list[dict[str, Any]]) -> None:
-        """Learns where the elements of these parameters lie, all that are stepped, each with its group and its place.
+        """Learns where the elements of these parameters lie: all that are stepped, each with its group and its place.
 
-        Where the ranks of one class of parameters contain those of another, such as (data, tensor) and (data), one sum
+        If the ranks of one class of parameters contain those of another, such as (data, tensor) and (data), one sum
         serves both: the smaller one's parameters are replicated over the other dimensions of the mesh, and only the
-        replica with the first rank counts. Parameters that are no DTensors are replicas too. What is replicated within
-        `norm_group` has sums of its own, since it counts on one rank of that group only.
+        replica with the first rank counts. A plain tensor next to DTensors is treated as replicated too. What is
+        replicated within `norm_group` has sums of its own, since it counts on one rank of that group only.
         """
         for index, group in enumerate(groups):
             if group["replicated"] and self.norm_group is None:
@@ -108,7 +104,7 @@ class Ranks:
         self._replicated = {index: groups[index]["replicated"] for index, *_ in entries}
 
     def check_groups(self, groups: list[dict[str, Any]]) -> None:
-        """ValueError where a group says something else about its parameters than when they were followed."""
+        """Raises ValueError if a group's `replicated` has changed since its parameters were followed."""
         for index, replicated in self._replicated.items():
             if groups[index]["replicated"] != replicated:
                 raise ValueError(
@@ -117,7 +113,9 @@ class Ranks:
                 )
 
     def _check_overlap(self, classes: list[Spread]) -> None:
-        """ValueError where ranks that share out a parameter are also given as ranks with others, or the same, of it."""
+        """Raises ValueError if ranks that share a parameter out are also given as ranks with other ones, or with
+        copies.
+        """
         for name, group in (("norm_group", self.norm_group), ("displacement_group", self.displacement_group)):
             members = set() if group is None else set(dist.get_process_group_ranks(group))
             apart = [ranks for ranks, replicated in classes if not (replicated and name == "norm_group")]
@@ -132,12 +130,13 @@ class Ranks:
 
     @property
     def norm_is_shared(self) -> bool:
-        """Whether other ranks have a part in the norm."""
+        """Whether the norm covers gradients of other ranks."""
         return bool(self._sums) or self.norm_group is not None
 
     def compare_replicas(self, parts: list[tuple[Spread, Tensor]]) -> None:
-        """Compares ‖g‖² of the whole tensors that count on one rank only, where torch.distributed was asked to look for
-        mistakes; waits for the device then. parts: as for `add`."""
+        """Compares ‖g‖² of the whole tensors that count on one rank only, if torch.distributed was asked to look for
+        mistakes; waits for the device then. parts: as for `add`.
+        """
         if dist.get_debug_level() == dist.DebugLevel.OFF:
             return
         groups = [(group, replicated) for groups, *_, replicated in self._sums for group in groups]
@@ -149,11 +148,11 @@ class Ranks:
             compare_norms(norms, group, "in step()", "gradients of parameters that count as replicated")
 
     def add(self, parts: list[tuple[Spread, Tensor]], what: str) -> list[Tensor]:
-        """Sums over all ranks of what each knows of its own parameters; the sum of those returned is the whole.
+        """Sums over all ranks what each knows of its own parameters only. The results, added up, are the whole.
 
-        parts: float64 tensors of one shape, on all ranks, each with the class of the parameters it tells of. One tensor
-        is reduced for each set of ranks that no other one contains (for each dimension of the mesh, unless these are
-        all ranks), and one over `norm_group`, where what is replicated counts on the first rank.
+        parts: float64 tensors of one shape on all ranks, each with the class of the parameters that it describes. One
+        tensor is reduced for each set of ranks that no other set contains (for each dimension of the mesh, unless these
+        are all ranks), and one over `norm_group`, where the first rank counts what is replicated.
         """
         totals = [(of.replicated, value) for of, value in parts if of not in self._summed]
         for groups, device, counted, replicated in self._sums:
@@ -176,11 +175,11 @@ class Ranks:
 
     @property
     def walkers(self) -> int:
-        """How many ranks average their displacements."""
+        """The number of ranks that average their displacements."""
         return dist.get_world_size(self.displacement_group)
 
     def sum_over_walkers(self, tensors: list[Tensor]) -> None:
-        """Sums each tensor over `displacement_group`, in place and all at once. Nothing waits for a device."""
+        """Sums each tensor over `displacement_group`, in place and all at once. Waits for no device."""
         with explained("the average of displacements", self.displacement_group):
             under_way: list[Any] = []
             errors: list[RuntimeError] = []
@@ -198,7 +197,7 @@ class Ranks:
                 raise errors[0]
 
     def anywhere(self, flag: bool) -> bool:
-        """Whether it is so on any rank that communicates with this one; waits for all of them."""
+        """Returns whether it is so on any rank that communicates with this one; waits for all of them."""
         groups = [group for members, *_ in self._sums for group in members]
         for group in [*groups, *(g for g in (self.norm_group, self.displacement_group) if g is not None)]:
             found = torch.full((1,), float(flag), device=_device_of(group, torch.device("cpu")))
@@ -207,33 +206,36 @@ class Ranks:
         return flag
 
     def check_reduced(self, groups: list[dict[str, Any]], *, ends_pass: bool) -> None:
-        """RuntimeError where gradients were not reduced over the ranks that need it. ends_pass: a backward pass has
-        just ended, else step() was called."""
+        """Raises RuntimeError if gradients were not reduced over the ranks that need it. ends_pass: a backward pass has
+        just ended, else step() was called.
+        """
         self.replicas.check_reduced(groups, self.displacement_group, ends_pass=ends_pass)
         for known in self.modules:
             module = known()
             if module is not None and not reduces_gradients(module):
                 raise RuntimeError(
                     f"FSDP2 did not reduce the gradients of this {'backward pass' if ends_pass else 'step()'} "
-                    "(set_requires_gradient_sync(False), or set_requires_all_reduce(False)): it adds those of several "
-                    "backward passes up, where each has its own inner step. Leave it True for every pass (in "
-                    "Accelerate and the Hugging Face Trainer sync_each_batch=True); to walk without reduction, shard "
-                    "over one dimension of the mesh and give the other as displacement_group"
+                    "(set_requires_gradient_sync(False), or set_requires_all_reduce(False)): it adds up those of "
+                    "several backward passes, but each pass must take its own inner step. Leave it True for every pass "
+                    "(in Accelerate and the Hugging Face Trainer sync_each_batch=True). To walk without reduction, "
+                    "shard over one dimension of the mesh and pass the other as displacement_group"
                 )
 
     def reshard(self) -> None:
-        """Frees the gathered weights of FSDP2 modules: the next forward pass gathers what the shards hold then."""
+        """Frees the gathered weights of FSDP2 modules, so that the next forward
+        pass gathers what the shards hold then.
+        """
         for known in self.modules:
             module = known()
             if module is not None:
                 module.reshard()
 
     def check(self, here: dict[str, Any], of_params: dict[str, Any], walks: dict[str, Any] | None, when: str) -> None:
-        """Raises RuntimeError on all ranks that communicate, naming the first difference, where they disagree.
+        """Raises RuntimeError on all ranks that communicate if they disagree; it names the first difference.
 
-        here: what must be the same on all of them, replicated parameters too. of_params: what must be too, but not over
-        `norm_group`. walks: what takes the place of `here`'s, or comes to it, over `displacement_group`, None if that
-        is not asked. Waits for all of them, and for the device.
+        here: what must be the same on all of them, replicated parameters too. of_params: what must be the same on all
+        except over `norm_group`. walks: replaces or extends `here` over `displacement_group`; None: do not compare
+        there. Waits for all ranks, and for the device.
         """
         everything = {**here, **of_params}
         sums = [(groups, here if replicated else everything) for groups, *_, replicated in self._sums]
@@ -250,8 +252,9 @@ class Ranks:
 
 
 def _groups_of(ranks: tuple[int, ...], param: Any) -> list[Any]:
-    """The groups to sum over, one after the other, that make up these ranks: all of them at once if they are everybody,
-    else those of the mesh's dimensions. To make one of our own would take ranks that have no part in it."""
+    """Returns the process groups to sum over, one after another, that make up these ranks: the default one if they are
+    everybody, else those of the mesh's dimensions. A new group of our own would need ranks that have no part in it.
+    """
     if len(ranks) == dist.get_world_size():
         return [dist.group.WORLD]
     mesh = param.device_mesh
@@ -260,7 +263,7 @@ def _groups_of(ranks: tuple[int, ...], param: Any) -> list[Any]:
 
 
 def _check_submesh(small: Any, large: Any) -> None:
-    """ValueError unless the parameter `small` is replicated over the dimensions of the mesh that `large` has beside."""
+    """Raises ValueError unless `small` is replicated over the dimensions of the mesh that only `large` has."""
     if not is_dtensor(small) or small.device_mesh == large.device_mesh:
         return
     names, all_names = small.device_mesh.mesh_dim_names, large.device_mesh.mesh_dim_names
@@ -273,7 +276,7 @@ def _check_submesh(small: Any, large: Any) -> None:
 
 
 def check_group(group: Any, name: str) -> None:
-    """TypeError unless this is a process group of this rank, or None."""
+    """Raises TypeError unless this is None or a process group of this rank."""
     if group is None:
         return
     if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
@@ -284,7 +287,7 @@ def check_group(group: Any, name: str) -> None:
 
 
 def _check_devices(params: list[Tensor], group: Any) -> None:
-    """ValueError where parameters lie on a device that the group cannot reduce on."""
+    """Raises ValueError if parameters lie on a device that the group cannot reduce on."""
     able = [kind.type for kind in group._device_types]
     for device in {local_part(param).device.type for param in params}:
         if device not in able:
@@ -295,15 +298,14 @@ def _check_devices(params: list[Tensor], group: Any) -> None:
 
 
 def _device_of(group: Any, device: torch.device) -> torch.device:
-    """Where a group reduces values of `device`: there if it can, else on the device it is made for."""
+    """Returns where a group reduces values of `device`: there if it can, else on the device that it is made for."""
     types = [kind.type for kind in group._device_types]
     return device if device.type in types else torch.device(types[0])
 
 
 def difference(here: dict[str, Any], group: Any, when: str) -> str | None:
-    """The first difference between the ranks of a group, as an error tells it; None if there is none. Waits for them.
-
-    A digest decides, so that agreement costs four numbers however large the model and the group are.
+    """Returns the first difference between the ranks of a group, as an error tells it; None without one. Waits for
+    them. A digest decides, so that agreement costs four numbers however large the model and the group are.
     """
     digest = hashlib.sha256(repr(here).encode()).digest()
     halves = [int.from_bytes(digest[i : i + 7], "big") for i in (0, 7)]

@@ -34,10 +34,9 @@ from .table import Table
 
 
 def scaled_gradient(g: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """γ·g/n in `dtype`; 0 where the step is skipped (`factor` 0), even for a gradient of NaN or inf.
-
-    g: any shape and floating dtype. factor: 0-dim float64, ±γ/n, applied as a power of two and the rest, since γ/n
-    leaves float32's range long before γ·g/n does.
+    """Returns γ·g/n in `dtype`, with 0 for a skipped step (`factor` 0) even if the gradient is NaN or inf. g: any shape
+    and floating dtype. factor: ±γ/n, 0-dim float64; applied as a power of two and the rest, since γ/n leaves
+    float32's range long before γ·g/n does.
     """
     mantissa, exponent = torch.frexp(factor)
     half = exponent >> 1
@@ -102,12 +101,12 @@ def _unit(rounded: Tensor) -> Tensor:
 
 
 def outer_weight(w: Tensor, D: Tensor) -> Tensor:
-    """θ. An element without a displacement is not touched: −0 stays −0."""
+    """Returns θ. An element without a displacement is not touched: −0 stays −0."""
     return torch.where(D != 0, w + D, w)
 
 
 def walked_weight(theta: Tensor, D: Tensor) -> Tensor:
-    """w, where θ and the displacement are known."""
+    """Returns w, from θ and the displacement."""
     return torch.where(D != 0, theta - D, theta)
 
 
@@ -125,10 +124,9 @@ def adamw_formula(
     eps: Tensor,
     weight_decay: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """torch.optim.AdamW's formula in its order of operations; returns the new θ, moments and maximum.
-
-    Tensors have one shape and dtype; scalars are 0-dim float64, `step` the number of this update, from 1.
-    Source: Loshchilov and Hutter, arXiv 1711.05101; torch/optim/adam.py.
+    """Applies torch.optim.AdamW's formula in its order of operations; returns the new θ, moments and maximum. Tensors
+    have one shape and dtype; scalars are 0-dim float64; `step` is the number of this update, from 1. Source:
+    Loshchilov and Hutter, arXiv 1711.05101; torch/optim/adam.py.
     """
     theta = theta * (1 - lr * weight_decay)
     # torch.lerp: from whichever end is nearer.
@@ -145,7 +143,7 @@ def adamw_formula(
 
 
 def sq_norm(table: Table) -> Tensor:
-    """‖g‖² over the table's gradients: 0-dim float64, squares and sums in float64."""
+    """Returns ‖g‖² over the table's gradients: 0-dim float64, squares and sums in float64."""
     total = torch.zeros((), dtype=torch.float64, device=table.device)
     for segment in table.with_gradient():
         total += _gradient(table, segment).double().square().sum()
@@ -153,9 +151,8 @@ def sq_norm(table: Table) -> Tensor:
 
 
 def inner_step(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch) -> None:
-    """D ← Q(D + γ·g/n) and w ← θ − D for every parameter with a gradient; D counts as 0 where it has not moved before.
-
-    Where the table keeps an anchor, it becomes θ before the first move of a cycle.
+    """D ← Q(D + γ·g/n) and w ← θ − D for every parameter with a gradient. D counts as 0 if the parameter has not moved
+    before. If the table keeps an anchor, it becomes θ before the first move of a cycle.
     """
     cycle.advance(micro_batch)
     for table in tables:
@@ -179,10 +176,9 @@ def inner_step(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch) -> No
 
 
 def outer_step(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch | None, taken: int) -> None:
-    """Last inner step, end of the walk and AdamW for every parameter that had a gradient in this cycle.
-
-    A group with Γ = 0 keeps weights, moments and `step`. `micro_batch`: None where the cycle ends without a last
-    gradient. `taken`: its inner steps. Leaves ‖D‖² per group and the other sums of the cycle in `cycle.finished`.
+    """Takes the last inner step, ends the walk and applies AdamW, for every parameter that had a gradient in this
+    cycle. A group with Γ = 0 keeps weights, moments and `step`. micro_batch: None if the cycle ends without a last
+    gradient. taken: its inner steps. Leaves ‖D‖² for each group and the other sums of the cycle in `cycle.finished`.
     """
     cycle.advance(micro_batch)
     for table in tables:
@@ -193,10 +189,9 @@ def outer_step(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch | None
 
 
 def end_walk(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch | None, share: float) -> None:
-    """Last inner step and end of the walk of every parameter: w ← θ, exact where there is an anchor, D ← Q(D · share).
-
-    Also for parameters that did not move, whose D is 0. `micro_batch`: as for `outer_step`. `share`: 1/R where R ranks
-    add up their D. Nothing is counted: the last step is not rounded into w.
+    """Takes the last inner step and ends the walk of every parameter: w ← θ, exact if there is an anchor, D ← Q(D ·
+    share). Includes parameters that did not move, whose D is 0. micro_batch: as for `outer_step`. share: 1/R if R
+    ranks add up their D. Counts no moves, since the last step is not rounded into w.
     """
     cycle.advance(micro_batch)
     for table in tables:
@@ -209,9 +204,8 @@ def end_walk(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch | None, 
 
 
 def gradients(table: Table, cycle: Cycle, scale: Tensor, targets: list[Tensor | None]) -> None:
-    """Writes D · scale, after `end_walk`, in the parameters' dtype, and counts ‖D‖².
-
-    scale: [groups] float64, on the device. targets: for each segment flat memory, or None for what takes no part.
+    """Writes D · scale, after `end_walk`, in the parameters' dtype, and sums ‖D‖². scale: [groups] float64, on the
+    device. targets: flat memory for each segment, or None for one that takes no part.
     """
     for segment, target in zip(table.segments, targets, strict=True):
         if target is not None:
@@ -221,9 +215,8 @@ def gradients(table: Table, cycle: Cycle, scale: Tensor, targets: list[Tensor | 
 
 
 def adamw(tables: list[Table], cycle: Cycle, moved: list[Tensor], taken: int) -> None:
-    """AdamW after `end_walk`, which has left w = θ, on D as it lies in memory, with Γ from `cycle`.
-
-    moved: for each table who takes part, != 0 for each of its segments: [segments], on the device.
+    """Applies AdamW after `end_walk`, which has left w = θ, to D as it lies in memory, with Γ from `cycle`. moved: for
+    each table a tensor [segments] on the device, != 0 for segments that take part.
     """
     cycle.advance(None)
     for table, who in zip(tables, moved, strict=True):

@@ -1,7 +1,6 @@
-"""Whether the replicas that DistributedDataParallel keeps equal take the same steps.
-
-DDP does not tell an optimizer of itself, so its instances are looked for among all objects, once, where
-torch.distributed runs. Each says which forward passes had their gradients reduced.
+"""Whether the replicas that DistributedDataParallel keeps equal take the same steps. DDP does not introduce itself to
+an optimizer, so its instances are looked for among all objects, once, if torch.distributed runs. Each says which
+forward passes had their gradients reduced.
 """
 
 from __future__ import annotations
@@ -21,8 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 class Replica:
-    """One instance of DDP. reduces: whether it reduces the gradients of the last forward pass that has some; reduced:
-    whether it did in the last backward pass. None before the first that is seen."""
+    """One instance of DDP. reduces: whether it reduces the gradients of the last forward pass that has some. reduced:
+    whether it did in the last backward pass. None before the first one seen.
+    """
 
     def __init__(self, module: DistributedDataParallel, param: Tensor) -> None:
         self.module = weakref.ref(module)
@@ -32,7 +32,7 @@ class Replica:
         param.register_post_accumulate_grad_hook(functools.partial(_note_backward, weakref.ref(self)))
 
     def note_backward(self) -> None:
-        """A backward pass is under way."""
+        """Notes that a backward pass is under way."""
         module = self.module()
         if module is not None:
             # Any forward pass sets the first flag, one without gradients too.
@@ -46,7 +46,7 @@ class Replica:
 
 
 class _ForwardHook:
-    """Notes what DDP does with the gradients of a forward pass; a module that is pickled has another in its place."""
+    """Notes what DDP does with the gradients of a forward pass; a pickled module gets another one instead."""
 
     def __init__(self, replica: Replica | None = None) -> None:
         self._replica = (lambda: None) if replica is None else weakref.ref(replica)
@@ -69,7 +69,7 @@ def _note_backward(replica: weakref.ref[Replica], _: Tensor) -> None:
 
 
 class Replicas:
-    """The instances of DDP that reduce the gradients of one optimizer's parameters, where there are other ranks."""
+    """The instances of DDP that reduce the gradients of one optimizer's parameters, if there are other ranks."""
 
     def __init__(self) -> None:
         self.outdated = True  # parameters came
@@ -77,7 +77,7 @@ class Replicas:
         self._told = False
 
     def find(self, groups: list[dict[str, Any]]) -> None:
-        """Looks for instances that hold parameters of these groups, which takes some 0.1 s."""
+        """Looks for instances that hold parameters of these groups, which takes about 0.1 s."""
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return
         ours = {id(param) for group in groups for param in group["params"]}
@@ -93,10 +93,9 @@ class Replicas:
         self.outdated = not self._found
 
     def check_reduced(self, groups: list[dict[str, Any]], walkers: Any, *, ends_pass: bool) -> None:
-        """Raises RuntimeError where gradients are this rank's own, and nobody averages what comes of them: replicas
-        would part for good. Warns once where `walkers`, the process group that averages D, got reduced ones.
-
-        ends_pass: a backward pass has just ended, else step() was called.
+        """Raises RuntimeError if gradients are this rank's own and nobody averages what comes of them: replicas would
+        part for good. Warns once if `walkers`, the process group that averages D, got reduced ones. ends_pass: a
+        backward pass has just ended, else step() was called.
         """
         what = "this backward pass" if ends_pass else "this step()"
         if self.outdated:
@@ -132,8 +131,9 @@ class Replicas:
                 )
 
     def compare(self, sq_norms: list[Tensor]) -> None:
-        """Compares ‖g‖ with the other replicas' where torch.distributed was asked to look for mistakes; waits for the
-        device then."""
+        """Compares ‖g‖ with the other replicas' if torch.distributed was asked to look for mistakes; waits for the
+        device then.
+        """
         if self._found and dist.get_debug_level() != dist.DebugLevel.OFF and not _capturing():
             norm = sum(float(part.sum()) for part in sq_norms) ** 0.5
             modules = [replica.module() for replica in self._found]
@@ -147,7 +147,7 @@ def _members(group: Any) -> set[int]:
 
 
 def _is_averaged_by_others(module: Any) -> bool:
-    """Whether Accelerate's LocalSGD averages the weights of this module; asked only before an error."""
+    """Returns whether Accelerate's LocalSGD averages the weights of this module; asked only before an error."""
     kind = getattr(sys.modules.get("accelerate.local_sgd"), "LocalSGD", None)
     return kind is not None and any(
         type(found) is kind and found.enabled and found.model is module for found in gc.get_objects()
@@ -159,8 +159,9 @@ def _capturing() -> bool:
 
 
 def compare_norms(norms: list[float], group: Any, when: str, of: str = "gradients") -> None:
-    """Raises RuntimeError on all ranks of a group if their norms differ by more than a thousandth: reductions may have
-    other orders on each. An empty list is no norm to compare. of: what the norms are of."""
+    """Raises RuntimeError on all ranks of a group if their norms differ by more than a thousandth, since reductions may
+    run in another order on each. An empty list is no norm to compare. of: what the norms are of.
+    """
     everyone: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyone, [-1.0 if math.isnan(norm) else norm for norm in norms], group=group)
     known = [(rank, there) for rank, there in zip(dist.get_process_group_ranks(group), everyone, strict=True) if there]
@@ -169,7 +170,7 @@ def compare_norms(norms: list[float], group: Any, when: str, of: str = "gradient
             if not math.isclose(a, b, rel_tol=1e-3):
                 raise RuntimeError(
                     f"ranks disagree {when} about the norm of {of}: {_shown(a)} on rank {known[0][0]}, {_shown(b)} on "
-                    f"rank {rank}, with which replicas part. Where parameters are each rank's own, as experts are, "
+                    f"rank {rank}, so the replicas drift apart. Where parameters are each rank's own, as experts are, "
                     "build the optimizer with norm_group=<these ranks> and give the groups of the parameters that all "
                     'of them hold "replicated": True. Else reduce the gradients over these ranks before step(), or '
                     "compare only ranks that are replicas, in a process group of theirs"

@@ -1,4 +1,4 @@
-"""The life of a state: whose it is, what is shown, saved and loaded of it."""
+"""The life of a state: whose it is, and what of it is shown, saved and loaded."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ from .walk import Entry, Walk, entries_of
 
 
 class State:
-    """The parameters of an optimizer and what its `state` and `param_groups` show of them, in step with a walk.
-
+    """The parameters of an optimizer, and what its `state` and `param_groups` show of them, in step with a walk.
     optimizer: only its `state` and `param_groups` are read, at each call, since torch.optim replaces them.
     parameters_came: called after some did.
     """
@@ -47,7 +46,7 @@ class State:
     # Parameters
 
     def register(self, params: list[Entry], *, flatten: bool, known: Iterable[Any] = ()) -> None:
-        """Gives parameters state and a place in a table; frozen ones wait for a gradient. known: have state to come."""
+        """Gives parameters state and a place in a table. Frozen ones wait for a gradient. known: have state to come."""
         known = list(known)
         self.entries.expect(known)
         has_state = {id(param) for param in known}
@@ -63,7 +62,7 @@ class State:
         self._parameters_came()
 
     def _add(self, segments: list[Segment]) -> None:
-        """Gives parameters that came an entry, and entries the maxima that came."""
+        """Gives parameters that came an entry, and adds maxima that came to entries."""
         shows = self.entries.shows_cycle or self._walk.position > 0
         if shows:
             self._walk.ensure_displacements()
@@ -71,7 +70,7 @@ class State:
         self.show(in_cycle=shows)
 
     def _thaw(self) -> None:
-        """Gives state to parameters that were frozen and have a gradient now or may get one."""
+        """Gives state to parameters that were frozen and have a gradient now, or may get one."""
         ready = [entry for entry in self._frozen if not is_frozen(entry[2])]
         for group, index, param in ready:
             check_param(param, f"parameter {index} of group {group}")
@@ -80,9 +79,8 @@ class State:
             self._frozen = [entry for entry in self._frozen if is_frozen(entry[2])]
 
     def follow_members(self) -> None:
-        """Takes over groups that somebody put behind the known ones, and moves of parameters before the first step.
-
-        RuntimeError where the known ones hold other parameters than before: those would never be stepped.
+        """Takes over groups that somebody appended, and moves of parameters before the first step. Raises RuntimeError
+        if known groups hold other parameters than before: those would never be stepped.
         """
         if not self._walk.keeps:
             self._follow_guests()
@@ -164,9 +162,8 @@ class State:
             self.materialize_displacements()
 
     def adopt(self, *, moments: bool = True) -> None:
-        """Copies what others put into the state, or moved, to where kernels work, and shows that again.
-
-        moments: whether those are looked at too; inner steps use none. RuntimeError, TypeError or ValueError for what
+        """Copies what others put into the state, or moved, to where kernels work, and shows that again. moments:
+        whether to look at those too; inner steps use none. Raises RuntimeError, TypeError or ValueError for what
         cannot be adopted; nothing is modified then.
         """
         found = self.entries.foreign(self._walk.segments, moments=moments)
@@ -192,10 +189,9 @@ class State:
         self._add(self._walk.segments)
 
     def refresh(self, *, gradients: bool, moments: bool = True) -> None:
-        """Checks everything that may be wrong and takes over what is new, before anything is modified.
-
-        After `follow_members`. gradients: whether those of a micro-batch are used; moments: whether they are, by an
-        outer step.
+        """Checks everything that may be wrong and takes over what is new, before anything is modified. Call
+        `follow_members` first. gradients: whether the step uses those of a micro-batch. moments: whether it uses
+        those, as an outer step does.
         """
         waits, groups = any(not is_frozen(param) for *_, param in self._frozen), self._groups
         try:
@@ -219,8 +215,9 @@ class State:
     # What is shown
 
     def show_position(self) -> None:
-        """Puts the position into the groups, and displacements into the entries or out of them; later, with `catch_up`,
-        where only the device knows the position."""
+        """Shows the position in the groups, and displacements in the entries or not. Where only the device knows the
+        position, `catch_up` does that later.
+        """
         self._is_fresh = False
         if not self._walk.is_blind:
             self._show_position()
@@ -237,7 +234,7 @@ class State:
         self._follow(in_cycle=position > 0)
 
     def show(self, *, in_cycle: bool) -> None:
-        """Puts the cycle's own data into groups and entries, the groups' under the same keys at every position."""
+        """Shows the cycle's own data in groups and entries; the groups' keys are the same at every position."""
         groups = self._groups[: len(self._members)]  # those put behind are taken over later
         sizes = [len(group["params"]) for group in groups]
         cycle = next(iter(self._walk.cycles.values()))
@@ -291,11 +288,11 @@ class State:
 
     @property
     def hides_walk(self) -> bool:
-        """Whether somebody needs the walk again: a with block that ends, or train() in mid-cycle."""
+        """Whether the walk has to come back: at the end of a with block, or at train() in mid-cycle."""
         return self.shows_theta and (self.in_outer_weights or self._walk.position > 0)
 
     def _tell_what_is_left_out(self) -> None:
-        """Warns once who saves after eval(): whoever wrote outer_weights() knows."""
+        """Warns once of saving after eval(). Whoever wrote outer_weights() knows."""
         if not (self.in_outer_weights or self._told_what_is_left_out):
             self._told_what_is_left_out = True
             warnings.warn(
@@ -374,5 +371,5 @@ class State:
 
 
 def _at_boundaries(inner_steps: int | None) -> str:
-    """When a cycle is at its boundary."""
+    """Says when a cycle is at its boundary."""
     return "after step()" if inner_steps is None else f"at multiples of inner_steps ({inner_steps})"

@@ -1,8 +1,6 @@
-"""The table of segments that kernels walk.
-
-Autograd hands every gradient over in memory of its own, so gradients are read where they lie; weights and state are
-ours and lie in large flat buffers. One row of the table, a segment, brings the addresses of one parameter together. A
-kernel is started once for a table, not once for a parameter.
+"""The table of segments that kernels walk. Autograd puts every gradient into memory of its own, so kernels read
+gradients where they lie. Weights and state are ours and lie in large flat buffers. One row of the table, a segment,
+holds the addresses of one parameter. A kernel is started once for a table, not once for a parameter.
 """
 
 from __future__ import annotations
@@ -43,7 +41,9 @@ PARTS = 4  # of a chunk, for kernels on a GPU that sum nothing over it: memory l
 
 @functools.cache
 def hashed(device: torch.device) -> Tensor:
-    """Numbers that look random, [65521] int16; a prime, so that they do not stand below each other in a matrix."""
+    """Returns numbers that look random, [65521] int16. The length is a prime, so that equal ones do not line up in the
+    columns of a matrix.
+    """
     number = torch.arange(65521, dtype=torch.int64, device="cpu") + 1
     for factor in (0x85EBCA6B, 0xC2B2AE35):  # MurmurHash3's last steps, on 32 bits
         number = ((number ^ (number >> 16)) * factor) & 0xFFFFFFFF
@@ -53,12 +53,11 @@ def hashed(device: torch.device) -> Tensor:
 class Table:
     """All segments of one device and dtype, of all groups, and the flat buffers behind them.
 
-    displacement_dtype: of D. spread: the ranks that the parameters, all of them DTensors then, are sharded over, and
-    whether they are replicated. keeps_anchor: θ is kept beside w, for ranks that walk on their own. keeps: the keys of
-    a state that outlives a cycle, flat.KEPT, or () where others' optimizers have theirs. offload: moments and anchors
-    lie in host memory, where the device has its own.
-    elements, chunks: how many; parts: into how many a GPU's blocks divide each chunk where they may, 1 where most of
-    them are small. `segments` stand in the order of `rows`.
+    displacement_dtype: of D. spread: the ranks that share out the parameters, all of them DTensors then, and whether
+    they are replicated. keeps_anchor: keep θ beside w, for ranks that walk on their own. keeps: the keys of a state
+    that outlives a cycle, flat.KEPT, or () if others' optimizers have their own. offload: moments and anchors lie in
+    host memory, if the device has memory apart from it. elements, chunks: how many there are. parts: into how many a
+    GPU's blocks may divide each chunk; 1 if most are small. `segments` stand in the order of `rows`.
     """
 
     def __init__(
@@ -96,12 +95,12 @@ class Table:
 
     @property
     def dtypes(self) -> tuple[int, int]:
-        """Of parameters and of displacements, as kernels number them."""
+        """The dtypes of parameters and of displacements, as kernels number them."""
         return DTYPES[self.dtype], DTYPES[self.displacement_dtype]
 
     @property
     def counts_parameters(self) -> bool:
-        """Whether a move is lost that leaves the parameter where it was, not only w: where remainders are dropped."""
+        """Whether a move counts as lost if the parameter stays, even if w moves: where remainders are dropped."""
         return self.low_precision and not self.keeps
 
     @property
@@ -134,7 +133,7 @@ class Table:
             self._enlist(kept, [bucket for bucket in self.buckets if bucket in used])
 
     def _enlist(self, segments: list[Segment], buckets: list[Bucket]) -> None:
-        """Makes these all that the table has."""
+        """Makes these all the segments of the table."""
         self._outdated = True
         # In the groups' order, whenever a parameter came: the norm is summed in that order, also after a resume.
         self.segments, self.buckets = sorted(segments, key=lambda s: s.place), buckets
@@ -161,7 +160,7 @@ class Table:
             segment.param.data = shaped_like(target, segment)
 
     def ensure_displacements(self) -> None:
-        """Allocates displacements (and anchors, and remainders of a walk alone) where they are missing."""
+        """Allocates displacements (and anchors, and remainders of a walk alone) that are missing."""
         names = [*(IN_CYCLE if self.keeps_anchor else IN_CYCLE[:1]), *(["remainder"] if self.low_precision else [])]
         for bucket in self.buckets:
             for name in names:
@@ -173,7 +172,6 @@ class Table:
 
     def fill_remainders(self, seed: Tensor) -> None:
         """Makes every remainder, if weights have one, another number within the rounding of its parameter, which stays.
-
         seed: 0-dim float64, on the device; the same one gives the same numbers. Moves 2 bytes for each element.
         """
         if self.low_precision:
@@ -199,7 +197,7 @@ class Table:
                 number.copy_(torch.where(near, (number & 0x7FFF) >> 1 | sign, number))
 
     def follow_amsgrad(self, wanted: list[bool]) -> bool:
-        """Switches each group's maxima on, zeros if it never had them, or off; returns whether it allocated some."""
+        """Switches each group's maxima on, zeros if it never had them, or off. Returns whether it allocated some."""
         made = False
         for bucket in self.buckets:
             amsgrad = wanted[bucket.group]
@@ -211,10 +209,9 @@ class Table:
         return made
 
     def refresh(self) -> None:
-        """Writes the table anew if segments or buffers came or a parameter's storage was replaced.
-
-        `_outdated` is set before such a change and cleared when all is done: whatever fails on the way, for lack of
-        memory for example, is repeated by the next step. RuntimeError while steps are captured into a CUDA graph.
+        """Writes the table anew if segments or buffers came or a parameter's storage was replaced. `_outdated` is set
+        before such a change and cleared when all is done, so that the next step repeats whatever failed on the way,
+        for lack of memory for example. Raises RuntimeError while steps are captured into a CUDA graph.
         """
         if not self._outdated:
             return
@@ -264,11 +261,11 @@ class Table:
     # On the device
 
     def on_device(self) -> tuple[Tensor, Tensor, Tensor, int]:
-        """What kernels on a GPU read: `rows` [n, 14], the row of each chunk [chunks], the first row and first chunk of
-        each group and of the end [groups + 1, 2], in the device's memory, and `touch`.
+        """Returns what kernels on a GPU read, in the device's memory: `rows` [n, 14]; the row of each chunk [chunks];
+        the first row and first chunk of each group and of the end [groups + 1, 2]; and `touch`.
 
-        touch: 0 no parameter is touched, 1 just those with a gradient are, 2 the rows tell. Rows are copied only if an
-        address changed (or who is touched, with 2), through pinned memory and without waiting.
+        touch: 0 no parameter is touched, 1 exactly those with a gradient are, 2 the rows tell. Rows are copied only if
+        an address changed (or who is touched, with 2), through pinned memory and without waiting.
         """
         if self._touched_on_device:
             touch = 2
@@ -295,17 +292,17 @@ class Table:
         self._device_is_told = True
 
     def _keep_touched(self, *, aside: bool) -> None:
-        """Puts the device's own word of who is touched aside, or back."""
+        """Saves the device's own record of who is touched, or puts it back."""
         here, there = self._on_device[0][:, TOUCHED], self._kept_touched
         (there if aside else here).copy_(here if aside else there)
 
     def keep_touched_on_device(self, keeps: bool) -> None:
-        """Has only the device know whose displacements are valid, once it was told, or the host again."""
+        """Leaves it to the device, once it was told, or to the host again, to know whose displacements are valid."""
         self._touched_on_device, self._device_is_told = keeps, False
         self._stale = True
 
     def learn_touched(self) -> None:
-        """Has the host know whose displacements are valid, where the device keeps that; waits for it."""
+        """Tells the host whose displacements are valid, if only the device knows; waits for it."""
         if self._device_is_told:
             flags = self._on_device[0][:, TOUCHED].tolist()
             self._flags[:], self._touched = bytes(flags), sum(flags)
@@ -320,8 +317,9 @@ class Table:
             rows[:, TOUCHED] = 0
 
     def on_device_after_walk(self, moved: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
-        """The same for an outer step after the end of a walk. moved: != 0 for each segment that had a gradient, on any
-        rank: [segments], on the device. Nobody has one any more."""
+        """Returns what `on_device` does, for an outer step after the end of a walk, when no segment has a gradient any
+        more. moved: [segments], on the device, != 0 for each segment that had a gradient on any rank.
+        """
         rows, row_of_chunk, starts, _ = self.on_device()
         rows[:, TOUCHED] = (moved != 0).long()
         rows[:, GRAD] = 0
@@ -329,7 +327,9 @@ class Table:
         return rows, row_of_chunk, starts, 2
 
     def on_device_with(self, targets: list[Tensor | None]) -> tuple[Tensor, Tensor, Tensor, int]:
-        """The same for `gradients`, after the end of a walk: where a gradient was in a row is the segment's target."""
+        """Returns what `on_device` does, for `gradients`, after the end of a walk: a row holds the segment's target in
+        the place of the gradient.
+        """
         addresses = [0 if target is None else target.data_ptr() for target in targets]
         rows = self.rows.clone()
         rows[:, GRAD] = torch.tensor(addresses, dtype=torch.int64, device="cpu")
@@ -338,7 +338,7 @@ class Table:
         return (*self._on_device, 2)  # type: ignore[return-value]
 
     def distrust_device(self) -> None:
-        """Has the rows copied again: replays of captured steps may have put others there, or will."""
+        """Copies the rows again next time: replays of captured steps may have put others there, or will."""
         self._stale = True
 
     def hold(self) -> None:
@@ -351,7 +351,6 @@ class Table:
 
     def read_gradients(self, *, use: bool) -> None:
         """Looks at every parameter and, with `use`, its gradient; modifies nothing but what it remembers of them.
-
         Raises RuntimeError for a gradient that does not fit its parameter, or a parameter that was converted.
         """
         self.refresh()
@@ -362,17 +361,17 @@ class Table:
         self.refresh()
 
     def gradient(self, segment: Segment) -> Tensor | None:
-        """This micro-batch's gradient of a segment, dense with its strides; None without one."""
+        """Returns this micro-batch's gradient of a segment, dense with its strides; None without one."""
         return self.observer.gradient(segment) if self.rows[segment.row, GRAD] else None
 
     def with_gradient(self) -> list[Segment]:
-        """The segments that have a gradient in this micro-batch."""
+        """Returns the segments that have a gradient in this micro-batch."""
         if self.observer.complete:
             return self.segments
         return [s for s, address in zip(self.segments, self.rows[:, GRAD].tolist(), strict=True) if address]
 
     def moving(self) -> list[Segment]:
-        """The segments that take part in the outer step: those with a gradient at any time in this cycle."""
+        """Returns the segments that take part in the outer step: those with a gradient at any time in this cycle."""
         if self._touched == len(self.segments) or self.observer.complete:
             return self.segments
         return [
@@ -380,8 +379,7 @@ class Table:
         ]
 
     def wrote(self, segments: list[Segment]) -> None:
-        """Tells autograd and autocast that these segments' weights were written, and brings parameters with gaps up to
-        date."""
+        """Tells autograd and autocast that these segments' weights were written, and updates parameters with gaps."""
         for segment in set(segments).intersection(self._staged) if self._staged else ():
             segment.local.detach().copy_(segment.staged)  # type: ignore[arg-type]
         params = self.observer.params if segments is self.segments else [s.param for s in segments]
@@ -392,21 +390,21 @@ class Table:
     # One cycle
 
     def took_part(self) -> Tensor:
-        """Which segments had a gradient in this cycle, with this micro-batch's: [segments] bool, on the CPU."""
+        """Returns which segments had a gradient in this cycle, with this micro-batch's: [segments] bool, on the CPU."""
         return (self.rows[:, GRAD] != 0) | (self.rows[:, TOUCHED] != 0)
 
     def displacements(self) -> list[Tensor]:
-        """D as it lies: a flat tensor for each bucket. What lies between parameters is of no account."""
+        """Returns D as it lies: a flat tensor for each bucket. What lies between parameters does not matter."""
         return [bucket.buffers["displacement"] for bucket in self.buckets]
 
     def clear_untouched(self) -> None:
-        """Sets the displacements of parameters that have not moved in this cycle to zero, for those who read them."""
+        """Sets the displacements of parameters that have not moved in this cycle to zero, before others read them."""
         for segment in self.segments:
             if not segment.touched and "displacement" in segment.bucket.buffers:
                 segment.buffer("displacement").zero_()
 
     def finish_inner_step(self) -> None:
-        """Ends the micro-batch after a backend's inner_step: copies of gradients are let go."""
+        """Ends the micro-batch after a backend's inner_step, and frees copies of gradients."""
         moved = self.with_gradient()
         self.wrote(moved)
         if self._touched_on_device:
@@ -416,7 +414,7 @@ class Table:
         self.observer.copies.clear()
 
     def finish_outer_step(self, *, everything: bool = False) -> None:
-        """Ends the cycle after a backend's outer step, which wrote the weights of who took part, or of all."""
+        """Ends the cycle after a backend's outer step, which wrote the weights of those who took part, or of all."""
         self.wrote(self.segments if everything else self.moving())
         for bucket in self.buckets if self.offloads else ():
             bucket.hold()

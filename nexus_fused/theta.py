@@ -14,7 +14,7 @@ from .table import Table
 
 
 class Kept(NamedTuple):
-    """w of one parameter, in its parts, while θ is in its place."""
+    """w of one parameter, in its two parts, while θ is in its place."""
 
     table: Table
     segment: Segment
@@ -23,7 +23,7 @@ class Kept(NamedTuple):
 
 
 def show_outer_weights(tables: list[Table]) -> list[Kept]:
-    """Puts θ into the parameters that walk; returns what they held."""
+    """Puts θ into the parameters that walk. Returns what they held."""
     kept = []
     for table in tables:
         for segment in table.segments:
@@ -42,7 +42,7 @@ def show_outer_weights(tables: list[Table]) -> list[Kept]:
 
 
 def show_walk(kept: list[Kept]) -> None:
-    """Puts w back, bit for bit; a value that others wrote meanwhile is θ now, and w moves along."""
+    """Puts w back, bit for bit. A value that others wrote meanwhile is θ now, and w moves along."""
     done = 0
     try:
         for one in kept:
@@ -88,7 +88,7 @@ def _tell(kept: list[Kept]) -> None:
 
 
 def _outer_weight(kept: Kept) -> Tensor:
-    """θ of a parameter: exact where there is an anchor."""
+    """Returns θ of a parameter: exact if there is an anchor."""
     if kept.table.keeps_anchor:
         return reference.on_device(kept.segment, "anchor").clone()
     w = reference.read_weight(kept.parameter, kept.remainder)

@@ -1,6 +1,5 @@
-"""Mistakes that raise no error and that only metrics() would show: one warning each, with the remedy.
-
-All of it is known on the host. What is not, learning rates on a device, is not judged.
+"""Mistakes that raise no error and show only in metrics(): one warning each, with the remedy. The host knows all that
+is judged here; learning rates on a device are not judged.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ FEW = 3  # open cycles in a row that look wrong
 class Traps:
     """Looks at every `step()` of one optimizer, after its gradients were found and before they are used.
 
-    knows_schedule: False after a load, when it is not known how far the learning rate had risen before.
+    knows_schedule: False after a load, which does not tell how far the learning rate had risen before.
     """
 
     def __init__(self) -> None:
@@ -45,7 +44,7 @@ class Traps:
         self._look_at_schedules(groups, walk.inner_steps or 1)
 
     def look_at_pass(self, walk: Walk) -> None:
-        """The same at the end of a backward pass, of an open cycle. RuntimeError where its gradients are gone."""
+        """Warns at the end of a backward pass of an open cycle. Raises RuntimeError if its gradients are gone."""
         tables = walk.tables.values()
         if not any(table.observer.complete or bool((table.rows[:, GRAD] != 0).any()) for table in tables):
             raise RuntimeError(
@@ -57,13 +56,13 @@ class Traps:
         if looks and walk.position == BFLOAT16_STEPS:
             self._too_long = True
             _warn(
-                f"more than {BFLOAT16_STEPS} inner steps in a cycle: the displacement is kept in bfloat16, whose "
-                "rounding tells after so many (2 % of it at 256): build with displacement_dtype=torch.float32 (or with "
-                "torch.bfloat16, if you mean it)"
+                f"more than {BFLOAT16_STEPS} inner steps in a cycle: the displacement is kept in bfloat16, where "
+                "rounding adds up (to 2 % of it after 256): build with displacement_dtype=torch.float32, or with "
+                "torch.bfloat16 to keep it so"
             )
 
     def look_at_cycle(self, groups: list[dict[str, Any]], walk: Walk) -> None:
-        """Looks at a `step()` that ends an open cycle."""
+        """Warns at a `step()` that ends an open cycle."""
         self._look_at_schedules(groups, 1)
         self._single = self._single + 1 if walk.position == 1 else 0
         if self._single == FEW and not self._too_short:
@@ -88,7 +87,7 @@ class Traps:
                 self._look_at_schedule(index, group, inner_steps)
 
     def _look_for_gradients(self, groups: list[dict[str, Any]], walk: Walk) -> None:
-        """The first step with a gradient ends this look. Ranks that take part in others' steps may have none."""
+        """Ends with the first step that has a gradient. Ranks that take part in others' steps may have none."""
         tables = walk.tables.values()
         if any(table.observer.complete or bool((table.rows[:, GRAD] != 0).any()) for table in tables):
             self._without = -1
@@ -116,9 +115,8 @@ class Traps:
             )
 
     def _look_at_schedule(self, index: int, group: dict[str, Any], inner_steps: int) -> None:
-        """γ follows the learning rate, so it must know the peak.
-
-        Below γ's floor a schedule that still rises, or rests, may be a warm-up; one that falls has had its peak.
+        """Warns if γ, which follows the learning rate, cannot know its peak. Below γ's floor a schedule that still
+        rises, or rests, may be a warm-up; one that falls has had its peak.
         """
         lr, base_lr = group.get("lr"), group.get("max_lr", group["base_lr"])
         if type(lr) is not float or type(base_lr) is not float or not base_lr or not group["inner_lr_follows_lr"]:
@@ -128,7 +126,7 @@ class Traps:
             self._too_far = True
             _warn(
                 f"the learning rate of parameter group {index} is {lr:g}, {share:.0f} times the {base_lr:g} that it "
-                f"was added with, and the inner step is as many times inner_lr: {_REMEDY}"
+                f"was added with, and so the inner step is {share:.0f} times inner_lr: {_REMEDY}"
             )
         peak = self._peaks.get(index, 0.0)
         if peak > INNER_LR_FLOOR:
@@ -140,7 +138,7 @@ class Traps:
         if self._below[index] == inner_steps and self.knows_schedule and not self._too_low:
             self._too_low = True
             _warn(
-                f"the learning rate of parameter group {index} has risen to {peak * base_lr:g} and falls, but the "
+                f"the learning rate of parameter group {index} rose to {peak * base_lr:g} and now falls, but the "
                 f"group was added with {base_lr:g}, so the inner step has never been more than its floor, "
                 f"{INNER_LR_FLOOR} · inner_lr: {_REMEDY}"
             )
@@ -150,11 +148,11 @@ _REMEDY = "set group['base_lr'] to the peak of the schedule, or build the optimi
 
 
 class _Pile:
-    """Whether backward passes add to a gradient that a step has used. times: between how many steps in a row they did.
+    """Counts in `times` how many steps in a row found a gradient that a backward pass had added to a used one.
 
-    They do if they find the very tensor that the step saw, unwritten, and the next step sees it with their writes and
-    no others. A gradient that was zeroed in any way, written by hand or clipped is none, nor one that another model's
-    backward pass left and that is zeroed before the next of its own.
+    That is so if a pass finds the very tensor that the step saw, unwritten, and the next step sees it with the pass's
+    writes and no others. It is not so for a gradient that was zeroed in any way, clipped or written by hand, or that
+    another model's backward pass left and that is zeroed before its own next pass.
     """
 
     def __init__(self, param: Tensor) -> None:
@@ -174,14 +172,13 @@ class _Pile:
         self._grad, self._version, self._passes = weakref.ref(grad), grad._version, 0
 
     def _has_writes(self, count: int) -> bool:
-        """Whether the gradient is the one that the last step saw, written so many times since."""
+        """Returns whether the gradient is the one that the last step saw, with `count` writes since."""
         grad: Any = getattr(self._param(), "grad", None)
         return grad is self._grad() and grad is not None and bool(grad._version == self._version + count)
 
     def _holds_values(self) -> bool:
-        """Whether the gradient is as the last step saw it; one zeroed through `.data` has the same version.
-
-        Waits for the device, in the first cycle only, and not while a CUDA graph is captured.
+        """Returns whether the gradient's values are those that the last step saw: zeroing through `.data` leaves the
+        version as it is. Waits for the device, in the first cycle only, and never in a CUDA graph's capture.
         """
         if not self._has_writes(0):
             return False
@@ -189,7 +186,7 @@ class _Pile:
         return graphs.capture_id([grad.device]) is not None or bool(grad.any())
 
     def grew(self) -> bool:
-        """Whether it did since the last step."""
+        """Returns whether it grew since the last step."""
         if self._passes < 1 or not self._has_writes(self._passes):
             return False
         self.times += 1

@@ -1,8 +1,6 @@
-"""The Triton backend: starts the kernels of triton_kernels/ on the current stream of the tables' device.
-
-Functions are those of reference.py, where they are defined. Nothing returns to the host. An inner step of one table is
-3 launches (norm, scalars, step), as is the end of a walk, an outer step 4 (and sums), AdamW after a walk 3, and
-`gradients` 2.
+"""The Triton backend: starts the kernels of triton_kernels/ on the current stream of the tables' device. reference.py
+defines its functions. Nothing returns to the host. Launches for one table: an inner step 3 (norm, scalars, step),
+the end of a walk 3, an outer step 4 (sums too), AdamW after a walk 3, `gradients` 2.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ INTERPRETED = not isinstance(_sq_norm.sq_norm_kernel, triton.JITFunction)
 
 
 def why_not_on(device: torch.device, dtype: torch.dtype, displacement_dtype: torch.dtype) -> str | None:
-    """None where the kernels can update tensors of `dtype` on `device`, else why not."""
+    """Returns None if the kernels can update tensors of `dtype` on `device`, else the reason."""
     if INTERPRETED:
         return (
             None if device.type == "cpu" else "TRITON_INTERPRET=1 is set, so its kernels run on CPU tensors: unset it"
@@ -47,10 +45,9 @@ def why_not_on(device: torch.device, dtype: torch.dtype, displacement_dtype: tor
 
 @functools.cache  # of successes: an error is tried again
 def _try_out(device: torch.device, dtype: torch.dtype, displacement_dtype: torch.dtype) -> None:
-    """Compiles every variant of every kernel for these dtypes, by four cycles of three tables of one small parameter
-    each: three, so that one is neither first nor last.
-
-    So nothing is left to be compiled, or to fail, in the middle of a step. RuntimeError if something does.
+    """Compiles every variant of every kernel for these dtypes, so that nothing is left to compile, or to fail, in the
+    middle of a step. Runs four cycles of three tables with one small parameter each: three, so that one is neither
+    first nor last. Raises RuntimeError if something fails.
     """
     tables, cycle = (
         [Table(device, dtype, displacement_dtype) for _ in range(3)],
@@ -81,14 +78,14 @@ def _try_out(device: torch.device, dtype: torch.dtype, displacement_dtype: torch
 
 
 def sq_norm(table: Table) -> Tensor:
-    """‖g‖² over the table's gradients, as a partial sum per chunk: [chunks], float64."""
+    """Returns ‖g‖² over the table's gradients, as a partial sum for each chunk: [chunks], float64."""
     with torch.accelerator.device_index(table.device.index):
         partials: Tensor = _sq_norm.sq_norm(table)
         return partials
 
 
 def inner_step(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch) -> None:
-    """D ← Q(D + γ·g/n), w ← θ − D. Moves 16 bytes per element (float32), 14 (below), the first time 2 less."""
+    """D ← Q(D + γ·g/n), w ← θ − D. Moves 16 bytes per element in float32, 14 below; 2 less the first time."""
     with torch.accelerator.device_index(cycle.device.index):
         _scalars.advance(cycle, micro_batch, ends_cycle=False)
         for table in tables:
@@ -96,12 +93,14 @@ def inner_step(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch) -> No
 
 
 def outer_step(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch | None, taken: int) -> None:
-    """Last inner step, end of the walk and AdamW in one pass: 30 bytes per element (float32), 28 (below)."""
+    """Takes the last inner step, ends the walk and applies AdamW in one pass: 30 bytes per element in float32, 28
+    below.
+    """
     _end_cycle(tables, cycle, micro_batch, None, taken)
 
 
 def end_walk(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch | None, share: float) -> None:
-    """Last inner step, w ← θ and D ← Q(D · share): 16 bytes per element (float32), 14 (below)."""
+    """Takes the last inner step; w ← θ, D ← Q(D · share): 16 bytes per element in float32, 14 below."""
     with torch.accelerator.device_index(cycle.device.index):
         _scalars.advance(cycle, micro_batch, ends_cycle=False)
         for table in tables:
@@ -109,13 +108,13 @@ def end_walk(tables: list[Table], cycle: Cycle, micro_batch: MicroBatch | None, 
 
 
 def gradients(table: Table, cycle: Cycle, scale: Tensor, targets: list[Tensor | None]) -> None:
-    """D · scale in memory of its own, and ‖D‖²: 6 bytes per element (float32), 4 (below)."""
+    """Writes D · scale into memory of its own, and sums ‖D‖²: 6 bytes per element in float32, 4 below."""
     with torch.accelerator.device_index(table.device.index):
         _gradients.gradients(table, cycle, scale, targets)
 
 
 def adamw(tables: list[Table], cycle: Cycle, moved: list[Tensor], taken: int) -> None:
-    """AdamW on θ and D after `end_walk`: 26 bytes per element (float32 and below)."""
+    """Applies AdamW to θ and D after `end_walk`: 26 bytes per element, in float32 and below."""
     _end_cycle(tables, cycle, None, moved, taken)
 
 

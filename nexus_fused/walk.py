@@ -1,6 +1,5 @@
-"""One cycle as a state machine: where it stands, what moves next, and what ranks exchange on the way.
-
-The walk knows tables, their scalars and ranks, nothing of the keys of a state. For the arithmetic see reference.py.
+"""One cycle as a state machine: where it stands, what moves next, and what ranks exchange on the way. The walk knows
+tables, their scalars and ranks, but no keys of a state. See reference.py for the arithmetic.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ Outer = Callable[[list[tuple[Tensor, Tensor]]], None]  # an optimizer of others:
 
 
 def entries_of(groups: list[dict[str, Any]]) -> list[Entry]:
-    """Each parameter of these groups, once."""
+    """Returns each parameter of these groups once."""
     found: dict[int, Entry] = {}
     for index, group in enumerate(groups):
         for i, param in enumerate(group["params"]):
@@ -38,13 +37,12 @@ def entries_of(groups: list[dict[str, Any]]) -> list[Entry]:
 
 
 class Walk:
-    """The running cycle of one optimizer: `position` of `inner_steps` inner steps are taken; of any number, where that
-    is None.
+    """The running cycle of one optimizer: `position` of `inner_steps` inner steps are taken. None: any number.
 
-    outer: takes the parameters that moved and their G, where that is not AdamW; all of them hold θ then, and a new
-    cycle begins. backend, fused, flatten, offload: as the optimizer's. displacement_dtype: of D, but for float64
-    parameters. tables: by device, dtype and where parameters' elements lie; cycles: by device and that. work: each
-    cycle with its tables.
+    outer: steps the parameters that moved along their G, where the outer optimizer is not our AdamW; it finds θ in all
+    of them, and a new cycle begun. backend, fused, flatten, offload: as the optimizer's. displacement_dtype: of D,
+    except for float64 parameters. tables: one for each device, dtype and spread over ranks; cycles: one for each device
+    and spread. work: each cycle with its tables.
     """
 
     def __init__(self, choices: Choices, ranks: Ranks, outer: Outer | None = None) -> None:
@@ -64,12 +62,12 @@ class Walk:
 
     @property
     def segments(self) -> list[Segment]:
-        """What is known of each parameter, table by table."""
+        """The segments of all parameters, table by table."""
         return [segment for table in self.tables.values() for segment in table.segments]
 
     @property
     def position(self) -> int:
-        """Inner steps taken in the running cycle. Waits for the device where only that knows."""
+        """Inner steps taken in the running cycle. Waits for the device if only that knows."""
         if self.is_blind:
             self._learn()
         return self._position
@@ -82,13 +80,13 @@ class Walk:
                 cycle.taken.fill_(position)
 
     def _learn(self) -> None:
-        """Has the host know what the device does: the position, and whose displacements are valid."""
+        """Tells the host what only the device knows: the position, and whose displacements are valid."""
         self._position = int(self.work[0][0].taken)
         for table in self.tables.values():
             table.learn_touched()
 
     def _set_blind(self, is_blind: bool) -> None:
-        """Has the device keep the position and who is touched, or the host again."""
+        """Leaves it to the device, or to the host again, to keep the position and who is touched."""
         if is_blind != self.is_blind:
             position, self.is_blind = self.position, is_blind
             for table in self.tables.values():
@@ -97,7 +95,7 @@ class Walk:
 
     @property
     def is_open(self) -> bool:
-        """Whether the number of inner steps is."""
+        """Whether the number of inner steps is open."""
         return self.inner_steps is None
 
     @property
@@ -113,9 +111,8 @@ class Walk:
     # Parameters
 
     def add(self, params: list[Entry], groups: list[dict[str, Any]], *, flatten: bool) -> list[Segment]:
-        """Gives parameters memory and a row in the table of their device and dtype; all of them or none.
-
-        Returns what now has other memory: them, or all that there are where others got maxima too.
+        """Gives parameters memory and a row in the table of their device and dtype: all of them, or none after an
+        error. Returns the segments whose memory is new: theirs, or everybody's if others got maxima too.
         """
         found: dict[torch.device, ModuleType] = {}
         for device, dtype in {(local_part(p).device, real_dtype(p.dtype)): None for *_, p in params}:
@@ -136,7 +133,7 @@ class Walk:
         return self.segments if came else segments
 
     def _give_scalars(self, found: dict[torch.device, ModuleType], n_groups: int) -> None:
-        """Gives each device of a table a cycle, with room for all groups. found: backends of devices."""
+        """Gives each device of a table a cycle, with room for all groups. found: the devices' backends."""
         # The same order, and so the same sum of squares, whenever a dtype or device came, and on all ranks.
         self.tables = dict(sorted(self.tables.items(), key=lambda item: item[1].segments[0].place))
         tables: dict[tuple[torch.device, Spread], list[Table]] = defaultdict(list)
@@ -157,7 +154,7 @@ class Walk:
                 cycle.follow(before[0])
 
     def follow_ranks(self, coming: list[Entry], groups: list[dict[str, Any]]) -> None:
-        """Learns where the elements of parameters lie, with those that are to come."""
+        """Learns over which ranks these parameters are spread, and those that are to come."""
         known = [(s.group, s.index, s.param) for s in self.segments]
         self.ranks.follow(sorted([*known, *coming], key=lambda entry: entry[:2]), groups)
 
@@ -165,7 +162,7 @@ class Walk:
         return state_dtypes(dtype, self.displacement_dtype)["displacement"]
 
     def _extend(self, params: list[Entry], made: list[Segment], groups: list[dict[str, Any]], *, flatten: bool) -> bool:
-        """Appends the segments of parameters to `made`, and gives them rows and memory; whether maxima came."""
+        """Appends the parameters' segments to `made`, with rows and memory. Returns whether maxima came."""
         fresh: dict[tuple[torch.device, torch.dtype, Spread], list[Segment]] = defaultdict(list)
         for group, index, param in params:
             spread = Spread(dtensor.shard_ranks(param), groups[group]["replicated"])
@@ -181,16 +178,15 @@ class Walk:
         return self.follow_amsgrad(groups)
 
     def wait_for_host_state(self) -> None:
-        """Waits for the devices that may still write state in host memory, for those who read or write it there."""
+        """Waits for devices that may still write state in host memory, before others read or write it there."""
         for device in {table.device for table in self.tables.values() if table.offloads}:
             wait_for(device)
 
     # One micro-batch
 
     def refresh(self, groups: list[dict[str, Any]], *, gradients: bool) -> bool:
-        """Checks everything that may be wrong, then tells tables and cycles what is new; whether maxima came.
-
-        gradients: whether those of a micro-batch are used.
+        """Checks everything that may be wrong, then tells tables and cycles what is new. Returns whether maxima came.
+        gradients: whether the step uses those of a micro-batch.
         """
         rows = group_rows(groups, self.inner_steps, self._kept)
         self.ranks.check_groups(groups)
@@ -204,14 +200,14 @@ class Walk:
         return maxima_came
 
     def follow_amsgrad(self, groups: list[dict[str, Any]]) -> bool:
-        """Gives groups maxima, or lets them rest, as their option says now; whether some came."""
+        """Switches the groups' maxima on or off, as their option says now. Returns whether some were allocated."""
         wanted, came = [has_maxima(group) for group in groups], False
         for table in self.tables.values():
             came |= table.follow_amsgrad(wanted)
         return came
 
     def check_writes(self) -> None:
-        """Raises RuntimeError where others wrote into a walk that is this rank's alone."""
+        """Raises RuntimeError if others wrote into a walk that is this rank's alone."""
         for table in self.tables.values():
             for segment in table.observer.written():
                 if segment.touched:
@@ -222,7 +218,7 @@ class Walk:
                     )
 
     def step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        """Takes an inner step, with the last of a cycle also the outer one, after `refresh`."""
+        """Takes an inner step, and with the last one of a cycle the outer step. Call `refresh` first."""
         position = 0 if self.is_blind else self.position
         last = position + 1 == self.inner_steps
         if not last:
@@ -250,25 +246,26 @@ class Walk:
             self.position += 1
 
     def make_room(self, norms: int) -> bool:
-        """Makes room for so many norms of an open cycle; whether scalars lie elsewhere now."""
+        """Makes room for this many norms of an open cycle. Returns whether the scalars moved."""
         short = [cycle for cycle in self.cycles.values() if cycle.room < norms]
         for cycle in short:
             cycle.make_room(max(norms, 2 * cycle.room))
         return bool(short)
 
     def ensure_displacements(self) -> None:
-        """Allocates displacements where there are none yet."""
+        """Allocates displacements that are missing."""
         for table in self.tables.values():
             table.ensure_displacements()
 
     def clear_untouched(self) -> None:
-        """Sets displacements that are not valid to zero, for those who read them."""
+        """Sets displacements that are not valid to zero, before others read them."""
         for table in self.tables.values():
             table.clear_untouched()
 
     def sq_norms(self, found_inf: Tensor | None) -> list[Tensor]:
-        """‖g‖² of all tables and ranks, as `MicroBatch.sq_norms`; infinite where a rank was told of an overflow, which
-        skips the step on all."""
+        """Returns ‖g‖² of all tables and ranks, as `MicroBatch.sq_norms`. It is infinite if a rank was told of an
+        overflow, so that all ranks skip the step.
+        """
         sq_norms = [(table.spread, cycle.backend.sq_norm(table)) for cycle, tables in self.work for table in tables]
         if not self.ranks.norm_is_shared:
             return [sq_norm for _, sq_norm in sq_norms]
@@ -281,7 +278,7 @@ class Walk:
         return self.ranks.add(parts, "the norm")
 
     def let_gradients_go(self) -> None:
-        """Drops the gradients of all parameters, which an inner step has taken."""
+        """Frees the gradients of all parameters, which an inner step has taken."""
         for table in self.tables.values():
             table.observer.let_go()
 
@@ -295,9 +292,8 @@ class Walk:
     # The end of a cycle
 
     def finish(self, micro_batch: MicroBatch | None, *, leaves: bool = False) -> bool:
-        """Takes the outer step, with the last inner one if there is a micro-batch.
-
-        leaves: this rank is in outer_step(); returns, of local walks, whether every rank is now.
+        """Takes the outer step, with the last inner one if there is a micro-batch. leaves: this rank is in
+        outer_step(). Returns whether every rank of a local walk is.
         """
         taken = 0 if self.is_blind else self.position + (micro_batch is not None)
         everybody_is_here = True
@@ -335,7 +331,7 @@ class Walk:
         return everybody_is_here
 
     def _gradients(self, moved: list[list[Tensor]]) -> list[tuple[Tensor, Tensor]]:
-        """G of all cycles. Where that fails, for lack of memory for example, D is lost and θ is not."""
+        """Returns G of all cycles. If that fails, for lack of memory for example, D is lost and θ is not."""
         try:
             return [
                 pair
@@ -349,10 +345,10 @@ class Walk:
     def _gradients_on_device(
         self, cycle: Cycle, tables: list[Table], moved: list[Tensor]
     ) -> list[tuple[Tensor, Tensor]]:
-        """The parameters that take part in the outer step, each with G = D/Γ in its dtype (−G for `maximize`).
-
-        After `_end_walk`. Lets the last gradients go first, so that memory does not grow. A group that has not walked
-        must not be stepped, which the host has to know (`Cycle.walked`); in local walks it waits for the average.
+        """Returns the parameters that take part in the outer step, each with G = D/Γ in its dtype (−G for `maximize`).
+        Call `_end_walk` first. Frees the last gradients before it allocates, so that memory does not grow. A group
+        that has not walked must not be stepped, so the host has to know (`Cycle.walked`); in local walks it waits
+        for the average.
         """
         walked = cycle.walked()
         scale = cycle.hyper[:, SIGN] / torch.where(cycle.hyper[:, NORMALIZE] != 0, cycle.walk_length, 1.0)
@@ -373,10 +369,9 @@ class Walk:
         return given
 
     def _fill_remainders(self, sq_norms: list[Tensor]) -> None:
-        """Begins the walk of weights below float32 anywhere within the rounding of their parameters.
-
-        With empty remainders the model would see nothing of a walk whose steps are smaller than that. Other places in
-        each cycle, as its first gradient has it, so that runs repeat and replicas stay equal.
+        """Starts the walk of each weight below float32 at random within the rounding of its parameter. From the
+        parameter itself, the model would never see a walk whose steps are smaller than the rounding. The first
+        gradient of the cycle seeds it, so that runs repeat and replicas stay equal.
         """
         for cycle, tables in self.work:
             seed = sum((part.to(cycle.device).sum() for part in sq_norms), cycle.totals.new_zeros(()))
@@ -384,8 +379,9 @@ class Walk:
                 table.fill_remainders(seed)
 
     def _end_walk(self, micro_batch: MicroBatch | None) -> list[list[Tensor]]:
-        """Returns to θ, with D in its memory, divided by the ranks that average it. Returns, of each cycle and table,
-        whether each segment had a gradient."""
+        """Returns to θ, and leaves D in its memory, divided by the number of ranks that average it. Returns, for each
+        cycle and table, whether each segment had a gradient.
+        """
         self.ensure_displacements()
         share = 1 / self.ranks.walkers if self.is_local else 1.0
         for cycle, tables in self.work:
@@ -393,10 +389,9 @@ class Walk:
         return [[table.took_part() for table in tables] for _, tables in self.work]
 
     def _average(self, moved: list[list[Tensor]], votes: list[bool]) -> tuple[Tensor, list[list[Tensor]]]:
-        """Replaces D and Γ by their means over `displacement_group`.
-
-        votes: whether this rank is in outer_step(), and whether it took an inner step. Sends a vector of each cycle and
-        the flat buckets as they lie. Returns the ranks' sum of votes, [2] float64, and of `moved`.
+        """Replaces D and Γ by their means over `displacement_group`: sends a vector for each cycle, and the flat
+        buckets as they lie. votes: whether this rank is in outer_step(), and whether it took an inner step. Returns
+        the ranks' sums of votes, [2] float64, and of `moved`.
         """
         self._rows = []  # the mean over ranks takes their place
         sums: list[list[Tensor]] = []
@@ -414,12 +409,12 @@ class Walk:
         return sum_of_votes, sums
 
     def return_to_theta(self) -> None:
-        """Forgets the cycle: the parameters hold θ again."""
+        """Forgets the cycle, and returns the parameters to θ."""
         self._end_walk(None)
         self.discard()
 
     def discard(self) -> None:
-        """Forgets the cycle, where the parameters hold θ already."""
+        """Forgets the cycle, if the parameters hold θ already."""
         for cycle, tables in self.work:
             cycle.reset()
             for table in tables:
@@ -427,9 +422,8 @@ class Walk:
         self.position = 0
 
     def _share_results(self) -> None:
-        """Adds up over all ranks what `metrics()` shows and each rank knows of its own parameters only.
-
-        Here, once in a cycle, so that `metrics()` does not wait for other ranks: it may be called on one only.
+        """Adds up over all ranks the figures of `metrics()` that each rank knows only of its own parameters. It does so
+        once per cycle, so that `metrics()` does not wait for other ranks and may be called on one alone.
         """
         if self.ranks.norm_is_shared:
             parts = [(spread, cycle.results_of_parameters()) for (_, spread), cycle in self.cycles.items()]
@@ -438,7 +432,7 @@ class Walk:
                 cycle.set_results_of_parameters(total)
 
     def start_from(self, position: int) -> None:
-        """Puts the cycle where a state that is being loaded has it, with all sums zero and no parameter touched."""
+        """Puts the cycle at the position of a state that is loaded: all sums zero, no parameter touched."""
         self.position, self._rows = position, []
         self.capture.begin(None)
         for cycle in self.cycles.values():
@@ -451,9 +445,8 @@ class Walk:
     # CUDA graphs
 
     def follow_capture(self, groups: list[dict[str, Any]], waits: bool) -> None:
-        """Checks a capture into a CUDA graph that begins, goes on or has ended, and prepares for its replays.
-
-        The host sees no replay: once steps were captured, others copy rows and hyperparameters again too.
+        """Checks a capture into a CUDA graph that begins, goes on or has ended, and prepares its replays. The host sees
+        no replay, so once steps were captured, later ones copy rows and hyperparameters anew.
         """
         current, tables = graphs.capture_id(self._devices), list(self.tables.values())
         capturable = self.outer is None and any(group["capturable"] for group in groups)
@@ -485,7 +478,7 @@ class Walk:
             graphs.follow(cycle, cycle.hyper, current is not None, count)
 
     def check_capture_has_not_ended(self) -> None:
-        """Raises where a capture ended in mid-cycle, before anybody copies the state."""
+        """Raises RuntimeError if a capture ended in mid-cycle, before others copy the state."""
         if self.capture.known is not None and not self.is_blind:
             self._check_cut()
 

@@ -163,7 +163,7 @@ class TestParameters:
 
     def test_own_inner_steps_of_a_group(self):
         params = make_params((3,), (4,))
-        with pytest.raises(ValueError, match="group 1 is 5, but it is one for the whole optimizer"):
+        with pytest.raises(ValueError, match="group 1 is 5, but all groups share that of the optimizer"):
             NexusAdamW([{"params": params[:1]}, {"params": params[1:], "inner_steps": 5}])
 
 
@@ -320,12 +320,12 @@ CHECKPOINTS = [
     (lambda s: s["param_groups"][0].pop("params"), "group 0 of the loaded state dict must be a dict with a list"),
     (set_key("group", "skipped_inner_steps", None), "skipped_inner_steps of group 0 must be a number"),
     (set_key("group", "skipped_outer_steps", torch.zeros(3)), "skipped_outer_steps of group 0 must be a number"),
-    (set_key("group", "cycle_position", [1]), r"cycle_position \[1\]"),
+    (set_key("group", "cycle_position", [1]), r"cycle_position must be a whole number from 0 to \d+, but is \[1\]"),
     (set_key("group", "lr", NAN), "lr of parameter group 0"),
     (set_key("group", "lr", "1"), "lr of parameter group 0"),
-    (set_key("group", "cycle_position", 4), "cycle_position 4 is none of 0"),
-    (set_key("group", "cycle_position", -1), "cycle_position -1"),
-    (set_key("group", "cycle_position", "1"), "cycle_position '1'"),
+    (set_key("group", "cycle_position", 4), "cycle_position must be a whole number from 0 to 3, but is 4"),
+    (set_key("group", "cycle_position", -1), "from 0 to 3, but is -1"),
+    (set_key("group", "cycle_position", "1"), "from 0 to 3, but is '1'"),
 ]
 MID_CYCLE = [
     (drop_displacements, r"position 2.*parameter 0 of group 0 has no 'displacement'.*materialize_displacements\(\)"),

@@ -507,7 +507,7 @@ class Consolidates(Stubborn):
 
 def test_a_state_of_another_form_is_refused():
     inner = Wrapper(make_params((3,)))
-    with pytest.raises(ValueError, match=r"optimizer 0 \(Wrapper\) saves a state of a form of its own"):
+    with pytest.raises(ValueError, match=r"optimizer 0 \(Wrapper\) saves its state in a form of its own"):
         Nexus(inner)
     assert "inner_lr" not in inner.param_groups[0]
 

@@ -105,7 +105,7 @@ class TestWhyThereIsNoExtension:
         """It lacks a library here, for example."""
         (source / f"_C{importlib.machinery.EXTENSION_SUFFIXES[0]}").write_bytes(b"no extension")
         said = self.said_in(source.parent)
-        assert "nexus_fused._C is there and does not load (" in said
+        assert "nexus_fused._C is installed but does not load (" in said
         assert "compiler" not in said
 
     def test_triton_does_not_load(self, source, tmp_path):
@@ -114,7 +114,9 @@ class TestWhyThereIsNoExtension:
         command = "from nexus_fused import __main__; __main__.main()"
         environment = {**os.environ, "PYTHONPATH": f"{tmp_path / 'broken'}{os.pathsep}{source.parent}"}
         done = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True)
-        assert "triton is there and does not load (libcuda.so.1): provide what it asks for" in done.stdout, done.stderr
+        assert "triton is installed but does not load (libcuda.so.1): provide what it asks for" in done.stdout, (
+            done.stderr
+        )
 
 
 def test_remedies_name_what_a_user_has():

@@ -824,7 +824,7 @@ def test_another_optimizer_of_the_same_parameters(trained):
     assert_same(train(model, second), trained)
     assert second.at_boundary
     assert first.at_boundary
-    with pytest.raises(RuntimeError, match=r"another optimizer with inner_steps=None .* its parameters"):
+    with pytest.raises(RuntimeError, match=r"another optimizer with inner_steps=None .* these parameters"):
         first.step()
 
 
@@ -907,7 +907,7 @@ def test_resumed(how, taken):
 
 
 def test_states_of_a_number_of_inner_steps():
-    """The constructor's wins at a boundary; a cycle under way needs its own."""
+    """The constructor's wins at a boundary; a cycle in progress needs its own."""
     model = small_model()
     number = open_optimizer(model, inner_steps=4)
     train_with_number(model, number, (4,))
@@ -918,7 +918,7 @@ def test_states_of_a_number_of_inner_steps():
     assert optimizer.inner_steps is None
     assert optimizer.param_groups[0]["inner_steps"] is None
     loss_of(other, 0).backward()
-    with pytest.raises(ValueError, match="under way"):
+    with pytest.raises(ValueError, match="in progress"):
         number.load_state_dict(optimizer.state_dict())
 
 

@@ -117,7 +117,7 @@ class TestSchedules:
             return lr_scheduler.LambdaLR(optimizer, rate)
 
         (text,) = self.said_over(schedule, lr=1.0)
-        assert "parameter group 0 has risen to 0.0003 and falls, but the group was added with 1" in text
+        assert "parameter group 0 rose to 0.0003 and now falls, but the group was added with 1" in text
         assert "set group['base_lr'] to the peak of the schedule" in text
         assert not self.said_over(schedule, lr=1.0, inner_lr_follows_lr=False)
 

@@ -1,4 +1,4 @@
-"""What the kernels share: columns of the table, blocks of memory, weights in two parts, γ·g/n. No kernel."""
+"""What the kernels share: columns of the table, blocks of memory, weights in two parts, γ·g/n. Holds no kernel."""
 
 from __future__ import annotations
 
@@ -31,9 +31,8 @@ TYPES = {
 
 
 def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
-    """Starts a kernel on the current device's current stream. RuntimeError that names kernel and signature if it fails.
-
-    Products and sums are not contracted, so that results equal reference.py's.
+    """Starts a kernel on the current device's current stream. A failure raises RuntimeError, which names kernel and
+    signature. Products and sums are not contracted, so that results equal reference.py's.
     """
     if programs == 0:
         return
@@ -50,11 +49,9 @@ def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
 
 
 def constants_of(table: Table, *, block: int) -> dict[str, Any]:
-    """STORAGE (of the parameter), STATE (of w and AdamW's state), OF_D, BLOCK (elements that a program works on at a
-    time) and num_warps of a table's kernels.
-
-    A thread has 16 bytes of state: with more, blocks of 2-byte values are moved between threads through shared memory,
-    and registers run short.
+    """Returns STORAGE (of the parameter), STATE (of w and AdamW's state), OF_D, BLOCK (elements that a program works on
+    at a time) and num_warps for a table's kernels. A thread has 16 bytes of state: with more, the compiler moves
+    blocks of 2-byte values between threads through shared memory, and registers run short.
     """
     state, each = (tl.float64, 2) if table.dtype == torch.float64 else (tl.float32, 4)
     types = {"STORAGE": TYPES[table.dtype], "STATE": state, "OF_D": TYPES[table.displacement_dtype]}
@@ -62,14 +59,15 @@ def constants_of(table: Table, *, block: int) -> dict[str, Any]:
 
 
 def at_most_registers(limit: int) -> dict[str, Any]:
-    """Constants that keep a thread to so many. Left to itself, NVIDIA's compiler aims lower and spills."""
+    """Returns constants that limit a thread's registers. Left to itself, NVIDIA's compiler aims lower and spills."""
     return {"maxnreg": limit} if LIMITS_REGISTERS else {}
 
 
 @triton.jit
 def part_of(rows, row_of_chunk, parts):
-    """This program's row, the first element of its part of a chunk (int64) and the number of elements (int32), 0 behind
-    the row's end. parts: of each chunk."""
+    """Returns this program's row, the first element of its part of a chunk (int64), and the number of elements (int32),
+    0 past the row's end. parts: of each chunk.
+    """
     number = tl.program_id(0)
     chunk = (number // parts).to(tl.int64)
     row = rows + tl.load(row_of_chunk + chunk).to(tl.int64) * N_COLUMNS
@@ -80,14 +78,14 @@ def part_of(rows, row_of_chunk, parts):
 
 @triton.jit
 def address_of(row, COLUMN: tl.constexpr, begin, DTYPE: tl.constexpr):
-    """Address of element `begin` in a column's memory; 0 where the row has none."""
+    """Returns the address of element `begin` in a column's memory; 0 if the row has none."""
     address = tl.load(row + COLUMN)
     return tl.where(address != 0, address + begin * (DTYPE.primitive_bitwidth // 8), 0)
 
 
 @triton.jit
 def gradient_of(row, begin):
-    """The same of the gradient, and the number of its dtype."""
+    """Returns the address of a gradient's element, and the number of the gradient's dtype."""
     address, dtype = tl.load(row + GRAD), tl.load(row + GRAD_DTYPE)
     size = tl.where(dtype == FLOAT64, 8, tl.where(dtype == FLOAT32, 4, 2))
     return tl.where(address != 0, address + begin * size, 0), dtype
@@ -95,7 +93,7 @@ def gradient_of(row, begin):
 
 @triton.jit
 def walk_of(row, begin, touch, STORAGE: tl.constexpr, STATE: tl.constexpr, OF_D: tl.constexpr):
-    """Addresses of w (two: the parameter and its remainder), of D and of the anchor, and whether D is valid."""
+    """Returns addresses of w (two: the parameter and its remainder), of D and of the anchor, and whether D is valid."""
     weight, remainder = address_of(row, WEIGHT, begin, STORAGE), address_of(row, REMAINDER, begin, STORAGE)
     displacement, anchor = address_of(row, DISPLACEMENT, begin, OF_D), address_of(row, ANCHOR, begin, STATE)
     return weight, remainder, displacement, anchor, is_touched(tl.load(row + TOUCHED), tl.load(row + GRAD), touch)
@@ -103,7 +101,9 @@ def walk_of(row, begin, touch, STORAGE: tl.constexpr, STATE: tl.constexpr, OF_D:
 
 @triton.jit
 def last_step_of(row, begin, factor, STATE: tl.constexpr):
-    """What `load_step` needs: the gradient's address and dtype, whether the step is taken, and γ/n in two parts."""
+    """Returns what `load_step` needs: the gradient's address and dtype, whether the step is taken, and γ/n in two
+    parts.
+    """
     g, dtype = gradient_of(row, begin)
     factor_of_group = tl.load(factor + tl.load(row + GROUP))
     # As a power of two near its root and the rest: see reference.scaled_gradient.
@@ -115,7 +115,7 @@ def last_step_of(row, begin, factor, STATE: tl.constexpr):
 
 @triton.jit
 def is_touched(touched, g, touch):
-    """Whether D of rows is valid, from their columns TOUCHED and GRAD; `touch` as in `Table.on_device`."""
+    """Returns whether D of rows is valid, from their columns TOUCHED and GRAD; `touch` as in `Table.on_device`."""
     return tl.where(touch == 2, touched != 0, (touch == 1) & (g != 0))
 
 
@@ -132,10 +132,9 @@ def _pointers(address, offsets, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def load(address, offsets, n, DTYPE: tl.constexpr, WIDE: tl.constexpr, valid=True, ALIGNED: tl.constexpr = True):
-    """Elements at `offsets` for `widened`; zeros from `n` on, and all of them unless `valid`.
-
-    WIDE promises that all elements exist and, with ALIGNED, that `address` is a multiple of 16, and lets the compiler
-    load 16 bytes at a time. It could not under a mask that depends on a length: the rest of a chunk goes one by one.
+    """Returns elements at `offsets` for `widened`; zeros from `n` on, and everywhere unless `valid`. WIDE promises that
+    all elements exist and, with ALIGNED, that `address` is a multiple of 16, and lets the compiler load 16 bytes at
+    a time. It cannot do so under a mask that depends on a length, so the rest of a chunk goes one element at a time.
     """
     mask = valid if WIDE else (offsets < n) & valid
     return tl.load(_pointers(address, offsets, DTYPE, WIDE and ALIGNED), mask=mask, other=0)
@@ -143,7 +142,9 @@ def load(address, offsets, n, DTYPE: tl.constexpr, WIDE: tl.constexpr, valid=Tru
 
 @triton.jit
 def widened(values, DTYPE: tl.constexpr):
-    """float32 (float64 for float64) of what `load` gave, later: who waits for one value starts no load of another."""
+    """Returns float32 (float64 for float64) of what `load` gave. Widen late: a
+    wait for one value delays the next load.
+    """
     if DTYPE == tl.bfloat16:
         return (values.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     elif DTYPE == tl.float16:
@@ -154,7 +155,7 @@ def widened(values, DTYPE: tl.constexpr):
 
 @triton.jit
 def store(address, offsets, n, values, DTYPE: tl.constexpr, WIDE: tl.constexpr, valid=True):
-    """Writes `values`, floats of DTYPE or 16 bits in integers, unless `valid` says no; WIDE: see `load`."""
+    """Writes `values`, floats of DTYPE or 16 bits in integers, unless `valid` says no. WIDE: see `load`."""
     if DTYPE.primitive_bitwidth == 16:
         values = values.to(tl.int16)
     mask = valid if WIDE else (offsets < n) & valid
@@ -163,7 +164,7 @@ def store(address, offsets, n, values, DTYPE: tl.constexpr, WIDE: tl.constexpr, 
 
 @triton.jit
 def store_rounded(address, offsets, n, values, DTYPE: tl.constexpr, WIDE: tl.constexpr):
-    """Writes `values`, rounded to nearest, ties to even; returns what was written, widened."""
+    """Writes `values`, rounded to nearest, ties to even. Returns what was written, widened."""
     if DTYPE == tl.bfloat16:
         bits = values.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -188,7 +189,7 @@ def _load_anywhere(address, offsets, n, DTYPE: tl.constexpr, WIDE: tl.constexpr)
 
 @triton.jit
 def load_gradient(address, dtype, offsets, n, STATE: tl.constexpr, WIDE: tl.constexpr):
-    """A gradient of any dtype in STATE. It may lie anywhere, in a bucket of DistributedDataParallel for example."""
+    """Returns a gradient of any dtype in STATE. It may lie anywhere, such as in a bucket of DistributedDataParallel."""
     if dtype == FLOAT32:
         values = _load_anywhere(address, offsets, n, tl.float32, WIDE).to(STATE)
     elif dtype == FLOAT64:
@@ -201,7 +202,7 @@ def load_gradient(address, dtype, offsets, n, STATE: tl.constexpr, WIDE: tl.cons
 
 @triton.jit
 def load_step(step, offsets, n, STATE: tl.constexpr, WIDE: tl.constexpr):
-    """γ·g/n, 0 where the step is not taken: its gradient may hold NaN. To be loaded last, it waits."""
+    """Returns γ·g/n, 0 if the step is not taken, since its gradient may hold NaN. Load it last: it waits."""
     g, dtype, taken, power, rest = step
     values = tl.zeros([offsets.shape[0]], STATE)
     if taken:
@@ -211,7 +212,7 @@ def load_step(step, offsets, n, STATE: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def _of_half(magnitude):
-    """float32 of float16's bits, 2^-16 of the spacing there (at inf, that of the largest) and its inverse."""
+    """Returns float32 of float16's bits, 2^-16 of the spacing there (at inf, that of the largest) and its inverse."""
     rounded = widened(magnitude.to(tl.int16), tl.float16)
     unit = (tl.minimum(tl.maximum(rounded.to(tl.int32, bitcast=True) >> 23, 113), 142) - 26) << 23
     return rounded, unit.to(tl.float32, bitcast=True), (0x7F000000 - unit).to(tl.float32, bitcast=True)
@@ -219,7 +220,7 @@ def _of_half(magnitude):
 
 @triton.jit
 def load_weight(weight, remainder, offsets, n, STORAGE: tl.constexpr, WIDE: tl.constexpr, valid=True):
-    """w for `joined`: of float32 and float64 twice the same."""
+    """Returns w for `joined`: twice the same in float32 and float64."""
     high = load(weight, offsets, n, STORAGE, WIDE, valid)
     low = high
     if STORAGE.primitive_bitwidth == 16:
@@ -229,7 +230,7 @@ def load_weight(weight, remainder, offsets, n, STORAGE: tl.constexpr, WIDE: tl.c
 
 @triton.jit
 def joined(w, STORAGE: tl.constexpr):
-    """w in STATE, of a parameter and its remainder below float32: reference.read_weight."""
+    """Returns w in STATE, below float32 from a parameter and its remainder: reference.read_weight."""
     high, low = w
     if STORAGE.primitive_bitwidth > 16:
         return high
@@ -281,11 +282,11 @@ def store_weight(weight, remainder, offsets, n, w, STORAGE: tl.constexpr, WIDE: 
 
 @triton.jit
 def outer_weight(w, D):
-    """θ. An element without a displacement is not touched: −0 stays −0."""
+    """Returns θ. An element without a displacement is not touched: −0 stays −0."""
     return tl.where(D != 0, w + D, w)
 
 
 @triton.jit
 def wide_part(aligned, n, BLOCK: tl.constexpr):
-    """How many of n elements, from the first on, are in blocks that can be WIDE."""
+    """Returns how many of n elements, from the first on, are in blocks that can be WIDE."""
     return tl.where(aligned, n // BLOCK * BLOCK, 0)

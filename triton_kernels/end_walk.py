@@ -1,4 +1,4 @@
-"""w ← θ and D ← Q((D + γ·g/n) · share), for ranks that walk on their own and average where they came to."""
+"""w ← θ and D ← Q((D + γ·g/n) · share), for ranks that walk on their own and average their displacements."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from . import elements
 def _end(
     walk, step, share, offsets, n, STATE: tl.constexpr, STORAGE: tl.constexpr, OF_D: tl.constexpr, WIDE: tl.constexpr
 ):
-    """One block."""
+    """Ends the walk of one block."""
     weight, remainder, displacement, anchor, touched = walk
     theta = elements.load(anchor, offsets, n, STATE, WIDE, touched & (anchor != 0))
     w = elements.load_weight(weight, remainder, offsets, n, STORAGE, WIDE, touched & (anchor == 0))
@@ -33,11 +33,9 @@ def end_walk_kernel(
     rows, row_of_chunk, factor, share: tl.int64, touch, parts,
     STORAGE: tl.constexpr, STATE: tl.constexpr, OF_D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """w ← θ, the anchor where there is one, else w + D;  D ← Q((D + γ·g/n) · share), for every parameter.
-
-    share: the bits of a float64, which an argument cannot be. Bytes per element, D in bfloat16: reads θ (the anchor, or
-    w) D g, writes w D (float32: 16; bfloat16: 14). What did not walk has w = θ: reads g,
-    writes D.
+    """w ← θ (the anchor if there is one, else w + D); D ← Q((D + γ·g/n) · share), for every parameter. share: the bits
+    of a float64, which an argument cannot be. Bytes per element, D in bfloat16: reads θ (the anchor, or w) D g,
+    writes w D (float32: 16; bfloat16: 14). What did not walk has w = θ: reads g, writes D.
     """
     row, begin, n = elements.part_of(rows, row_of_chunk, parts)
     weight, remainder, displacement, anchor, touched = elements.walk_of(row, begin, touch, STORAGE, STATE, OF_D)

@@ -1,4 +1,4 @@
-"""G ← D · scale for the optimizers of others, after the end of a walk."""
+"""G ← D · scale for other optimizers, after the end of a walk."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _give(
     displacement, target, scale, offsets, n, total,
     STORAGE: tl.constexpr, OF_D: tl.constexpr, EACH: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One block, of EACH elements for a thread; returns `total` with each thread's squares added."""
+    """Writes one block, of EACH elements for a thread. Returns `total` with each thread's squares added."""
     D = elements.widened(elements.load(displacement, offsets, n, OF_D, WIDE), OF_D)
     wide = D.to(tl.float64)
     elements.store_rounded(target, offsets, n, D * scale, STORAGE, WIDE)
@@ -33,9 +33,8 @@ def gradients_kernel(
     rows, row_of_chunk, scale, partials,
     STORAGE: tl.constexpr, STATE: tl.constexpr, OF_D: tl.constexpr, BLOCK: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
-    """G ← D · scale[group], rounded, at the gradient's address unless that is 0.  partials[chunk] = Σ D², float64.
-
-    Bytes per element, D in bfloat16: reads D, writes G (float32: 6; bfloat16: 4).
+    """Writes G ← D · scale[group], rounded, to the gradient's address unless that is 0. partials[chunk] = Σ D²,
+    float64. Bytes per element, D in bfloat16: reads D, writes G (float32: 6; bfloat16: 4).
     """
     row, begin, n = elements.part_of(rows, row_of_chunk, 1)
     target = elements.address_of(row, elements.GRAD, begin, STORAGE)

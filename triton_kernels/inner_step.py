@@ -1,4 +1,4 @@
-"""D ← Q(D + γ·g/n) and w ← θ − D, first and middle inner step."""
+"""D ← Q(D + γ·g/n) and w ← θ − D: every inner step but the last."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def _move(
     walk, step, offsets, n, counts, of_parameter,
     STATE: tl.constexpr, STORAGE: tl.constexpr, OF_D: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One block; returns `counts` with each lane's moves in the lower, lost moves in the upper 16 bits."""
+    """Moves one block. Returns `counts` with each lane's moves in the lower 16 bits, its lost moves in the upper."""
     weight, remainder, displacement, anchor, touched = walk
     parts = elements.load_weight(weight, remainder, offsets, n, STORAGE, WIDE)
     D = elements.load(displacement, offsets, n, OF_D, WIDE, touched)
@@ -41,13 +41,13 @@ def inner_step_kernel(
     rows, row_of_chunk, factor, counts, touch, parts, of_parameter,
     STORAGE: tl.constexpr, STATE: tl.constexpr, OF_D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """D' = Q(D + γ·g/n), w ← (w + D) − D', D ← D'; anchor ← w before the first move of a cycle, where there is one.
+    """D' = Q(D + γ·g/n), w ← (w + D) − D', D ← D'; anchor, if there is one, ← w before the first move of a cycle.
 
-    factor: ±γ/n per group; where it is 0 nothing moves, but a first step leaves D = 0. Bytes per element, float32 with
-    D in bfloat16: reads w D g, writes w D (16), the first time, when D is not read, 14. bfloat16 (w is the parameter
-    and its remainder): 14 and 12. An anchor is 4 more, the first time. Counts are integers, whose atomic sum does not
-    depend on an order. of_parameter: a move is lost that leaves the parameter where it was, not w. Source: Algorithm 3
-    of arXiv 2604.09258.
+    factor: ±γ/n for each group. Where it is 0 nothing moves, but a first step leaves D = 0. Bytes per element, float32
+    with D in bfloat16: reads w D g, writes w D (16); the first time, when D is not read, 14. bfloat16 (w is the
+    parameter and its remainder): 14 and 12. An anchor takes 4 more, the first time. Counts are integers, whose atomic
+    sum does not depend on the order. of_parameter: a move is lost if the parameter stays, not only if w does. Source:
+    arXiv 2604.09258, Algorithm 3.
     """
     row, begin, n = elements.part_of(rows, row_of_chunk, parts)
     weight, remainder, displacement, anchor, touched = elements.walk_of(row, begin, touch, STORAGE, STATE, OF_D)

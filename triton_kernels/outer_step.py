@@ -1,4 +1,4 @@
-"""Last inner step, end of the walk and AdamW, fused."""
+"""The last inner step, the end of the walk and AdamW, fused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _N_HYPER = tl.constexpr(len(HYPER))
 
 @triton.jit
 def _divide(a, b):
-    """a / b, correctly rounded."""
+    """Returns a / b, correctly rounded."""
     if a.dtype == tl.float64:
         return a / b
     else:
@@ -28,7 +28,7 @@ def _divide(a, b):
 
 @triton.jit
 def _sqrt(x):
-    """√x, correctly rounded."""
+    """Returns √x, correctly rounded."""
     if x.dtype == tl.float64:
         return tl.sqrt(x)
     else:
@@ -37,7 +37,9 @@ def _sqrt(x):
 
 @triton.jit
 def _scalars(hyper, group, step, gamma, STATE: tl.constexpr):
-    """What one update of a group's parameters needs: computed in float64, rounded to STATE as PyTorch does."""
+    """Returns what one update of a group's parameters needs, computed in float64
+    and rounded to STATE as PyTorch does.
+    """
     of_group = hyper + group * _N_HYPER
     lr, eps, weight_decay = tl.load(of_group + _LR), tl.load(of_group + _EPS), tl.load(of_group + _WEIGHT_DECAY)
     beta1, beta2 = tl.load(of_group + _BETA1), tl.load(of_group + _BETA2)
@@ -64,8 +66,9 @@ def _update(
     walk, last, moments, scalars, has_ended, offsets, n, total,
     STORAGE: tl.constexpr, STATE: tl.constexpr, OF_D: tl.constexpr, AMSGRAD: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One block; returns `total`, float64, with the D² of its elements, added up by 4 where it is WIDE: in float32
-    what one thread has."""
+    """Updates one block. Returns `total`, float64, with the D² of its elements; if WIDE, each thread first adds up its
+    4 in float32.
+    """
     weight, remainder, displacement, _, touched = walk
     exp_avg, exp_avg_sq, max_exp_avg_sq = moments
     inv_gamma, decay, beta1, one_minus_beta1, from_start, beta2, one_minus_beta2, neg_step_size, inv_root, eps = scalars
@@ -106,11 +109,11 @@ def outer_step_kernel(
     rows, row_of_chunk, hyper, factor, walk_length, partials, touch, has_ended,
     STORAGE: tl.constexpr, STATE: tl.constexpr, OF_D: tl.constexpr, AMSGRAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """θ = w + D;  D ← D + γ·g/n;  G = D/Γ;  w ← AdamW(θ, G).  partials[chunk] = Σ D², float64.
+    """θ = w + D; D ← D + γ·g/n; G = D/Γ; w ← AdamW(θ, G). partials[chunk] = Σ D², float64.
 
-    has_ended: θ = w, after `end_walk`. AMSGRAD: some group has maxima (8 bytes more where it does). Bytes per element,
-    float32 with D in bfloat16: reads w D g m v, writes w m v (30). bfloat16: 28. Without a last gradient, 4 or 2 less.
-    Source: Algorithm 3 of arXiv 2604.09258; AdamW: arXiv 1711.05101 in torch.optim's order of operations.
+    has_ended: θ = w, after `end_walk`. AMSGRAD: some group has maxima (8 bytes more there). Bytes per element, float32
+    with D in bfloat16: reads w D g m v, writes w m v (30). bfloat16: 28. Without a last gradient, 4 or 2 less. Source:
+    arXiv 2604.09258, Algorithm 3; AdamW: arXiv 1711.05101 in torch.optim's order of operations.
     """
     row, begin, n = elements.part_of(rows, row_of_chunk, 1)
     weight, remainder, displacement, anchor, touched = elements.walk_of(row, begin, touch, STORAGE, STATE, OF_D)
@@ -148,9 +151,8 @@ def outer_step_kernel(
 
 
 def outer_step(table: Table, on_device: tuple[Tensor, Tensor, Tensor, int], cycle: Cycle, *, has_ended: bool) -> None:
-    """Starts the kernel, after `scalars.advance`; `step` advances in `scalars.finish`.
-
-    on_device: `table.on_device()` or, with `has_ended`, `table.on_device_after_walk`'s.
+    """Starts the kernel, after `scalars.advance`; `scalars.finish` advances `step`. on_device: `table.on_device()` or,
+    with `has_ended`, that of `table.on_device_after_walk`.
     """
     rows, row_of_chunk, _, touch = on_device
     amsgrad = any(bucket.amsgrad for bucket in table.buckets)

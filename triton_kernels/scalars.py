@@ -1,6 +1,5 @@
-"""The scalars of a cycle, advanced on the device: the norm's second stage before, sums and counters after the kernels.
-
-Both are one small launch; their bytes do not count.
+"""The scalars of a cycle, advanced on the device: the norm's second stage before the kernels, sums and counters after
+them. Each is one small launch, whose bytes do not count.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ def advance_kernel(
     HAS_NORM: tl.constexpr, BLOCK: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """`Cycle.advance` in one program: n = √(Σ partials) in a fixed order, whether the step is taken, ±γ/n, Γ, Σγ².
-
-    ends_cycle: also counts a cycle in which nothing moved. HAS_NORM False: no last gradient, so factor is 0.
+    ends_cycle: also counts a cycle in which nothing moved. HAS_NORM False: there is no last gradient, so factor is
+    0.
     """
     norm = tl.zeros([], tl.float64)
     taken = norm != 0
@@ -63,7 +62,7 @@ def advance_kernel(
 
 @triton.jit
 def _sum_of_group(partials, start, BLOCK: tl.constexpr):
-    """Σ partials of a group's chunks in a fixed order. start: the group's of `starts`."""
+    """Returns Σ partials of a group's chunks in a fixed order. start: the group's row of `starts`."""
     total = tl.zeros([BLOCK], tl.float64)
     end = tl.load(start + 3)
     for first in range(tl.load(start + 1), end, BLOCK):
@@ -84,11 +83,10 @@ def finish_kernel(
     rows, starts, partials, sums, counts, finished, finished_counts, n_groups, known_groups, inner_steps, taken, touch,
     FIRST: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Ends a cycle; one program for each group and one for the rest.
-
-    Of a group: `step` of the parameters that took part advances, Σ partials in a fixed order is its ‖D‖², its Γ and
-    Σγ² are kept in `finished` and start from 0. The rest: norms and counts. starts [known_groups + 1, 2]: first row and
-    first chunk of a group in this table; FIRST, LAST: of the tables of a device.
+    """Ends a cycle; one program for each group and one for the rest. For a group, advances `step` of the parameters
+    that took part, sums partials in a fixed order to its ‖D‖², and moves its Γ and Σγ² to `finished`, so that they
+    start from 0. The rest: norms and counts. starts [known_groups + 1, 2]: first row and first chunk of a group in
+    this table. FIRST, LAST: among the tables of a device.
     """
     group = tl.program_id(0)
     if group < n_groups:
@@ -134,7 +132,7 @@ def finish_kernel(
 
 
 def advance(cycle: Cycle, micro_batch: MicroBatch | None, *, ends_cycle: bool) -> None:
-    """Decides about an inner step and counts its length; None: there is no last gradient."""
+    """Decides about an inner step and counts its length. None: there is no last gradient."""
     partials, position, grad_scale, found_inf = micro_batch.on(cycle.device) if micro_batch else ([], 0, None, None)
     # Tables and devices in their order: the sum must not depend on who is first.
     total = torch.cat([p.view(-1) for p in partials]) if len(partials) > 1 else (*partials, cycle.factor)[0]

@@ -1,4 +1,4 @@
-"""‖g‖², first stage: a partial sum for each chunk. The second stage is in scalars.py."""
+"""‖g‖², first stage: a partial sum for each chunk. scalars.py has the second stage."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from . import elements
 
 @triton.jit
 def _squares(g, n, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
-    """Σ g² of whole aligned blocks."""
+    """Returns Σ g² of whole aligned blocks."""
     total = tl.zeros([BLOCK], tl.float64)
     for start in range(0, n, BLOCK):
         values = elements.widened(elements.load(g, start + tl.arange(0, BLOCK), n, DTYPE, True), DTYPE).to(tl.float64)
@@ -22,10 +22,7 @@ def _squares(g, n, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def sq_norm_kernel(rows, row_of_chunk, partials, BLOCK: tl.constexpr):
-    """partials[chunk] = Σ g² in float64, 0 without a gradient.
-
-    Bytes per element: reads g (float32: 4, below: 2).
-    """
+    """partials[chunk] = Σ g² in float64, 0 without a gradient. Bytes per element: reads g (float32: 4, below: 2)."""
     row, begin, n = elements.part_of(rows, row_of_chunk, 1)
     g, dtype = elements.gradient_of(row, begin)
     sum_of_squares = tl.zeros([], tl.float64)
@@ -50,7 +47,7 @@ def sq_norm_kernel(rows, row_of_chunk, partials, BLOCK: tl.constexpr):
 
 
 def sq_norm(table: Table) -> Tensor:
-    """Starts the kernel; returns the partial sums [chunks], float64."""
+    """Starts the kernel. Returns the partial sums [chunks], float64."""
     rows, row_of_chunk, _, _ = table.on_device()
     constants = {"BLOCK": 2048, "num_warps": 2048 // 16 // elements.LANES}
     elements.launch(sq_norm_kernel, table.chunks, rows, row_of_chunk, table.partials, **constants)

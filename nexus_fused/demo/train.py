@@ -215,5 +215,5 @@ def train(
 
 
 def work(shared: tuple[Texts, Texts], tell: Tell, settings: Settings, windows: int) -> None:
-    """In a process for it: train, tell the loss of each cycle, and the Result in the end."""
+    """Train in a process of its own; tell the loss of each cycle, and the Result at the end."""
     tell(train(*shared, settings, windows, tick=tell))
