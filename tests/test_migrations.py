@@ -1,4 +1,4 @@
-"""The diffs of docs/migrating.md: each changes one line of an AdamW script, and what comes out trains."""
+"""The diffs of docs/migrating.md and docs/trainers.md: each changes one line of an AdamW script, which then trains."""
 
 from __future__ import annotations
 
@@ -14,12 +14,17 @@ from processes import on_ranks
 import nexus_fused
 
 ROOT = Path(__file__).parent.parent
-PAGE = (ROOT / "docs" / "migrating.md").read_text()
+PAGES = "".join((ROOT / "docs" / page).read_text() for page in ("migrating.md", "trainers.md"))
 DIFFS = {
     Path(path).name: (ROOT / "docs" / path, removed, added)
-    for path, removed, added in re.findall(r"\]\(([^)]+\.py)\)\):\n\n```diff\n-(.*)\n\+(.*)\n```", PAGE)
+    for path, removed, added in re.findall(r"\]\(([^)]+\.py)\)\):\n\n```diff\n-(.*)\n\+(.*)\n```", PAGES)
 }
-NEEDS = {"huggingface.py": ("transformers", "accelerate"), "lightning_module.py": ("lightning",)}
+NEEDS = {
+    "accelerate_loop.py": ("accelerate",),
+    "fabric_loop.py": ("lightning",),
+    "huggingface.py": ("transformers", "accelerate"),
+    "lightning_module.py": ("lightning",),
+}
 # What the libraries warn of is theirs to mend; what we warn of is an error, as everywhere.
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),
