@@ -14,7 +14,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from .study.plots import write
+from .study.figures import CLAIMED
+from .study.plots import points, ticks, write
 
 ROOT = Path(__file__).parents[1]
 PICTURES = ROOT / "docs" / "pictures"
@@ -68,23 +69,21 @@ def walk(theme: Theme, path: Path) -> None:
 
 
 def gain(found: dict[str, Any], theme: Theme, path: Path) -> None:
-    """Draw Nexus − AdamW and Nexus − unit gradients over tokens, at the size of most seeds, with standard errors."""
+    """Draw Nexus − AdamW and Nexus − unit gradients over tokens, at the smallest size, with standard errors."""
     of = {"size": "0.1M", "inner_steps": 5, "arm": "nexus:0.2"}
     rows = [r for r in found["differences"] if all(r[name] == value for name, value in of.items())]
     figure, axes = plt.subplots(figsize=SIZE, layout="constrained")
+    rows = sorted((r for r in rows if r["seeds"] >= CLAIMED), key=lambda r: r["tokens"])
     for other, name, color in (("adamw", "AdamW", "step"), ("unit", "the control without a walk", "walk")):
-        line = sorted((r for r in rows if r["other"] == other and r["seeds"] >= 5), key=lambda r: r["tokens"])
-        x, y = [r["tokens"] / 1e6 for r in line], [r["trained"] for r in line]
-        errors = [f["standard_error"] for f in y]
-        how = {"fmt": "o-", "color": theme[color], "linewidth": 2, "capsize": 3, "label": f"Nexus − {name}"}
-        axes.errorbar(x, [f["mean"] for f in y], yerr=errors, **how)
+        line = [r for r in rows if r["other"] == other]
+        how = {"color": theme[color], "linewidth": 2, "label": f"Nexus − {name}"}
+        points(axes, [r["tokens"] for r in line], [r["trained"] for r in line], "o-", **how)
     axes.axhline(0, color=theme["ink"], linewidth=1)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(x, [f"{t:.1g}M" for t in x])
-    axes.minorticks_off()
-    axes.set_xlabel("tokens of training", color=theme["ink"])
-    axes.set_ylabel("bits per byte, lower is better", color=theme["ink"])
-    seeds = min(r["seeds"] for r in line)
+    ticks(axes, sorted({r["tokens"] for r in rows}), "tokens of training")
+    axes.set_ylabel("bits per byte, lower is better")
+    for label in (axes.xaxis.label, axes.yaxis.label):
+        label.set_color(theme["ink"])
+    seeds = min(r["seeds"] for r in rows)
     parameters = f"{rows[0]['parameters'] / 1e6:.2f}M parameters, text like the training text, {seeds} seeds"
     axes.set_title(parameters, loc="left", color=theme["ink"], fontsize=11)
     axes.legend(frameon=False, labelcolor=theme["ink"], loc="lower right", fontsize=11)
@@ -97,12 +96,12 @@ def gain(found: dict[str, Any], theme: Theme, path: Path) -> None:
     write(figure, path)
 
 
-def main() -> None:
-    """Write all four."""
+def main(folder: Path = PICTURES) -> None:
+    """Write all four into a folder."""
     found = json.loads(STUDY.read_text())
     for name, theme in THEMES.items():
-        walk(theme, PICTURES / f"walk-{name}.svg")
-        gain(found, theme, PICTURES / f"gain-{name}.svg")
+        walk(theme, folder / f"walk-{name}.svg")
+        gain(found, theme, folder / f"gain-{name}.svg")
 
 
 if __name__ == "__main__":

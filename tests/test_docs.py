@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / f"{name}.md" for name in ("README", "CHANGELOG", "CONTRIBUTING")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 
 
 def prose(text: str) -> list[str]:
@@ -43,3 +46,10 @@ def test_links_lead_somewhere(page: Path):
         file = (page.parent / path) if path else page
         assert file.exists(), link
         assert not anchor or anchor in anchors(file), link
+
+
+def test_citation():
+    """CITATION.cff is of the version that CHANGELOG.md begins with, which is the package's."""
+    version, date = re.search(r"^## (\S+)\n\n(\S+)\n", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE).groups()
+    assert f'__version__ = "{version}"' in (ROOT / "nexus_fused" / "__init__.py").read_text()
+    assert f"\nversion: {version}\ndate-released: {date}\n" in (ROOT / "CITATION.cff").read_text()

@@ -152,13 +152,34 @@ def test_what_it_costs():
     alone = {d: median_on_gpu("cuda", f"whole cycle / AdamW's cycle, 1.3B parameters, {d}") for d in DTYPES}
     quoted = "{float32:.2f} times in float32, {bfloat16:.2f} times in bfloat16".format(**alone)
     assert cells(README, "time of the optimizer alone, 1.3B parameters on an H200 |") == [quoted]
-    found = json.loads((RESULTS / "study.json").read_text())["differences"]
-    of = {"size": "0.1M", "inner_steps": 5, "arm": "nexus:0.2", "other": "adamw", "seeds": 5}
-    gains = {r["tokens"]: r["trained"] for r in found if all(r[name] == value for name, value in of.items())}
-    first, last = (gains[at(gains)] for at in (min, max))
-    quoted = " after 0.5M tokens, ".join(f"{g['mean']:.3f} ± {g['standard_error']:.3f}" for g in (first, last))
-    assert [round(tokens / 1e6, 1) for tokens in sorted(gains)] == [0.5, 1.0, 2.0, 4.0]
-    assert cells(README, "bits per byte on text like the training text |") == [f"{quoted} after 4M".replace("-", "−")]
+    cpu = figures_of("cpu.json")
+    four, open_ = (cpu[f"float32: whole cycle{w} / AdamW's cycle"]["median"] for w in ("", " with inner_steps=None"))
+    alone = "time of the optimizer alone, 51M parameters on a CPU, float32 |"
+    assert cells(README, alone) == [f"{four:.2f} times; {open_:.2f} with `inner_steps=None`"]
+
+
+def test_what_it_gains():
+    """README's row of bits per byte, and the figures below it: of 0.12M parameters, five seeds."""
+    found = json.loads((RESULTS / "study.json").read_text())
+    of = {"size": "0.1M", "inner_steps": 5, "seeds": 5, "domain": "mixture"}
+
+    def trained(rows: str, **what: str) -> list[dict[str, Any]]:
+        """After the fewest and after the most tokens."""
+        wanted = {**of, **what}
+        points = {r["tokens"]: r["trained"] for r in found[rows] if all(r.get(k, v) == v for k, v in wanted.items())}
+        assert [round(tokens / 1e6, 1) for tokens in sorted(points)] == [0.5, 1.0, 2.0, 4.0]
+        return [points[min(points)], points[max(points)]]
+
+    def gains(arm: str) -> list[str]:
+        of_both = trained("differences", arm=arm, other="adamw")
+        return [f"{g['mean']:.3f} ± {g['standard_error']:.3f}".replace("-", "−") for g in of_both]
+
+    quoted = "{} after 0.5M tokens, {} after 4M".format(*gains("nexus:0.2"))
+    assert cells(README, "bits per byte on text like the training text, less is better |") == [quoted]
+    assert [g["certain"] for g in trained("differences", arm="nexus:0.2", other="adamw")] == [True, False]
+    first, last = (found["mean"] for found in trained("arms", arm="adamw"))
+    assert f"AdamW has {first:.3f} and {last:.3f}. The second difference is not certain." in unwrapped(README)
+    assert "With γ = 0.05 they are {} and {}.".format(*gains("nexus:0.05")) in unwrapped(README)
 
 
 def test_figures_of_muon():
@@ -207,8 +228,9 @@ def test_learning_rates_of_muon():
 
 
 def test_tables_of_the_study():
-    """docs/evidence.md shows what study.json holds, and that is what the measurements in study.jsonl come to; the page
-    of a GPU shows what those in study-gpu.jsonl come to."""
+    """docs/evidence.md shows what study.json holds, and its means and differences are what the measurements in
+    study.jsonl come to (the law takes minutes to fit, and is not fitted again); the page of a GPU shows what those in
+    study-gpu.jsonl come to."""
     for name in ("scipy", "matplotlib", "threadpoolctl"):
         pytest.importorskip(name)
     from bench.study import figures, report, results
@@ -235,3 +257,18 @@ def test_tables_of_the_study():
         assert least <= shown.keys()
         made = report.sections(content)
         assert shown == {name: made[name] for name in shown}
+
+
+def test_pictures_of_readme(tmp_path: Path):
+    """They are what bench.pictures draws of study.json, with the matplotlib that is pinned."""
+    matplotlib = pytest.importorskip("matplotlib")
+    pytest.importorskip("scipy")
+    if f'matplotlib=={matplotlib.__version__}; python_version >= "3.11"' not in (ROOT / "constraints.txt").read_text():
+        pytest.skip("another matplotlib may draw the same in another way")
+    from bench import pictures
+
+    pictures.main(tmp_path)
+    drawn = sorted(tmp_path.iterdir())
+    assert len(drawn) == 4
+    for path in drawn:
+        assert path.read_bytes() == (pictures.PICTURES / path.name).read_bytes(), path.name
