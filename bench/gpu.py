@@ -1,10 +1,10 @@
 """Figures of a GPU against their goals: `python -m bench.gpu --out FILE [--device cuda] [--quick]`.
 
 Contenders run in turn and a figure is the median over rounds of a ratio within the round, with its quartiles, as in
-`python -m bench`; here device events tell the time. A backend that fails the parity check is not timed. Sections come
-in the order of their worth and have a time limit each; FILE is written after each, so that it holds all that was
-measured whatever happens next. Every fused backend that runs on the device is a contender; why another one does not,
-FILE tells.
+`python -m bench`; here device events tell the time. A backend that fails the parity check is not timed. The
+most valuable sections come first, and each has a time limit; FILE is written after each, so that it holds all that was
+measured whatever happens next. Every fused backend that runs on the device is a contender; FILE says why any other does
+not run.
 
 `--device cpu --quick` with TRITON_INTERPRET=1 goes through the motions without a GPU; its figures mean nothing.
 docs/gpu.md says what the figures mean.

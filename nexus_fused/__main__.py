@@ -54,7 +54,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--ranks",
         type=count,
         default=1,
-        help="that share one copy of the model, as in FSDP2 (default: %(default)s)",
+        help="how many ranks share one copy of the model, as in FSDP2 (default: %(default)s)",
     )
     add("--amsgrad", action="store_true", help="keep the maxima of second moments too")
     add(

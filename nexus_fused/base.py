@@ -72,7 +72,7 @@ class WalkingOptimizer(Optimizer):
 
         In a CUDA graph each replay reads the gradients at their captured addresses, and hyperparameters that are
         tensors on the device; other hyperparameters keep their captured values. Run one cycle outside of the graph
-        first, and capture whole cycles: replays of a part would never reach AdamW, unnoticed. With `inner_steps=None`
+        first, and capture whole cycles: replays of a part never reach AdamW, and nothing warns. With `inner_steps=None`
         you may capture a backward pass or `step()` alone, since the device then counts the inner steps (backends "cuda"
         and "triton", no other ranks). Capture again after adding groups, unfreezing or moving parameters, or changing
         amsgrad.
@@ -208,9 +208,9 @@ class WalkingOptimizer(Optimizer):
 
     @of_the_optimizer
     def discard_cycle(self) -> None:
-        """Forgets the running cycle: the parameters return to θ, and AdamW is not called. Does nothing at a boundary.
+        """Forgets the running cycle: returns the parameters to θ, without an outer step. Does nothing at a boundary.
 
-        With a `displacement_group` all ranks call it.
+        With a `displacement_group` all ranks must call it.
         """
         self._refuse_inside_outer_weights("discard_cycle()")
         self._for_scaler.hide()
@@ -228,8 +228,8 @@ class WalkingOptimizer(Optimizer):
 
     @on_its_own
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Zeroes gradients as torch.optim's does. With `inner_steps=None` none are left to zero, but their inner steps
-        stay: warns once of that in mid-cycle.
+        """Zeroes gradients as torch.optim does. With `inner_steps=None` backward passes have already used and freed
+        theirs, and zeroing does not undo their inner steps: warns once of that in mid-cycle.
         """
         optimizer: Any = self._itself()
         optimizer._watch.zeroed()
@@ -258,11 +258,11 @@ class WalkingOptimizer(Optimizer):
 
     @of_the_optimizer
     def outer_step(self) -> None:
-        """Ends a cycle early: applies the displacement so far, and uses no gradient that no inner step has taken.
+        """Ends a cycle early: applies the displacement so far, and ignores gradients that no inner step has used.
 
         Does nothing before the first inner step. Raises what `step()` raises. With a `displacement_group` each rank
-        calls it when it runs out of micro-batches, however many it had. It then takes part in the averages of ranks
-        that still call `step()`, returns when all ranks have come, and waits for the device.
+        calls it when it runs out of micro-batches, however many it had. The call joins the averages of ranks that
+        still call `step()`, waits for the device, and returns once every rank has called it.
         """
         self._refuse_inside_outer_weights("outer_step()")
         self._for_scaler.hide()
@@ -311,7 +311,7 @@ class WalkingOptimizer(Optimizer):
     def state(self, state: dict[Any, Any]) -> None:
         optimizer: Any = self._itself()
         if not optimizer._walk.keeps:
-            raise AttributeError("the state is that of the optimizers behind the walk: assign theirs, at a boundary")
+            raise AttributeError("the state belongs to the optimizers behind the walk: assign to theirs, at a boundary")
         optimizer._state.entries.known = True
         optimizer.__dict__["state"] = state
 
@@ -319,8 +319,9 @@ class WalkingOptimizer(Optimizer):
     def eval(self) -> None:
         """Shows θ in the parameters until `train()`, as `outer_weights()` does, for trainers that call it.
 
-        `state_dict()` then describes the boundary, and in mid-cycle warns once of what it leaves out. At a boundary you
-        may copy and load; loading ends it. Inside `outer_weights()` neither `eval()` nor `train()` does anything.
+        `state_dict()` then describes the boundary, and in mid-cycle warns once of what it leaves out. After
+        `eval()` at a boundary you may copy the optimizer and load a state; loading undoes `eval()`. Inside
+        `outer_weights()` neither `eval()` nor `train()` does anything.
         """
         with uninterrupted():
             self._state.show_theta()
@@ -359,8 +360,8 @@ class WalkingOptimizer(Optimizer):
 
         alignment: mean pairwise cosine similarity of the cycle's unit gradients, each at its own point of the walk; NaN
         with fewer than two. grad_norms: ‖g_k‖ of each micro-batch, unscaled (with `inner_steps=None` they stay scaled
-        if the loop calls GradScaler's `unscale_()`). lost_fraction: the share of the walk's element moves, since the
-        last load, that rounding swallowed; if it is not small, inner_lr is too small for the model.
+        if the loop calls GradScaler's `unscale_()`). lost_fraction: the share of the cycle's element moves that
+        rounding swallowed (after a load in mid-cycle, of the moves since); if it is not small, raise inner_lr.
         skipped_inner_steps, skipped_outer_steps: totals of the steps and cycles in which nothing moved.
         """
         cycles = list(self._walk.cycles.values())
@@ -387,14 +388,14 @@ class WalkingOptimizer(Optimizer):
 
     @of_the_optimizer
     def check_ranks(self, group: Any = None) -> None:
-        """Raises RuntimeError on all ranks of a process group (None: the default one) if they differ; it names the
-        first difference.
+        """Raises RuntimeError on all ranks of a process group (None: the default one) if they differ; the error names
+        the first difference.
 
         Compares inner_steps, cycle_position, hyperparameters, the last norms, and the parameters' shapes, dtypes,
         shardings and requires_grad; not the parameters' values. Waits for the device.
 
-        All ranks of the group call it. It serves replicas that others keep equal, such as DistributedDataParallel's.
-        Where step() communicates, building and loading the optimizer check this by themselves.
+        All ranks of the group must call it. It is for replicas that other code keeps equal, such as
+        DistributedDataParallel. Where step() communicates, building and loading the optimizer already check this.
         """
         self._state.follow_members()
         agreement.compare_replicas(self._walk, self.param_groups, self._state.entries.state, group)
@@ -414,15 +415,15 @@ class WalkingOptimizer(Optimizer):
         """Returns the state that torch.optim.AdamW, or the optimizers behind the walk, would save, and what the walk
         adds.
 
-        The walk adds each parameter's remainder below float32, and in mid-cycle its displacement. Saved after any
-        micro-batch, together with the model's state of the same moment, it continues bit for bit. Its tensors are the
-        live ones, as torch.optim's.
+        The walk adds each parameter's remainder below float32, and in mid-cycle its displacement. Save it after any
+        micro-batch, together with the model's state at that moment, and training resumes bit for bit. Its tensors are
+        the live ones, as in torch.optim.
         """
         if self._walk.is_local and not self.at_boundary and not self._state.shows_theta:
             warnings.warn(
                 f"state_dict() in mid-cycle ({self._walk.progress}), where each rank "
-                "of displacement_group has a walk of its own: have every rank save its model and optimizer for itself, "
-                "or save inside outer_weights() or at a boundary",
+                "of displacement_group has a walk of its own: have every rank save its own model and optimizer, or "
+                "save inside outer_weights() or at a boundary",
                 stacklevel=6,
             )
         self._state.prepare_to_save()
@@ -433,11 +434,11 @@ class WalkingOptimizer(Optimizer):
 
     @of_the_optimizer
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads in place a state from any position of a cycle, or one without a walk. Narrows nothing but
-        displacements.
+        """Loads a state in place: one from any position of a cycle, or one without a walk. Only displacements may lose
+        precision.
 
-        A state that does not fit raises ValueError or TypeError, which names group and parameter; nothing is modified
-        then.
+        A state that does not fit raises ValueError or TypeError. The error names group and parameter, and nothing is
+        modified.
         """
         if self._state.hides_walk:
             self._refuse_inside_outer_weights("load_state_dict()")
@@ -506,10 +507,10 @@ class WalkingOptimizer(Optimizer):
 
     @of_the_optimizer
     def materialize_displacements(self) -> None:
-        """Puts zero displacements into the state, so that a load that fills only the keys it finds can take one of
-        mid-cycle.
+        """Puts zero displacements into the state. Call it before a load that fills only the keys it finds, if the
+        checkpoint was saved in mid-cycle.
 
-        They are dropped again if the loaded position is 0, else at the end of the next cycle.
+        They are dropped again if the loaded position is 0, otherwise at the end of the next cycle.
         """
         self._refuse_inside_outer_weights("materialize_displacements()")
         if self.inner_steps != 1:

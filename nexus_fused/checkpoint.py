@@ -39,7 +39,7 @@ def check(
         )
     if len(saved) != len(groups):
         raise ValueError(
-            f"loaded state dict has a different number of parameter groups: {len(saved)}, the optimizer {len(groups)}; "
+            f"loaded state dict has a different number of parameter groups: {len(saved)}, not {len(groups)}; "
             "build the optimizer with the groups it was saved with"
         )
     entries: dict[Tensor, dict[str, Any]] = {}
@@ -94,7 +94,7 @@ def check(
                 _check_entry(entries[param], param, where, group, position=position, local=walk.is_local)
             elif position > 0 and group["touched"][i]:
                 raise ValueError(
-                    f"the loaded state is of position {position} of a cycle, but {_lacks('displacement', where, param)}"
+                    f"the loaded state is at position {position} of a cycle, but {_lacks('displacement', where, param)}"
                 )
     return complete, entries, foreign
 
@@ -156,7 +156,7 @@ def _check_cycle_data(
     missing = [key for key in needed if key not in group]
     if missing:
         raise ValueError(
-            f"the loaded state is of mid-cycle, but group {index} lacks {', '.join(missing)}: the checkpoint "
+            f"the loaded state was saved in mid-cycle, but group {index} lacks {', '.join(missing)}: the checkpoint "
             "is truncated; load one that was saved at a boundary"
         )
     touched, norms = group["touched"], group.get("grad_norms", [0.0] * (inner_steps or position))
@@ -185,7 +185,7 @@ def _lacks(key: str, where: str, param: Tensor) -> str:
         return f"{where} has no 'remainder': the checkpoint is truncated, or of a model in another dtype"
     return (
         f"{where} has no {key!r}: a distributed load fills only keys it finds, so call "
-        "materialize_displacements() before it; otherwise the checkpoint is truncated"
+        "materialize_displacements() before it; if you did, the checkpoint is truncated"
     )
 
 
@@ -203,7 +203,8 @@ def _check_entry(entry: Any, param: Tensor, where: str, group: Any, *, position:
     if "master" in entry or "walk" in entry or ("anchor" in entry and "displacement" not in entry):
         raise ValueError(
             f"the loaded state of {where} is of an older form, with 'anchor', 'master' or 'walk': this version keeps a "
-            "'displacement' and a 'remainder'. Load the model's weights, and of this state step, exp_avg and exp_avg_sq"
+            "'displacement' and a 'remainder'. Load the model's weights, and from this state only step, exp_avg and "
+            "exp_avg_sq"
         )
     needed = {"step", "exp_avg", "exp_avg_sq"} if OPTIMIZER not in group else set()
     needed |= {"max_exp_avg_sq"} if has_maxima(group) else set()
@@ -219,7 +220,7 @@ def _check_entry(entry: Any, param: Tensor, where: str, group: Any, *, position:
         for key in ["displacement"] + ["remainder"] * low_precision + ["anchor"] * local:
             if key not in entry:
                 raise ValueError(
-                    f"the loaded state is of position {position} of a cycle, but {_lacks(key, where, param)}"
+                    f"the loaded state is at position {position} of a cycle, but {_lacks(key, where, param)}"
                 )
         if "anchor" in entry and not local:
             raise ValueError(
@@ -240,8 +241,8 @@ def check_value(key: str, value: Any, param: Tensor, what: str) -> None:
     elif not isinstance(value, Tensor) or not _fits(key, value, param):
         got = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else repr(value)
         raise ValueError(
-            f"{what} is {got}, the parameter {tuple(param.shape)} {param.dtype}: it belongs to another model, or to "
-            "one in another dtype"
+            f"{what} is {got}, but the parameter is {tuple(param.shape)} {param.dtype}: it belongs to another model, "
+            "or to one in another dtype"
         )
     elif not _has_values(value):
         raise ValueError(
@@ -268,8 +269,8 @@ def _fits(key: str, value: Tensor, param: Tensor) -> bool:
 
 
 def pack(packed: dict[str, Any]) -> dict[str, Any]:
-    """Makes torch.optim's state dict one of its own: our entries lose their displacements at the end of a cycle, and
-    its scalars change on. Steps are on the CPU unless fused or capturable, as torch's.
+    """Makes torch.optim's state dict independent of ours: our entries lose their displacements at the end of a
+    cycle, and the cycle's scalars keep changing. Steps are on the CPU unless fused or capturable, as torch's.
     """
     copies: dict[int, torch.UntypedStorage] = {}
     packed["state"] = {key: dict(value) if isinstance(value, dict) else value for key, value in packed["state"].items()}

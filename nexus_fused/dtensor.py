@@ -93,7 +93,7 @@ def why_not(param: Any) -> str | None:
         if param.device_mesh.get_coordinate() is None:
             return "is a DTensor on a mesh without this rank: give each rank the parameters that it holds"
         if any(placement.is_partial() for placement in param.placements):
-            return "is a DTensor with a partial placement, unknown to any rank: redistribute it to Shard or Replicate"
+            return "is a DTensor of partial sums, and no rank has its values: redistribute it to Shard or Replicate"
         if type(local_part(param)) is not Tensor:
             return f"is a DTensor of {type(local_part(param)).__name__}: use DTensors of plain tensors"
     return None

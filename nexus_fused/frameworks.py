@@ -151,8 +151,9 @@ class AccumulationWatch:
             other_way = f"set {setting} to 1 (inner_steps micro-batches, a cycle, take its place)"
         warnings.warn(
             f"{who} the gradients of {micro_batches} {what} before each step() of {self._name}, so that the walk takes "
-            f"one inner step where it should take {micro_batches}: build it with inner_steps=None, which needs no "
-            f"other change, or {other_way}; filter this warning where it is wrong (several losses of one micro-batch)",
+            f"one inner step where it should take {micro_batches}: build the optimizer with inner_steps=None, which "
+            f"needs no other change, or {other_way}; filter this warning if it is wrong (several losses of one "
+            "micro-batch)",
             stacklevel=1,  # schedulers wrap step(), and Accelerate ignores all that they seem to warn of
         )
 

@@ -15,16 +15,16 @@ def split_matrices(
     """Splits a model's parameters into those for torch.optim.Muon and the rest, each one once, in the model's order.
 
     Muon takes real 2-D weights of hidden layers. The rest are embeddings and what is tied to them, norms, biases,
-    convolutions and whatever else has not two dimensions, and the head. A parameter that requires no gradient stays.
+    convolutions, whatever else does not have two dimensions, and the head. Frozen parameters are in the lists too.
 
         matrices, rest = split_matrices(model, head=model.lm_head)
 
     Args:
-        head: the output layer, which looks like any other: it must be named, or be None where it is tied to an
-            embedding or there is none. Several modules or parameters may be named, such as a position embedding that
-            is a bare parameter.
+        head: the output layer. It looks like any other layer, so you must name it; pass None if it is tied to an
+            embedding or if there is none. You may name several modules or parameters, such as a position embedding
+            that is a bare parameter.
 
-    Raises ValueError where a named one is not in the model.
+    Raises ValueError if something that you name is not part of the model.
     """
     named = [] if head is None else [head] if isinstance(head, (nn.Module, Tensor)) else list(head)
     parameters = list(model.parameters())
@@ -33,7 +33,7 @@ def split_matrices(
         of_part = {id(p) for p in ([part] if isinstance(part, Tensor) else part.parameters())}
         if not of_part or not of_part <= known:
             raise ValueError(
-                f"head must name modules or parameters of the model, but this has none of its parameters: {part}"
+                f"head must name modules or parameters of the model, but this is not one, or has no parameters: {part}"
             )
         others |= of_part
     for module in model.modules():

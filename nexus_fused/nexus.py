@@ -51,15 +51,15 @@ class Nexus(WalkingOptimizer):
     Args:
         optimizers: one or several torch.optim.Optimizer, which share one model and one norm. Each parameter belongs to
             one of them. Nexus calls their `step()` without a closure; do not call it yourself in mid-cycle. Their
-            groups may hold options of the walk: inner_lr, normalize_displacement, inner_lr_follows_lr. Those that an
-            earlier Nexus left there do not count.
+            groups may hold options of the walk: inner_lr, normalize_displacement, inner_lr_follows_lr. Those left there
+            by an earlier Nexus are ignored.
         inner_lr, inner_steps, normalize_displacement, inner_lr_follows_lr, displacement_dtype, backend, flatten,
             norm_group: as for NexusAdamW.
         displacement_group: as for NexusAdamW. Of the optimizers' hyperparameters only `lr` is averaged; all others must
             be the same on all of its ranks.
 
     `param_groups` and `state` are those of the optimizers, one after another, so build a scheduler around this
-    optimizer or around one of them. Each group has the walk's options beside its own.
+    optimizer or around one of them. Each group has the walk's options besides its own.
 
     Below float32 the walk is float32: in mid-cycle a `remainder` of 16 bits holds what the parameter cannot. It starts
     at random within the parameter's rounding, so that on average the model sees the walk. At the end it is dropped, and
@@ -207,9 +207,9 @@ class Nexus(WalkingOptimizer):
         """Consumes the gradients of one micro-batch: takes an inner step, and at the end of a cycle calls the
         optimizers' `step()`.
 
-        As NexusAdamW's. torch.distributed.checkpoint takes a step with learning rate and gradients of 0, before any
-        other, to have a state to load into; such a step goes to the optimizers and is no micro-batch. If an optimizer
-        raises an error, the cycle ends, and the parameters that it did not step hold θ.
+        Otherwise like NexusAdamW's. To have a state to load into, torch.distributed.checkpoint first takes a step with
+        learning rate and gradients of 0; that step goes to the optimizers and does not count as a micro-batch. If an
+        optimizer raises an error, the cycle ends, and the parameters that it did not step hold θ.
         """
         if closure is None and not self._states and self._is_initialization():
             with self._working():
@@ -261,9 +261,9 @@ class Nexus(WalkingOptimizer):
 
     @of_the_optimizer
     def metrics(self) -> dict[str, Any]:
-        """Returns the figures that NexusAdamW's returns. Below float32 a move counts as lost if the parameter stayed,
-        since the model sees no more than that. That is most of a walk that is smaller than the parameter's rounding,
-        though on average the rest is right. Warns once if next to nothing is left.
+        """Returns the same figures as NexusAdamW. Below float32 a move counts as lost if the parameter did not change,
+        since the model sees only the parameter. If the walk is smaller than the parameter's rounding, most moves are
+        lost, though those that remain are right on average. Warns once if almost none remain.
         """
         finished = combine(list(self._walk.cycles.values()))
         if finished is not None and not self._told_of_invisible_walk:
@@ -364,7 +364,7 @@ class Nexus(WalkingOptimizer):
 
     @of_the_optimizer
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what the same optimizers saved behind a Nexus; or, at a boundary, what they saved without one."""
+        """Loads what the same optimizers saved behind a Nexus, or without one, which counts as saved at a boundary."""
         meddled, self._meddled = self._meddled, None  # which a load ends
         try:
             super().load_state_dict(state_dict)
@@ -374,8 +374,8 @@ class Nexus(WalkingOptimizer):
 
     @of_the_optimizer
     def materialize_displacements(self) -> None:
-        """Makes zero displacements, as NexusAdamW's, for a load to fill. Optimizers without any state make theirs in a
-        step with learning rate and gradients of 0, which they may count.
+        """Makes zero displacements for a load to fill, as NexusAdamW does. An optimizer without any state makes it by
+        taking a step with learning rate and gradients of 0, which it may count.
         """
         self._refuse_inside_outer_weights("materialize_displacements()")
         for o in self.optimizers:

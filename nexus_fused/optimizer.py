@@ -42,14 +42,14 @@ class NexusAdamW(WalkingOptimizer):
             keep AdamW's meaning. False gives it D, as the paper does.
         inner_lr_follows_lr: γ_k = inner_lr · max(lr/base_lr, 0.1). base_lr is the group's learning rate when it was
             added, or the peak (`max_lr`) that a OneCycleLR recorded.
-        displacement_dtype: of the displacement, which is kept in mid-cycle and averaged over a `displacement_group`:
+        displacement_dtype: dtype of the displacement, in memory and when it is averaged over a `displacement_group`.
             torch.bfloat16, torch.float32, or None. None means bfloat16 up to 32 inner steps or with `inner_steps=None`,
             else float32. Displacements of float64 parameters are float64.
         offload: True keeps the moments, and the `anchor` of local walks, in pinned host memory, where kernels on a GPU
             reach them once per cycle. It saves 8 bytes per parameter on the device (float32 and below), and results
             stay the same bit for bit. Reading `state`, saving, copying and loading then wait for the device. Tensors of
-            the state are CPU tensors; the next outer step writes them whenever the device gets there. Memory that
-            cannot be pinned raises RuntimeError, which names the bytes. For DTensors on a mesh of GPUs the state's
+            the state are CPU tensors; the next outer step writes them whenever the device gets there. If memory
+            cannot be pinned, RuntimeError says how many bytes. For DTensors on a mesh of GPUs the state's
             local parts are on the CPU, so its collectives (`full_tensor()`, loading into another layout) need a process
             group with both backends: `init_process_group("cpu:gloo,cuda:nccl")`. For parameters on a CPU it changes
             nothing.
@@ -60,25 +60,25 @@ class NexusAdamW(WalkingOptimizer):
             run raises RuntimeError.
         flatten: True moves parameters that own their memory into flat buffers. False leaves all where they are.
         norm_group: a process group whose ranks hold other parameters of the same model, such as the stages of a
-            pipeline. ‖g‖ then covers the gradients of all of them, and they skip a step together. Give one rank of each
-            stage: those at this rank's place in the other dimensions of the mesh (`mesh.get_group("pp")`); shards are
-            summed before. Put parameters that all of its ranks hold, such as the layers beside experts, into a group
-            with `"replicated": True`: they count once.
+            pipeline. ‖g‖ then covers the gradients of all of them, and they skip a step together. It holds one
+            rank of each stage, those at this rank's place in the other dimensions of the mesh
+            (`mesh.get_group("pp")`); sums over shards come first. Put parameters that all of its ranks hold, such as
+            the layers around experts, into a parameter group with `"replicated": True`: they count once.
         displacement_group: a process group whose ranks hold the same parameters but walk on their own. Each takes the
             inner steps of its own micro-batches. Gradients are not reduced over the group: leave out
             DistributedDataParallel, or run forward and backward passes under its `no_sync()`. Once per cycle D and Γ
             are averaged, w ← AdamW(θ, mean D / mean Γ): one average instead of K. θ is kept too (`anchor`, float32), so
             that it stays equal on all ranks. All ranks start from the same weights, and call `step()` and
             `outer_step()` together. AdamW's hyperparameters are averaged over the ranks that walked. In mid-cycle each
-            rank has its own walk: every rank must save its own state then, and a write to a weight by others raises
-            RuntimeError (writes through `p.data` go unseen).
+            rank has its own walk: every rank must save its own state then. If other code writes to a weight,
+            RuntimeError is raised (writes through `p.data` go unseen).
 
     Parameters may be DTensors, of FSDP2's `fully_shard` or of tensor parallelism, on any device mesh. Each rank updates
     its part, and the norm is summed over the ranks that share a parameter. A plain tensor next to DTensors is treated
     as replicated. All ranks call `step()` together. Where ranks communicate, the constructor, loading and
     `add_param_group()` check that all ranks agree on inner_steps, the cycle's position and the parameters. With
-    TORCH_DISTRIBUTED_DEBUG=INFO or DETAIL each step checks it too. A difference raises RuntimeError on all ranks, which
-    names it.
+    TORCH_DISTRIBUTED_DEBUG=INFO or DETAIL each step checks it too. A difference raises RuntimeError on all ranks; the
+    error names it.
 
     Bad options and parameters raise ValueError or TypeError, which names the parameter group, before anything is
     modified.

@@ -174,8 +174,8 @@ def _row(group: dict[str, Any], index: int, steps: int | None) -> list[float | T
             raise TypeError(f"{name} {where} must be {allowed_values}, but is {value!r}")
     if group["differentiable"]:
         raise ValueError(
-            f"differentiable=True {where}: kernels work in place on memory that autograd does not see; use the "
-            "optimizer of torch.optim by itself where you differentiate through it"
+            f"differentiable=True {where}: kernels work in place on memory that autograd does not see; to "
+            "differentiate through an optimizer, use one of torch.optim by itself"
         )
     if group["inner_steps"] != steps:
         raise ValueError(

@@ -73,7 +73,7 @@ class Ranks:
             if group["replicated"] and self.norm_group is None:
                 raise ValueError(
                     f"replicated=True of parameter group {index} says that all ranks of norm_group have its "
-                    "parameters, but there is no norm_group: give the constructor one, or leave it out"
+                    "parameters, but there is no norm_group: give the constructor one, or leave replicated out"
                 )
         params = [param for *_, param in entries]
         classes: dict[Spread, Any] = {}
@@ -109,7 +109,7 @@ class Ranks:
             if groups[index]["replicated"] != replicated:
                 raise ValueError(
                     f"replicated of parameter group {index} was changed from {replicated} to "
-                    f"{groups[index]['replicated']}: change it back; it is fixed once the group was added"
+                    f"{groups[index]['replicated']}: change it back; it is fixed once the group has been added"
                 )
 
     def _check_overlap(self, classes: list[Spread]) -> None:
@@ -270,8 +270,8 @@ def _check_submesh(small: Any, large: Any) -> None:
     if not names or not all_names or not set(names) <= set(all_names) or large.device_mesh[names] != small.device_mesh:
         raise ValueError(
             f"one parameter is sharded over {small.device_mesh} and another over {large.device_mesh}, which contains "
-            "its ranks but is not the mesh it was made from, so whether it is replicated there is not known: shard "
-            "both over one DeviceMesh with named dimensions and its submeshes"
+            "the ranks of the first but was not sliced to make it, so it is unknown whether the first parameter is "
+            "replicated over the rest: shard both over one DeviceMesh with named dimensions and its submeshes"
         )
 
 

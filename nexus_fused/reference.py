@@ -95,7 +95,7 @@ def write_weight(w: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
 
 
 def _unit(rounded: Tensor) -> Tensor:
-    """2^-16 of the spacing of float16 at a number of its, as float32; at inf, that of the largest."""
+    """2^-16 of float16's spacing at the number `rounded`, as float32; at inf, at the largest finite number."""
     exponent = (rounded.view(torch.int32) >> 23).clamp(113, 142)
     return ((exponent - 26) << 23).view(torch.float32)
 

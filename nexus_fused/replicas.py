@@ -112,19 +112,19 @@ class Replicas:
             if waits and not averaged and not _is_averaged_by_others(module):
                 raise RuntimeError(
                     f"DistributedDataParallel did not reduce the gradients of {what}: it ran under no_sync(), or with "
-                    "require_backward_grad_sync=False. Each rank would walk on its own, and replicas part. Do one of "
-                    "these. (1) Reduce every pass: leave no_sync() away; in Accelerate and the Hugging Face Trainer "
+                    "require_backward_grad_sync=False. Each rank would walk on its own, and replicas diverge. Do one "
+                    "of these. (1) Reduce every pass: leave out no_sync(); in Accelerate and the Hugging Face Trainer "
                     "set sync_each_batch=True. (2) Give displacement_group: each rank walks on its own, and D is "
                     "averaged at the end of the cycle. (3) Merge several passes into one inner step: have the last of "
                     "them reduced, and call step() after it, or with inner_steps=None run them inside "
-                    "one_micro_batch(). (4) To average weights yourself, train the module inside "
-                    "DistributedDataParallel"
+                    "one_micro_batch(). (4) To average weights yourself, train ddp.module, without the "
+                    "DistributedDataParallel around it"
                 )
             if averaged and not waits and not self._told:
                 self._told = True
                 warnings.warn(
                     f"DistributedDataParallel reduced the gradients of {what}, and displacement_group averages D over "
-                    "the same ranks: both are sent, where D alone does. Keep model.no_sync() open around the whole "
+                    "the same ranks: both are sent, and D alone would do. Keep model.no_sync() open around the whole "
                     "training loop (frameworks' own no_sync() may stand inside; a loop that sets "
                     "require_backward_grad_sync must leave it False), or train without DistributedDataParallel",
                     stacklevel=1,
@@ -172,8 +172,8 @@ def compare_norms(norms: list[float], group: Any, when: str, of: str = "gradient
                     f"ranks disagree {when} about the norm of {of}: {_shown(a)} on rank {known[0][0]}, {_shown(b)} on "
                     f"rank {rank}, so the replicas drift apart. Where parameters are each rank's own, as experts are, "
                     "build the optimizer with norm_group=<these ranks> and give the groups of the parameters that all "
-                    'of them hold "replicated": True. Else reduce the gradients over these ranks before step(), or '
-                    "compare only ranks that are replicas, in a process group of theirs"
+                    'of them hold "replicated": True. Otherwise reduce the gradients over these ranks before step(), '
+                    "or compare only ranks that are replicas, in a process group of their own"
                 )
 
 

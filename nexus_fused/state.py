@@ -297,7 +297,7 @@ class State:
             self._told_what_is_left_out = True
             warnings.warn(
                 f"{type(self._optimizer()).__name__}'s state_dict() after eval() describes the start of the cycle and "
-                f"leaves out {self._walk.position} micro-batch(es) since: to resume after them save before eval() or "
+                f"leaves out {self._walk.position} micro-batch(es) since then: to resume here, save before eval() or "
                 f"after train(), or evaluate {_at_boundaries(self._walk.inner_steps)} only",
                 stacklevel=8,
             )

@@ -77,8 +77,9 @@ class Traps:
         self._without += 1
         if self._without == FEW:
             _warn(
-                f"no backward pass has reached the parameters before any of {FEW} step() calls, so nothing moves: was "
-                "the optimizer built with the parameters of the model that is trained, and is loss.backward() called?"
+                f"no backward pass has reached the parameters before any of the first {FEW} step() calls, so nothing "
+                "moves: was the optimizer built with the parameters of the model that you train, and do you call "
+                "loss.backward()?"
             )
 
     def _look_at_schedules(self, groups: list[dict[str, Any]], inner_steps: int) -> None:

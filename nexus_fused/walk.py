@@ -213,7 +213,7 @@ class Walk:
                 if segment.touched:
                     raise RuntimeError(
                         f"{segment.where} was written in mid-cycle, where each rank of displacement_group has weights "
-                        "of its own, so that ranks would part for good: write at a boundary (optimizer.at_boundary) or "
+                        "of its own, so the ranks would drift apart: write at a boundary (optimizer.at_boundary) or "
                         "inside outer_weights(), on all ranks"
                     )
 

@@ -3,8 +3,8 @@
     python docs/trainers/lightning_fabric.py
 
 What to watch for:
-* The loop is yours: with inner_steps=K step() after every backward(), with None after the last of several. In both no
-  fabric.no_backward_sync().
+* The loop is yours: with inner_steps=K call step() after every backward(), with None after the last of several. Use
+  fabric.no_backward_sync() in neither.
 * fabric.setup() wraps the optimizer and passes everything on: outer_weights(), outer_step() and metrics() work.
 * fabric.save() and fabric.load() may fall anywhere in a cycle. They hold what you put into the state: a scheduler, and
   under "16-mixed" the GradScaler, which you then hand over in MixedPrecision(..., scaler=...).

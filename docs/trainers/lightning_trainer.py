@@ -10,8 +10,8 @@ What to watch for:
 * gradient_clip_val is never needed; under "16-mixed" Lightning refuses it for an optimizer that, like this one or
   torch's fused AdamW, handles the loss scale itself.
 * Validation and test in mid-cycle: the callback below shows θ meanwhile.
-* Checkpoints may fall anywhere in a cycle, and ckpt_path= goes on bit for bit. (Lightning itself does not wind the data
-  forward after a checkpoint from the middle of an epoch, unless your loader can.) In mid-cycle the saved model is a
+* Checkpoints may fall anywhere in a cycle, and ckpt_path= goes on bit for bit. (After a mid-epoch checkpoint, Lightning
+  does not fast-forward the data by itself: your loader has to.) In mid-cycle the saved model is a
   point of the walk; every_n_train_steps a multiple of K makes it θ, what ModelCheckpoint's best model should be.
 * Where training ends in mid-cycle, the weights are a point of the walk: the callback below applies the partial cycle.
 """
