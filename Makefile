@@ -14,13 +14,13 @@ PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 
 help:
 	@echo "make demo      train a small model with AdamW, with NexusAdamW and with the control between them"
-	@echo "make test      run the tests, of long products of parameters a sample"
+	@echo "make test      run the tests, with a sample of the long parameter products"
 	@echo "make test-all  run all tests"
 	@echo "make bench     run the benchmarks"
 	@echo "make docs      build the documentation's site into site/"
 	@echo "make lint      ruff and mypy"
 	@echo "make clean     remove .venv, build output and caches"
-	@echo "The first one creates .venv; PYTHON=python3.12 chooses the Python (3.10 or newer)."
+	@echo "The first one creates .venv; PYTHON=python3.12 chooses its Python (3.10 or newer; make clean forgets it)."
 
 demo: $(DEMO)
 	$(BIN)/python -m nexus_fused.demo
@@ -36,7 +36,7 @@ bench: $(STAMP)
 
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
-	@echo "open site/index.html"
+	@echo "open site/index.html, or, for the search, http://localhost:8000 after: python3 -m http.server --directory site"
 
 lint: $(STAMP)
 	$(BIN)/ruff check
@@ -47,7 +47,7 @@ lint: $(STAMP)
 $(DEMO): pyproject.toml constraints.txt nexus_fused/__init__.py $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("nexus_fused needs Python 3.10 or newer, " \
 		"but $(PYTHON) is " + sys.version.split()[0] + "; choose another with: make PYTHON=python3.12 ...")'
-	$(PYTHON) -m venv .venv
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv
 	$(PINNED) $(BIN)/python -m pip install -e '.[demo]'
 	@touch $@
 

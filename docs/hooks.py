@@ -7,11 +7,13 @@ from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 """Pages of the repository's root, by their name in the site."""
 LINK = re.compile(r"(\]\(|src(?:set)?=\")([^)\"\s]+)")
+CODE = re.compile(r"(```.*?```|`[^`\n]+`)", re.DOTALL)
 
 
 def of_the_site(markdown: str, page: str) -> str:
@@ -29,7 +31,8 @@ def of_the_site(markdown: str, page: str) -> str:
         found = PAGES.get(path, path.removeprefix("docs/"))
         return match[1] + found + (f"#{anchor}" if anchor else "")
 
-    return LINK.sub(link, markdown)
+    parts = CODE.split(markdown)
+    return "".join(part if i % 2 else LINK.sub(link, part) for i, part in enumerate(parts))
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -38,7 +41,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         content = of_the_site((ROOT / name).read_text(), name)
         files.append(File.generated(config, page, content=content))
     for source in [*PAGES, *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]:
-        for _, target in LINK.findall((ROOT / source).read_text()):
+        for _, target in LINK.findall(CODE.sub("", (ROOT / source).read_text())):
             path = (ROOT / Path(source).parent / target.partition("#")[0]).resolve()
             outside = path.is_file() and path.suffix != ".md" and not path.is_relative_to(ROOT / "docs")
             name = path.relative_to(ROOT).as_posix() if outside else ""
@@ -47,7 +50,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, page: object, **_: object) -> str:
+def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
     """Turn links to files outside of docs into links to their copies."""
-    source: str = page.file.src_uri  # type: ignore[attr-defined]
+    source = page.file.src_uri
     return markdown if source in PAGES.values() else of_the_site(markdown, f"docs/{source}")

@@ -143,3 +143,14 @@ def assert_snapshot(optimizer, before):
     assert str(state["param_groups"]) == str(before[0]["param_groups"])
     for left, right in zip(weights, before[1], strict=True):
         assert_same(left, right)
+
+
+@pytest.fixture
+def accelerate_reset():
+    """Accelerate keeps its state in the process: each test begins and leaves without."""
+    state = pytest.importorskip("accelerate.state", reason="accelerate is not installed")
+    state.AcceleratorState._reset_state(reset_partial_state=True)
+    state.GradientState._reset_state()
+    yield
+    state.AcceleratorState._reset_state(reset_partial_state=True)
+    state.GradientState._reset_state()

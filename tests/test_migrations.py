@@ -28,13 +28,15 @@ NEEDS = {
 # What the libraries warn of is theirs to mend; what we warn of is an error, as everywhere.
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),
-    pytest.mark.filterwarnings("error:.*(Nexus|nexus_fused|inner_lr|inner_steps|one_micro_batch)"),
+    pytest.mark.filterwarnings(
+        "error:(?s).*(Nexus|nexus_fused|inner_|inner step|one_micro_batch|backward pass|pile up)"
+    ),
     pytest.mark.usefixtures("one_thread"),
 ]
 
 
-def script(name: str, changed: bool) -> types.ModuleType:
-    """The script as a module, with AdamW or with the line changed."""
+def script(name: str, changed: bool, **replaced: str) -> types.ModuleType:
+    """The script as a module, with AdamW or with the line changed, and with other values of its keywords."""
     for package in NEEDS.get(name, ()):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed: pip install '.[trainers]'")
@@ -43,6 +45,9 @@ def script(name: str, changed: bool) -> types.ModuleType:
     assert source.count(removed + "\n") == 1
     if changed:
         source = source.replace(removed, added)
+    for keyword, value in replaced.items():
+        source, count = re.subn(rf"\b{keyword}=[\d.e-]+", f"{keyword}={value}", source)
+        assert count > 0
     module = types.ModuleType(path.stem)
     module.nexus_fused = nexus_fused
     exec(compile(source, str(path), "exec"), module.__dict__)
@@ -63,13 +68,23 @@ def walked(optimizer, model) -> bool:
     return optimizer.at_boundary and len(optimizer.metrics()["grad_norms"]) == 4
 
 
+def flat(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
 @pytest.mark.parametrize("name", sorted({*DIFFS} - {"accumulating_loop.py", "torchrun_ddp.py"}))
-def test_a_line_is_all_that_changes(name: str):
-    _, before = script(name, changed=False).main()
+def test_a_line_is_all_that_changes(name: str, request: pytest.FixtureRequest):
+    """Weights go about as far as AdamW's, and about where AdamW's go."""
+    if "accelerate" in NEEDS.get(name, ()):
+        request.getfixturevalue("accelerate_reset")
+    start = flat(script(name, changed=False, lr="0.0").main()[1])
+    adamw = flat(script(name, changed=False).main()[1]) - start
     optimizer, model = script(name, changed=True).main()
     assert walked(optimizer, model)
-    same = zip(before.parameters(), model.parameters(), strict=True)
-    assert not all(torch.equal(p, q) for p, q in same)
+    ours = flat(model) - start
+    assert 0.5 < ours.norm() / adamw.norm() < 2
+    assert torch.dot(ours, adamw) > 0.5 * ours.norm() * adamw.norm()
+    assert not torch.equal(ours, adamw)
 
 
 def test_a_line_in_a_loop_like_nanogpts(tmp_path: Path):

@@ -44,7 +44,9 @@ BARE = {  # a Trainer of Lightning that leaves nothing behind
 # What the libraries warn of is theirs to mend; what we warn of is an error, as everywhere.
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),
-    pytest.mark.filterwarnings("error:.*NexusAdamW"),
+    pytest.mark.filterwarnings(
+        "error:(?s).*(Nexus|nexus_fused|inner_|inner step|one_micro_batch|backward pass|pile up)"
+    ),
     pytest.mark.usefixtures("one_thread"),
 ]
 
@@ -72,17 +74,6 @@ def thetas():
     handle = register_optimizer_step_post_hook(look)
     yield seen
     handle.remove()
-
-
-@pytest.fixture
-def accelerate_reset():
-    """Accelerate keeps its state in the process: each test begins and leaves without."""
-    state = pytest.importorskip("accelerate.state", reason="accelerate is not installed")
-    state.AcceleratorState._reset_state(reset_partial_state=True)
-    state.GradientState._reset_state()
-    yield
-    state.AcceleratorState._reset_state(reset_partial_state=True)
-    state.GradientState._reset_state()
 
 
 @pytest.fixture
