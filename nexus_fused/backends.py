@@ -117,7 +117,7 @@ def resolve(
     if fused:
         raise RuntimeError(f"fused=True, but no fused backend runs on {device}: {explained}")
     warnings.warn(
-        f"nexus_fused runs its reference on {device}, which is several times slower than a fused backend: {explained}",
+        f"nexus_fused runs its reference on {device}, which is many times slower than a fused backend: {explained}",
         stacklevel=2,
     )
     return importlib.import_module("nexus_fused.reference")

@@ -46,7 +46,7 @@ class Nexus(WalkingOptimizer):
     `p.grad`, in the parameter's dtype, and calls each optimizer's `step()`. Then `p.grad` is None. A parameter that had
     no gradient in the whole cycle has none at that `step()` either. Source: arXiv 2604.09258.
 
-        optimizer = Nexus(torch.optim.Muon(matrices, lr=1e-3), torch.optim.AdamW(rest, lr=1e-3), inner_lr=0.01)
+        optimizer = Nexus(torch.optim.Muon(matrices, lr=1e-3), torch.optim.AdamW(rest, lr=1e-3), inner_lr=0.05)
 
     Args:
         optimizers: one or several torch.optim.Optimizer, which share one model and one norm. Each parameter belongs to
