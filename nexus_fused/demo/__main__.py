@@ -1,6 +1,7 @@
 """The command line: `python -m nexus_fused.demo`."""
 
 import argparse
+import errno
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 WINDOWS = 128
 """Evaluation windows per domain at the end of a run."""
+OF_FOLDERS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+"""Errors that another folder, or more room in it, puts right."""
 
 
 def numbers(text: str) -> tuple[float, ...]:
@@ -32,6 +35,14 @@ def numbers(text: str) -> tuple[float, ...]:
 def positive(text: str) -> float:
     """Parse one float above 0."""
     return numbers(text)[0]
+
+
+def megabytes(text: str) -> float:
+    """Parse one float of at least 0."""
+    value = float(text)
+    if not 0 <= value < inf:
+        raise argparse.ArgumentTypeError("a number of at least 0, please")
+    return value
 
 
 def count(text: str) -> int:
@@ -78,7 +89,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=count,
         help="of a run on the CPU (by size: 1 for tiny, else as many as PyTorch takes); all cores are used",
     )
-    add("--cap-mb", default=6.0, type=float, help="MB of text read per training domain, 0: all (%(default)s)")
+    add("--cap-mb", default=6.0, type=megabytes, help="MB of text read per training domain, 0: all (%(default)s)")
     add("--cache", default=cache_folder(), type=Path, help="folder of the text (%(default)s)")
     add("--out", default=Path("demo_out"), type=Path, help="folder of the results (%(default)s)")
     return parser.parse_args(arguments)
@@ -96,6 +107,8 @@ def check_device(device: str) -> None:
     import torch
 
     try:
+        if torch.device(device).type not in ("cpu", "cuda"):
+            raise DemoError(f"--device is cpu or cuda, not {device}")
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise DemoError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
@@ -155,15 +168,20 @@ def run(options: argparse.Namespace) -> None:
     size = SIZES[options.size]
     check_device(options.device)
     options.out.mkdir(parents=True, exist_ok=True)
-    training, held_out, manifest = load(options.cache, options.cap_mb)
-    if min(map(len, held_out.values())) <= size.context:
-        raise DemoError(f"--cap-mb {options.cap_mb:g} leaves a domain without text to evaluate; choose more.")
     threads = options.threads or size.threads
     grid = () if options.lr else options.lr_grid or size.lr_grid
     ahead = len(grid) + 3 * options.seeds + (0 if grid else 1)
     steps = options.steps or size.steps
     count = min(ahead, max(1, cores() // threads)) if threads and options.device == "cpu" else 1
-    print(f"{ahead} runs of {steps} cycles, {count} at a time; Ctrl-C stops them.", flush=True)
+    print(
+        "AdamW, Nexus, and between them unit gradients (Nexus without its walk) train the same small model on the same "
+        f"five kinds of text.\nFirst comes the text, then {ahead} runs of {steps} cycles, {count} at a time; Ctrl-C "
+        "stops them.",
+        flush=True,
+    )
+    training, held_out, manifest = load(options.cache, options.cap_mb)
+    if min(map(len, held_out.values())) <= size.context:
+        raise DemoError(f"--cap-mb {options.cap_mb:g} leaves a domain without text to evaluate; choose more.")
     with (
         Progress(total=ahead * steps, desc="training") as bar,
         Workers(count, threads, (training, held_out)) as workers,
@@ -227,9 +245,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except OSError as error:
         where = f" at {error.filename}" if error.filename else ""
-        room = f"Text needs about 200 MB in {options.cache}, results 1 MB in {options.out}"
-        remedy = f"{room}; make room, or choose other folders with --cache and --out."
-        print(f"\nThe demo stopped: {error.strerror or error}{where}. {remedy}", file=sys.stderr)
+        remedy = ""
+        if error.errno in OF_FOLDERS:
+            remedy = f" Text needs about 200 MB in {options.cache}, results 1 MB in {options.out}; "
+            remedy += "make room, or choose other folders with --cache and --out."
+        print(f"\nThe demo stopped: {error.strerror or error}{where}.{remedy}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(

