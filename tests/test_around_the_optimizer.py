@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import assert_same, build, make_params, run, set_grads, values
+from conftest import BACKENDS, assert_same, build, make_params, run, set_grads, values
 from torch import nn
 
 from nexus_fused import NexusAdamW
@@ -219,6 +219,7 @@ def test_gradients_are_let_go(backend):
         assert alive() is None
 
 
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name in ("reference", "cpu")])
 def test_threads(backend):
     """Whatever torch.set_num_threads says: the same bits."""
     results, threads = [], torch.get_num_threads()

@@ -27,7 +27,8 @@ XML = """<testsuites><testsuite>
 
 def bench(out, *options, program=("-m", "bench.gpu")):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, *program, "--device", "cpu", "--quick", "--compile-limit", "0", "--out", out, *options]
+    command = [sys.executable, *program, "--device", "cpu", "--quick", "--compile-limit", "0", "--seconds", "3600"]
+    command += ["--out", out, *options]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert out.exists(), done.stderr
     return done.returncode, json.loads(out.read_text())

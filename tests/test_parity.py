@@ -43,8 +43,10 @@ class TestParity:
     def test_sizes_and_alignments(self, name, dtype, size, offsets):
         made = make_table(dtype, [size, 5, size], offsets=offsets)
         torch.testing.assert_close(sq_norm(name, made), reference.sq_norm(made), rtol=1e-12, atol=0)
+        # Of large ones a minute and more passes in Triton's interpreter: there both in one call.
+        touches = ((0,),) if name == "triton" and size > 10000 else ((), (0, 1, 2))
         for function in ("inner_step", "outer_step"):
-            for touched in ((), (0, 1, 2)):
+            for touched in touches:
                 compare(function, name, dtype, sizes=[size, 5, size], offsets=offsets, touched=touched)
 
     @pytest.mark.interpreted(dtype=[torch.float32, torch.bfloat16])
