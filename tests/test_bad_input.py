@@ -386,7 +386,7 @@ class TestCheckpoints:
         run(optimizer, params, 1)
         _, other = build(dtype=torch.float32, backend=backend)
         with pytest.raises(
-            ValueError, match=r"'remainder' of parameter 0 of group 0 is .*torch.bfloat16, the parameter"
+            ValueError, match=r"'remainder' of parameter 0 of group 0 is .*torch.bfloat16, but the parameter"
         ):
             other.load_state_dict(optimizer.state_dict())
 

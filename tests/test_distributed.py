@@ -479,7 +479,7 @@ def _refusals():
         errors.append(str(raised.value))
     mesh = init_device_mesh("cpu", (1,))
     partial = nn.Parameter(DTensor.from_local(torch.ones(4), mesh, [Partial()]))
-    with pytest.raises(TypeError, match="parameter 0 of group 0 is a DTensor with a partial placement"):
+    with pytest.raises(TypeError, match="parameter 0 of group 0 is a DTensor of partial sums"):
         NexusAdamW([partial])
     return errors
 

@@ -220,10 +220,10 @@ def test_a_load_wins_over_what_was_assigned_before(backend):
     ("break_it", "said"),
     [
         (lambda entry: entry.pop("exp_avg"), "'exp_avg' in optimizer.state of parameter 1 of group 0 .* is None"),
-        (lambda entry: entry.update(exp_avg=torch.zeros(2)), r"'exp_avg' .* is \(2,\) torch.float32, the parameter"),
+        (lambda entry: entry.update(exp_avg=torch.zeros(2)), r"exp_avg' .* is \(2,\) torch.float32, but the parameter"),
         (lambda entry: entry.update(exp_avg_sq=None), "'exp_avg_sq' .* is None"),
         (lambda entry: entry.update(exp_avg=torch.zeros(7, device="meta")), "whose values cannot be copied"),
-        (lambda entry: entry.update(exp_avg=torch.zeros(7, dtype=torch.float64)), "float64, the parameter"),
+        (lambda entry: entry.update(exp_avg=torch.zeros(7, dtype=torch.float64)), "float64, but the parameter"),
         (lambda entry: entry.update(step="one"), "'step' .* must be a number"),
         (lambda entry: entry.update(step=torch.zeros(2)), "'step' .* must be one number"),
         (lambda entry: entry.clear(), "entry of parameter 1 of group 0 .* was removed"),

@@ -218,7 +218,7 @@ def test_replicas_that_would_part(steps, how):
         pytest.importorskip("accelerate", reason="accelerate is not installed")
     for error in on_ranks(2, _without_reduction, steps, how):
         assert f"did not reduce the gradients of this {'backward pass' if steps is None else 'step()'}" in error
-        for way_out in ("displacement_group", "sync_each_batch=True", "one_micro_batch()", "train the module inside"):
+        for way_out in ("displacement_group", "sync_each_batch=True", "one_micro_batch()", "train ddp.module"):
             assert way_out in error
 
 

@@ -34,7 +34,7 @@ class Size(Shape):
 
 
 SIZES = {
-    "tiny": Size(dim=96, layers=2, heads=4, context=128, batch=2, steps=300, lr_grid=(2e-3, 4e-3, 8e-3), threads=1),
+    "tiny": Size(dim=96, layers=2, heads=4, context=128, batch=2, steps=250, lr_grid=(2e-3, 4e-3, 8e-3), threads=1),
     "small": Size(dim=384, layers=6, heads=6, context=256, batch=16, steps=1000, lr_grid=(5e-4, 1e-3, 2e-3)),
     "100m": Size(dim=768, layers=14, heads=12, context=512, batch=32, steps=2000, lr_grid=(3e-4, 6e-4, 1.2e-3)),
 }
