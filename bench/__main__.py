@@ -59,7 +59,7 @@ def rows(contenders: list[Contender], seconds: dict[str, list[float]], numel: in
 
 
 def sections(rounds: int) -> Iterator[tuple[str, list[dict[str, Any]], dict[str, dict[str, float]]]]:
-    """Returns title, rows and figures, section by section."""
+    """Yields title, rows and figures, section by section."""
     numel = sum(torch.Size(shape).numel() for shape in GPT2_50M)
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")

@@ -94,7 +94,7 @@ def walks_traffic(inner_steps: int, gradient: int, displacement: int = 2) -> int
 
 
 def _walk_traffic(inner_steps: int, gradient: int, displacement: int) -> int:
-    """Returns K norms and K-1 inner steps: w D g -> w D, of which the first one reads no D."""
+    """Returns the bytes of K norms and K-1 inner steps: w D g -> w D, of which the first one reads no D."""
     return inner_steps * gradient + (inner_steps - 1) * (8 + gradient + 2 * displacement) - displacement
 
 

@@ -97,7 +97,8 @@ def resolve(
     displacement_dtype: torch.dtype = torch.bfloat16,
 ) -> ModuleType:
     """Returns the backend module for parameters of `dtype` on `device`, under the constructor's `backend` and `fused`.
-    Raises RuntimeError if what was asked for by name cannot run here: nothing falls back.
+    Raises RuntimeError if what was asked for, a backend by name or `fused=True`, cannot run here. Without either it
+    falls back to the reference, with a warning.
     """
     if fused is False or backend == "reference":
         return importlib.import_module("nexus_fused.reference")

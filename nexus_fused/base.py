@@ -64,7 +64,8 @@ class WalkingOptimizer(Optimizer):
         """Consumes the gradients of one micro-batch: takes an inner step, and at the end of a cycle the outer step.
 
         With `inner_steps=None` each backward pass has taken its inner step, and this takes the outer one. Without a
-        backward pass since the last `step()` it does nothing.
+        backward pass since the last `step()` it does nothing, except that with a `displacement_group` it joins the
+        average of the other ranks.
 
         Updates weights and state in place, and returns what `closure` returns. Waits for a device only if other
         parameters lie on the CPU. A gradient, parameter or hyperparameter that cannot be used raises RuntimeError,
@@ -260,9 +261,9 @@ class WalkingOptimizer(Optimizer):
     def outer_step(self) -> None:
         """Ends a cycle early: applies the displacement so far, and ignores gradients that no inner step has used.
 
-        Does nothing before the first inner step. Raises what `step()` raises. With a `displacement_group` each rank
-        calls it when it runs out of micro-batches, however many it had. The call joins the averages of ranks that
-        still call `step()`, waits for the device, and returns once every rank has called it.
+        Raises what `step()` raises. Without a `displacement_group` it does nothing before the first inner step. With
+        one, each rank calls it when it runs out of micro-batches, however many it had, even none. The call joins the
+        averages of ranks that still call `step()`, waits for the device, and returns once every rank has called it.
         """
         self._refuse_inside_outer_weights("outer_step()")
         self._for_scaler.hide()
@@ -434,8 +435,8 @@ class WalkingOptimizer(Optimizer):
 
     @of_the_optimizer
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state in place: one from any position of a cycle, or one without a walk. Only displacements may lose
-        precision.
+        """Loads a state in place: one from any position of a cycle, or one without a walk. Of what
+        the walk or NexusAdamW keeps, only displacements may lose precision; optimizers behind a Nexus load their own.
 
         A state that does not fit raises ValueError or TypeError. The error names group and parameter, and nothing is
         modified.

@@ -269,8 +269,9 @@ def _fits(key: str, value: Tensor, param: Tensor) -> bool:
 
 
 def pack(packed: dict[str, Any]) -> dict[str, Any]:
-    """Makes torch.optim's state dict independent of ours: our entries lose their displacements at the end of a
-    cycle, and the cycle's scalars keep changing. Steps are on the CPU unless fused or capturable, as torch's.
+    """Gives torch.optim's state dict its own entries and its own copies of the cycle's scalars: our entries lose their
+    displacements at the end of a cycle, and the scalars keep changing. The entries' tensors stay the live ones. Steps
+    are on the CPU unless fused or capturable, as torch's.
     """
     copies: dict[int, torch.UntypedStorage] = {}
     packed["state"] = {key: dict(value) if isinstance(value, dict) else value for key, value in packed["state"].items()}
@@ -297,7 +298,9 @@ def _copied(value: Any, copies: dict[int, torch.UntypedStorage]) -> Any:
 
 
 def apart(values: list[tuple[Segment, str, Any]], segments: list[Segment]) -> list[tuple[Segment, str, Any]]:
-    """Returns the values, with copies of those in memory that another one will overwrite: a load may swap values."""
+    """Returns the values, with copies of those that lie in our memory, where `copy_in` may overwrite them: whoever
+    writes into the state, or loads one, may swap values.
+    """
     ours = {local_part(tensor).data_ptr() for segment in segments for tensor in segment.shown.values()}
 
     def own(segment: Segment, name: str, value: Any) -> Any:

@@ -274,9 +274,9 @@ class Cycle:
             self._told = told, arrived
 
     def walked(self) -> list[bool]:
-        """Returns which groups have Γ > 0, since the host must not step the others. Waits for the last inner step but
-        one, which is done once a backward pass has been queued on the device since; for the last one too only if a
-        group had not walked before it.
+        """Returns which groups have Γ > 0, since the host must not step the others. Waits for the inner step before
+        the outer step, which is done once a backward pass has been queued on the device since. Waits for the inner
+        step that the outer step includes too only if a group had not walked before it.
         """
         if self._told is not None:
             told, arrived = self._told

@@ -190,7 +190,7 @@ class Segment:
 
     @property
     def fits(self) -> bool:
-        """Returns whether the parameter still is what is described here, wherever it lies on its device."""
+        """Whether the parameter still is what is described here, wherever it lies on its device."""
         local, device = self.local, self.bucket.device
         kind = real_dtype(local.dtype) is real_dtype(self.dtype) and local.device == device
         return kind and local.shape == self.shape and local.stride() == self.param_strides

@@ -29,7 +29,7 @@ def on_its_own(method: Method) -> Method:
     """Makes a method run without autograd, Dynamo, inference mode and FakeTensorMode, whatever its caller is in. Dynamo
     cannot see what kernels do with addresses, and would guard on the scalars that the host reads. A tensor made in
     inference mode cannot be written outside of it, and one made in FakeTensorMode has no memory. A closure passed to
-    `step()` runs so too.
+    `step()` runs so too, but with autograd.
     """
 
     @torch._disable_dynamo  # as torch.optim's methods; torch.compiler.disable() would import Dynamo with the package
@@ -159,7 +159,7 @@ class AccumulationWatch:
 
 
 def _counts(watch: weakref.ref[AccumulationWatch], of: weakref.ref[Any]) -> Callable[[Tensor], None]:
-    """Counts, as a hook, a backward pass that adds to a gradient, and whether no step follows it."""
+    """Returns a hook that counts backward passes that add to a gradient, and those that no step follows."""
 
     def count(_: Tensor) -> None:
         known, param = watch(), of()

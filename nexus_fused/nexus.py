@@ -164,7 +164,9 @@ class Nexus(WalkingOptimizer):
             raise RuntimeError(self._meddled)
 
     def check_groups(self) -> None:
-        """Raises ValueError or TypeError, naming group and parameter, if the walk cannot take the groups' options."""
+        """Raises ValueError or TypeError, naming group and parameter, if the walk cannot take the groups' parameters or
+        options.
+        """
         check_groups(self.param_groups, self.inner_steps)
 
     # Parameters

@@ -70,12 +70,12 @@ class NexusAdamW(WalkingOptimizer):
             are averaged, w ← AdamW(θ, mean D / mean Γ): one average instead of K. θ is kept too (`anchor`, float32), so
             that it stays equal on all ranks. All ranks start from the same weights, and call `step()` and
             `outer_step()` together. AdamW's hyperparameters are averaged over the ranks that walked. In mid-cycle each
-            rank has its own walk: every rank must save its own state then. If other code writes to a weight,
-            RuntimeError is raised (writes through `p.data` go unseen).
+            rank has its own walk: every rank must save its own model and state then, and if other code writes to a
+            weight, RuntimeError is raised (writes through `p.data` go unseen).
 
     Parameters may be DTensors, of FSDP2's `fully_shard` or of tensor parallelism, on any device mesh. Each rank updates
-    its part, and the norm is summed over the ranks that share a parameter. A plain tensor next to DTensors is treated
-    as replicated. All ranks call `step()` together. Where ranks communicate, the constructor, loading and
+    its part, and the norm is summed over the ranks that parameters are sharded over. A plain tensor next to DTensors is
+    treated as replicated. All ranks call `step()` together. Where ranks communicate, the constructor, loading and
     `add_param_group()` check that all ranks agree on inner_steps, the cycle's position and the parameters. With
     TORCH_DISTRIBUTED_DEBUG=INFO or DETAIL each step checks it too. A difference raises RuntimeError on all ranks; the
     error names it.

@@ -121,8 +121,9 @@ def offload(value: Any) -> bool:
 
 
 def plain(name: str, value: Any) -> Any:
-    """Returns an option of a group in Python's own types, such as NumPy's or a configuration file's numbers as floats;
-    anything else unchanged. torch.load(weights_only=True) reads no other types.
+    """Returns an option of a group in Python's own types, where torch.optim.AdamW takes others for the same: numbers
+    and arrays of NumPy, fractions, lists of betas, 0 and 1 for a flag, None for some flags. Anything else comes back
+    unchanged. torch.load(weights_only=True) reads no other types.
     """
     is_array = hasattr(value, "tolist") and not isinstance(value, Tensor)
     if name == "betas" and (is_array or isinstance(value, (Sequence, Tensor))) and not isinstance(value, str):
@@ -143,7 +144,7 @@ def tidy(group: dict[str, Any]) -> None:
 
 
 def group_row(group: dict[str, Any], index: int, steps: int | None) -> list[float | Tensor]:
-    """Checks a parameter group, makes its options `plain`, and returns its row of `Cycle.hyper`."""
+    """Checks a group and returns its row of `Cycle.hyper`. On a TypeError makes options `plain`, and tries again."""
     row = _walk_row if OPTIMIZER in group else _row
     try:
         return row(group, index, steps)

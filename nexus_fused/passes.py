@@ -147,7 +147,7 @@ class Passes:
         self._left = [(weakref.ref(param), weakref.ref(param.grad)) for param in waiting]
 
     def forget_failure(self) -> None:
-        """Forgets a failed pass: zero_grad() was called."""
+        """Forgets a failed pass: zero_grad() was called, or the pass has not failed after all."""
         self._left.clear()
 
     def end_once(self) -> None:

@@ -14,7 +14,7 @@ from .table import Table
 
 
 class Kept(NamedTuple):
-    """w of one parameter, in its two parts, while θ is in its place."""
+    """w of one parameter, in its parts (two below float32, else one), while θ is in its place."""
 
     table: Table
     segment: Segment

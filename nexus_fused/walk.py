@@ -293,7 +293,7 @@ class Walk:
 
     def finish(self, micro_batch: MicroBatch | None, *, leaves: bool = False) -> bool:
         """Takes the outer step, with the last inner one if there is a micro-batch. leaves: this rank is in
-        outer_step(). Returns whether every rank of a local walk is.
+        outer_step(); then returns, for local walks, whether every rank is. Returns True otherwise.
         """
         taken = 0 if self.is_blind else self.position + (micro_batch is not None)
         everybody_is_here = True
@@ -414,7 +414,7 @@ class Walk:
         self.discard()
 
     def discard(self) -> None:
-        """Forgets the cycle, if the parameters hold θ already."""
+        """Forgets the cycle. The parameters must hold θ already."""
         for cycle, tables in self.work:
             cycle.reset()
             for table in tables:

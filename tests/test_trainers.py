@@ -399,6 +399,7 @@ def test_huggingface(tmp_path, thetas, accelerate_reset, by_class, bf16):
     assert type(nexus) is NexusAdamW
     assert all(state["step"] == 2 for state in nexus.state.values())
     assert nexus.cycle_position == 2
+    assert {group["weight_decay"] for group in nexus.param_groups} == ({0.1, 0.0} if by_class else {0.1})
 
     # θ in the order of the parameter groups, evaluations in the model's.
     position = {p: i for i, p in enumerate(p for group in nexus.param_groups for p in group["params"])}

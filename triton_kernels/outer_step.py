@@ -66,8 +66,8 @@ def _update(
     walk, last, moments, scalars, has_ended, offsets, n, total,
     STORAGE: tl.constexpr, STATE: tl.constexpr, OF_D: tl.constexpr, AMSGRAD: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Updates one block. Returns `total`, float64, with the D² of its elements; if WIDE, each thread first adds up its
-    4 in float32.
+    """Updates one block. Returns `total`, float64, with the D² of its elements; if WIDE, they are first added up
+    by 4, also in float64. With float32 state these 4 are one thread's.
     """
     weight, remainder, displacement, _, touched = walk
     exp_avg, exp_avg_sq, max_exp_avg_sq = moments

@@ -59,14 +59,15 @@ def make_trainer(
         max_steps=max_steps,
         max_grad_norm=0,
         per_device_train_batch_size=4,
-        lr_scheduler_type="cosine",  # read with `by_class`
+        lr_scheduler_type="cosine",  # these three are read with `by_class`
         warmup_steps=2 * K,
+        weight_decay=hyperparameters["weight_decay"],
         report_to="none",
         disable_tqdm=True,
         **{"save_strategy": "no", "logging_steps": K, "use_cpu": True, **arguments},
     )
     data: dict[str, Any] = {"train_dataset": make_data(64, seed=1), "eval_dataset": make_data(8, seed=2)}
-    if by_class:  # lr belongs into these, TrainingArguments.learning_rate is not read
+    if by_class:  # their lr and betas count, but TrainingArguments' weight_decay
         return Trainer(model, args, optimizer_cls_and_kwargs=(NexusAdamW, hyperparameters), **data)
     optimizer = NexusAdamW(model.parameters(), **hyperparameters)
     scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=2 * K, num_training_steps=max_steps)
