@@ -73,3 +73,22 @@ def test_workers_that_fail(how: str, error: str) -> None:
         with pytest.raises(DemoError, match=error):  # noqa: PT012 - whichever call hears of it
             while True:
                 pool.hear()
+
+
+def test_an_interrupt_while_they_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C is not lost: it comes when all have started, and ends them."""
+    process = multiprocessing.get_context("spawn").Process
+    started, start = [], process.start
+
+    def interrupted(self: multiprocessing.process.BaseProcess) -> None:
+        start(self)
+        started.append(self)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(process, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        workers.Workers(2, 1, None)
+    assert len(started) == 2
+    for one in started:
+        one.join(timeout=60)
+        assert not one.is_alive()

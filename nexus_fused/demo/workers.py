@@ -17,10 +17,12 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+from ..frameworks import uninterrupted
 from . import DemoError
 
 Tell = Callable[[Any], None]
@@ -80,8 +82,20 @@ class Workers:
         self._idle: list[Connection] = []
         self._ready: deque[Hashable] = deque()
         self._processes: list[BaseProcess] = []
+        try:
+            with uninterrupted():
+                self._start(count, threads)
+            for connection in self._idle:
+                self._send(connection, shared)
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def _start(self, count: int, threads: int) -> None:
         context = multiprocessing.get_context("spawn")
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # they inherit it: Ctrl-C is for this process
+        resource_tracker.ensure_running()  # or the first process starts it, and that unblocks SIGINT
+        # Processes inherit what is blocked: Ctrl-C is for this one.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             for _ in range(count):
                 ours, theirs = context.Pipe()
@@ -91,9 +105,7 @@ class Workers:
                 self._processes.append(process)
                 self._idle.append(ours)
         finally:
-            signal.signal(signal.SIGINT, before)
-        for connection in self._idle:
-            self._send(connection, shared)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     @property
     def free(self) -> int:
