@@ -435,8 +435,10 @@ class WalkingOptimizer(Optimizer):
 
     @of_the_optimizer
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state in place: one from any position of a cycle, or one without a walk. Of what
-        the walk or NexusAdamW keeps, only displacements may lose precision; optimizers behind a Nexus load their own.
+        """Loads a state in place: one from any position of a cycle, or one without a walk.
+
+        Of what the walk or NexusAdamW keeps, only displacements may lose precision; optimizers behind a Nexus load
+        their own.
 
         A state that does not fit raises ValueError or TypeError. The error names group and parameter, and nothing is
         modified.

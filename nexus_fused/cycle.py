@@ -42,14 +42,16 @@ class Cycle:
 
     room: the number of norms that fit; K where that is known.
 
-    hyper [n_groups, 8]: what kernels need of each group, see HYPER; `inner_lr` is γ_k, already scheduled. factor
-    [n_groups]: ±γ_k/‖g_k‖, which a gradient is multiplied by; 0 where the inner step is skipped. sums [3·n_groups +
-    room]: first walk_length and walk_sq_length [n_groups], Γ = Σγ and Σγ² over the inner steps really taken; then
-    displacement_sq [n_groups], ‖D‖², which the outer step writes; then grad_norms [room], unscaled norms, with -1 for
-    NaN, since NaN differs from itself and distributed loading refuses that. totals: skipped_inner_steps,
-    skipped_outer_steps. counts: moves and lost_moves, the element moves in this cycle and those that rounding
-    swallowed. taken: inner steps of this cycle, 0-dim int64, where the host does not count them. results: memory, its
-    own for each number of groups, that keeps a finished cycle: sums as above, counts, and thirdly its inner steps.
+    hyper [n_groups, 8]: what kernels need of each group, see HYPER; `inner_lr` is γ_k, already scheduled.
+    factor [n_groups]: ±γ_k/‖g_k‖, which a gradient is multiplied by; 0 where the inner step is skipped.
+    sums [3·n_groups + room]: first walk_length and walk_sq_length [n_groups], Γ = Σγ and Σγ² over the inner steps
+    really taken; then displacement_sq [n_groups], ‖D‖², which the outer step writes; then grad_norms [room], unscaled
+    norms, with -1 for NaN, since NaN differs from itself and distributed loading refuses that.
+    totals: skipped_inner_steps, skipped_outer_steps.
+    counts: moves and lost_moves, the element moves in this cycle and those that rounding swallowed.
+    taken: inner steps of this cycle, 0-dim int64, where the host does not count them.
+    results: memory, its own for each number of groups, that keeps a finished cycle: sums as above, counts, and thirdly
+    its inner steps.
     finished: `results` once a cycle has finished, None before.
     """
 

@@ -56,8 +56,9 @@ class Table:
     displacement_dtype: of D. spread: the ranks that share out the parameters, all of them DTensors then, and whether
     they are replicated. keeps_anchor: keep θ beside w, for ranks that walk on their own. keeps: the keys of a state
     that outlives a cycle, flat.KEPT, or () if others' optimizers have their own. offload: moments and anchors lie in
-    host memory, if the device has memory apart from it. elements, chunks: how many there are. parts: into how many a
-    GPU's blocks may divide each chunk; 1 if most are small. `segments` stand in the order of `rows`.
+    host memory, if the device has memory apart from it.
+    elements, chunks: how many there are. parts: into how many a GPU's blocks may divide each chunk; 1 if most are
+    small. `segments` stand in the order of `rows`.
     """
 
     def __init__(

@@ -145,6 +145,14 @@ def assert_snapshot(optimizer, before):
         assert_same(left, right)
 
 
+# Of tests of other libraries: what these warn of is theirs to mend; what we warn of is an error, as everywhere.
+OF_LIBRARIES = [
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.filterwarnings("error:(?s).*(nexus|inner_|inner step|one_micro_batch|backward pass|pile up)"),
+    pytest.mark.usefixtures("one_thread"),
+]
+
+
 @pytest.fixture
 def accelerate_reset():
     """Accelerate keeps its state in the process: each test begins and leaves without."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import OF_LIBRARIES
 from processes import on_ranks
 
 import nexus_fused
@@ -25,14 +26,7 @@ NEEDS = {
     "huggingface.py": ("transformers", "accelerate"),
     "lightning_module.py": ("lightning",),
 }
-# What the libraries warn of is theirs to mend; what we warn of is an error, as everywhere.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore"),
-    pytest.mark.filterwarnings(
-        "error:(?s).*(Nexus|nexus_fused|inner_|inner step|one_micro_batch|backward pass|pile up)"
-    ),
-    pytest.mark.usefixtures("one_thread"),
-]
+pytestmark = OF_LIBRARIES
 
 
 def script(name: str, changed: bool, **replaced: str) -> types.ModuleType:

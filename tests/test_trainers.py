@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import assert_same, assert_theta, build, run, values
+from conftest import OF_LIBRARIES, assert_same, assert_theta, build, run, values
 from processes import on_ranks
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -41,14 +41,7 @@ BARE = {  # a Trainer of Lightning that leaves nothing behind
     "enable_model_summary": False,
 }
 
-# What the libraries warn of is theirs to mend; what we warn of is an error, as everywhere.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore"),
-    pytest.mark.filterwarnings(
-        "error:(?s).*(Nexus|nexus_fused|inner_|inner step|one_micro_batch|backward pass|pile up)"
-    ),
-    pytest.mark.usefixtures("one_thread"),
-]
+pytestmark = OF_LIBRARIES
 
 
 def load(name):

@@ -174,9 +174,9 @@ def run(options: argparse.Namespace) -> None:
     steps = options.steps or size.steps
     count = min(ahead, max(1, cores() // threads)) if threads and options.device == "cpu" else 1
     print(
-        "AdamW, Nexus, and between them unit gradients (Nexus without its walk) train the same small model on the same "
-        f"five kinds of text.\nFirst comes the text, then {ahead} runs of {steps} cycles, {count} at a time; Ctrl-C "
-        "stops them.",
+        "The same small model learns the same five kinds of text with AdamW, with Nexus, and with the control between "
+        f"them:\nunit gradients, which are Nexus without its walk. First comes the text, then {ahead} runs of {steps} "
+        f"cycles, {count} at a time; Ctrl-C stops them.",
         flush=True,
     )
     training, held_out, manifest = load(options.cache, options.cap_mb)
